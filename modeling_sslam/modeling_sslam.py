@@ -1,0 +1,456 @@
+"""The SSLAM encoder and its audio classifier (Alex et al., ICLR 2025, arXiv 2506.12222), which are EAT's too.
+
+In the order of the data: patches with fixed positions, CLS token and LayerNorm, post-norm transformer blocks, head.
+A clip of T frames has N = (T / patch_size) * (F / patch_size) patches, time-major: patch t * (F / patch_size) + f.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_sslam import SSLAMConfig
+
+
+def sincos_position_table(config: SSLAMConfig) -> torch.Tensor:
+    """Fixed 2-D positions: the first half of the channels encodes the mel coordinate, the second half time, each as
+    [sin(p w), cos(p w)] with w_k = 10000^(-k / (hidden_size / 4)).
+
+    Returns:
+        Of shape `(max_position_embeddings * num_mel_patches, hidden_size)`, time-major, in the default dtype.
+    """
+    # Every step in float32, as the published table was made: at late positions the angles' rounding shows.
+    quarter = config.hidden_size // 4
+    frequencies = 1 / np.float32(10_000) ** (np.arange(quarter, dtype=np.float32) / np.float32(quarter))
+
+    def encode(length: int) -> torch.Tensor:
+        angles = np.arange(length, dtype=np.float32)[:, None] * frequencies
+        return torch.from_numpy(np.concatenate((np.sin(angles), np.cos(angles)), axis=1))
+
+    mel, time = encode(config.num_mel_patches), encode(config.max_position_embeddings)
+    table = torch.cat((mel.repeat(len(time), 1), time.repeat_interleave(len(mel), dim=0)), dim=1)
+    return table.to(torch.get_default_dtype())
+
+
+class SSLAMPatchEmbeddings(nn.Module):
+    """Projects the patches of `(batch_size, T, F)` and adds their positions: `(batch_size, N, hidden_size)`."""
+
+    def __init__(self, config: SSLAMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.projection = nn.Conv2d(1, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size)
+        self.register_buffer("position_embeddings", sincos_position_table(config), persistent=False)
+
+    def forward(self, input_values: torch.Tensor) -> torch.Tensor:
+        patch_size, num_mel_bins = self.config.patch_size, self.config.num_mel_bins
+        if input_values.ndim == 4 and input_values.shape[1] == 1:
+            input_values = input_values.squeeze(1)
+        if input_values.ndim != 3 or input_values.shape[2] != num_mel_bins:
+            raise ValueError(
+                f"input_values has shape {tuple(input_values.shape)}; this model takes (batch_size, T, "
+                f"{num_mel_bins}) or (batch_size, 1, T, {num_mel_bins})."
+            )
+        length, longest = input_values.shape[1], self.config.max_position_embeddings * patch_size
+        if length == 0 or length % patch_size or length > longest:
+            raise ValueError(
+                f"input_values has T={length} frames; T must be a multiple of {patch_size}, at most {longest}. The "
+                " feature extractor pads to such a length; cut longer recordings into windows."
+            )
+        patches = self.projection(input_values[:, None].to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
+        return patches + self.position_embeddings[: patches.shape[1]]
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probabilities = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    probabilities = nn.functional.dropout(probabilities, p=dropout, training=module.training)
+    return torch.matmul(probabilities, value).transpose(1, 2), probabilities
+
+
+class SSLAMAttention(nn.Module):
+    def __init__(self, config: SSLAMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False  # read by transformers' attention functions
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, output_attentions: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        qkv = self.qkv(hidden_states).unflatten(-1, (3, -1, self.head_dim))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        implementation = _attention_implementation(self.config, output_attentions)
+        attend: Callable = (
+            eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+        )
+        attended, probabilities = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            scaling=self.scaling,
+        )
+        return self.output(attended.flatten(2)), probabilities if output_attentions else None
+
+
+class SSLAMMLP(nn.Module):
+    def __init__(self, config: SSLAMConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+def drop_path(branch: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
+    """Stochastic depth (Huang et al., 2016): drops a residual branch for whole clips and rescales the others."""
+    if rate == 0.0 or not training:
+        return branch
+    kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= rate
+    return branch * (kept / max(1.0 - rate, torch.finfo(torch.float32).tiny)).to(branch.dtype)
+
+
+class SSLAMLayer(GradientCheckpointingLayer):
+    """A post-norm block: x = LN(x + attention(x)), then x = LN(x + m) with m = MLP(x)."""
+
+    def __init__(self, config: SSLAMConfig, drop_path_rate: float) -> None:
+        super().__init__()
+        self.attention = SSLAMAttention(config)
+        self.attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = SSLAMMLP(config)
+        self.mlp_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.drop_path_rate = drop_path_rate
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Returns the block's output, its MLP's output m (which the teacher's targets are made of) and, if asked for,
+        the attention probabilities."""
+        attended, attentions = self.attention(hidden_states, attention_mask, output_attentions)
+        attended = drop_path(self.dropout(attended), self.drop_path_rate, self.training)
+        hidden_states = self.attention_layernorm(hidden_states + attended)
+        ffn_output = self.mlp(hidden_states)
+        update = drop_path(self.dropout(ffn_output), self.drop_path_rate, self.training)
+        return self.mlp_layernorm(hidden_states + update), ffn_output, attentions
+
+
+class SSLAMEncoderOutput(NamedTuple):
+    """What the blocks computed, all with the CLS token at index 0; the tuples are None unless they were asked for."""
+
+    last_hidden_state: torch.Tensor
+    hidden_states: tuple[torch.Tensor, ...] | None
+    attentions: tuple[torch.Tensor, ...] | None
+    ffn_outputs: tuple[torch.Tensor, ...] | None
+
+
+class SSLAMEncoder(nn.Module):
+    """Puts the CLS token before the patches (any subset of a clip's), normalises and runs the blocks."""
+
+    def __init__(self, config: SSLAMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        last = max(config.num_hidden_layers - 1, 1)
+        self.layers = nn.ModuleList(
+            SSLAMLayer(config, config.drop_path_rate * i / last) for i in range(config.num_hidden_layers)
+        )
+
+    def forward(
+        self,
+        patches: torch.Tensor,
+        patch_mask: torch.Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        output_ffn: bool = False,
+    ) -> SSLAMEncoderOutput:
+        """
+        Args:
+            patches: Of shape `(batch_size, num_patches, hidden_size)`, positions already added.
+            patch_mask: bool of shape `(batch_size, num_patches)`, False for patches that nothing may attend to.
+        """
+        cls_tokens = self.cls_token.expand(len(patches), -1, -1).to(patches.dtype)
+        hidden_states = self.layernorm(torch.cat((cls_tokens, patches), dim=1))
+        attention_mask = None
+        if patch_mask is not None:
+            token_mask = nn.functional.pad(patch_mask, (1, 0), value=True)
+            implementation = _attention_implementation(self.config, output_attentions)
+            attention_mask = _attention_mask(token_mask, hidden_states.dtype, implementation)
+
+        all_hidden_states, all_attentions, all_ffn_outputs = [hidden_states], [], []
+        for layer in self.layers:
+            hidden_states, ffn_output, attentions = layer(hidden_states, attention_mask, output_attentions)
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
+            if output_attentions:
+                all_attentions.append(attentions)
+            if output_ffn:
+                all_ffn_outputs.append(ffn_output)
+        return SSLAMEncoderOutput(
+            last_hidden_state=hidden_states,
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_attentions) if output_attentions else None,
+            ffn_outputs=tuple(all_ffn_outputs) if output_ffn else None,
+        )
+
+
+def _attention_implementation(config: SSLAMConfig, output_attentions: bool) -> str:
+    # Only the eager implementation has the probabilities at hand.
+    return "eager" if output_attentions else config._attn_implementation or "eager"
+
+
+def _attention_mask(token_mask: torch.Tensor, dtype: torch.dtype, implementation: str) -> torch.Tensor:
+    """The mask as the attention function wants it: flash attention takes the tokens' own `(batch_size, length)`, the
+    others a bias that is added to the scores."""
+    if "flash" in implementation:
+        return token_mask
+    bias = torch.zeros(token_mask.shape, dtype=dtype, device=token_mask.device)
+    bias = bias.masked_fill(~token_mask, torch.finfo(dtype).min)
+    return bias[:, None, None, :].expand(-1, 1, token_mask.shape[1], -1)
+
+
+def patch_mask_from_frames(attention_mask: torch.Tensor, config: SSLAMConfig) -> torch.Tensor:
+    """bool `(batch_size, N)` from a mask of frames `(batch_size, T)`: a patch counts if any of its frames does."""
+    time_mask = attention_mask.bool().unflatten(1, (-1, config.patch_size)).any(-1)
+    return time_mask.repeat_interleave(config.num_mel_patches, dim=1)
+
+
+class SSLAMPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, loading and saving for all SSLAM models."""
+
+    config_class = SSLAMConfig
+    base_model_prefix = "sslam"
+    main_input_name = "input_values"
+    input_modalities = ("audio",)
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["SSLAMPatchEmbeddings", "SSLAMLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flash_attn_2 = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # A pre-training checkpoint holds the student under the name of the base model; encoder and classifier read that.
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^decoder\.", r"^teacher\."]
+    # The classes that the source files beside saved weights define.
+    _auto_map: ClassVar[dict[str, str]] = {
+        "AutoConfig": "configuration_sslam.SSLAMConfig",
+        "AutoModel": "modeling_sslam.SSLAMModel",
+        "AutoModelForAudioClassification": "modeling_sslam.SSLAMForAudioClassification",
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # By torch.nn.init: transformers 5 makes those functions spare weights that were loaded.
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            if module.elementwise_affine:
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, SSLAMEncoder):
+            nn.init.normal_(module.cls_token, std=self.config.initializer_range)
+        elif isinstance(module, SSLAMPatchEmbeddings):
+            # A buffer that is not saved has no values after loading through the meta device.
+            module.position_embeddings.copy_(sincos_position_table(self.config))
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """As in transformers; beside the weights it writes the source files that a machine without this package needs
+        for `from_pretrained(..., trust_remote_code=True)`."""
+        self.config.auto_map = dict(self._auto_map)
+        super().save_pretrained(save_directory, **kwargs)
+
+
+class SSLAMModel(SSLAMPreTrainedModel):
+    """The encoder: `input_values` to one state for each patch and one, the CLS token's, for the clip."""
+
+    def __init__(self, config: SSLAMConfig) -> None:
+        super().__init__(config)
+        self.patch_embeddings = SSLAMPatchEmbeddings(config)
+        self.encoder = SSLAMEncoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> SSLAMPatchEmbeddings:
+        return self.patch_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            input_values: Normalised log-mel frames of shape `(batch_size, T, num_mel_bins)` or `(batch_size, 1, T,
+                num_mel_bins)`, as [`SSLAMFeatureExtractor`] makes them; T a multiple of `patch_size`.
+            attention_mask: Of shape `(batch_size, T)`, 1 for frames of the clip and 0 for padding. Patches that are
+                padding throughout are attended to by none, so a clip gets the result it gets alone. Without it the
+                padding counts as sound, as in the published models.
+            output_attentions: Whether to return the attention probabilities (computed eagerly).
+            output_hidden_states: Whether to return the output of the embeddings and of every block.
+
+        Returns:
+            `last_hidden_state` of shape `(batch_size, 1 + N, hidden_size)`, the CLS token first ([`patch_grid`] and
+            [`frame_features`] rearrange the rest); `pooler_output` of shape `(batch_size, hidden_size)`, the CLS
+            token's state; `hidden_states` and `attentions` if asked for.
+
+        Raises:
+            ValueError: If T or the number of mel bins does not fit the model, or the mask the input.
+
+        Source: SPEC section 2; paper section 3.1.
+        """
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        patches = self.patch_embeddings(input_values)
+        patch_mask = None
+        if attention_mask is not None:
+            if attention_mask.shape != (input_values.shape[0], input_values.shape[-2]):
+                raise ValueError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}; it masks frames, so for these "
+                    f"input_values it must be {(input_values.shape[0], input_values.shape[-2])}."
+                )
+            patch_mask = patch_mask_from_frames(attention_mask, self.config)
+        outputs = self.encoder(patches, patch_mask, output_hidden_states, output_attentions)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=outputs.last_hidden_state[:, 0],
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def patch_grid(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Patch states on their grid: `(batch_size, 1 + N, D)` to `(batch_size, T / 16, F / 16, D)` (for patches of
+        16): axis 1 is time in steps of 160 ms, axis 2 goes from low to high frequency."""
+        return hidden_states[:, 1:].unflatten(1, (-1, self.config.num_mel_patches))
+
+    def frame_features(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """A sequence in time: the mean of the patch states over frequency, `(batch_size, T / 16, D)`."""
+        return self.patch_grid(hidden_states).mean(2)
+
+
+class SSLAMClassifier(nn.Module):
+    """LayerNorm and linear layer on the pooled tokens, `(batch_size, 1 + N, hidden_size)` to logits."""
+
+    def __init__(self, config: SSLAMConfig) -> None:
+        super().__init__()
+        self.pooling = config.classifier_pooling
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.classifier_norm_eps)
+        self.dense = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, hidden_states: torch.Tensor, patch_mask: torch.Tensor | None = None) -> torch.Tensor:
+        if self.pooling == "cls":
+            return self.dense(self.layernorm(hidden_states[:, 0]))
+        patches = hidden_states[:, 1:]
+        if self.pooling == "mean":
+            return self.dense(self.layernorm(_masked_mean(patches, patch_mask)))
+        return linear_softmax_pooling(self.dense(self.layernorm(patches)), patch_mask)
+
+
+def _masked_mean(patches: torch.Tensor, patch_mask: torch.Tensor | None) -> torch.Tensor:
+    if patch_mask is None:
+        return patches.mean(1)
+    weights = patch_mask[..., None].to(patches.dtype)
+    return (patches * weights).sum(1) / weights.sum(1)
+
+
+def linear_softmax_pooling(logits: torch.Tensor, patch_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The logits of sum(p^2) / sum(p) over the patches, p the sigmoid of their logits (Wang et al., ICASSP 2019):
+    `(batch_size, N, num_labels)` to `(batch_size, num_labels)`, computed in the log domain in float32."""
+    log_p = nn.functional.logsigmoid(logits.float())
+    if patch_mask is not None:
+        log_p = log_p.masked_fill(~patch_mask[..., None], -torch.inf)
+    log_pooled = torch.logsumexp(2 * log_p, dim=1) - torch.logsumexp(log_p, dim=1)
+    # A pooled probability that rounds to 1 would have an infinite logit.
+    log_pooled = log_pooled.clamp(max=-torch.finfo(torch.float32).eps)
+    return (log_pooled - torch.log(-torch.expm1(log_pooled))).to(logits.dtype)
+
+
+class SSLAMForAudioClassification(SSLAMPreTrainedModel):
+    """The encoder with the published classifier: LayerNorm and a linear layer on the pooled clip."""
+
+    def __init__(self, config: SSLAMConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.sslam = SSLAMModel(config)
+        self.classifier = SSLAMClassifier(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> SequenceClassifierOutput:
+        """
+        Args:
+            input_values, attention_mask, output_attentions, output_hidden_states: See [`SSLAMModel.forward`].
+            labels: Targets, by `config.problem_type`: "single_label_classification", class indices of shape
+                `(batch_size,)`; "multi_label_classification", 0 or 1 (or mixed targets between) of shape `(batch_size,
+                num_labels)`; "regression", values of shape `(batch_size, num_labels)`. If it is not set, transformers'
+                rule decides from `num_labels` and the labels' dtype.
+
+        Returns:
+            `loss` if labels are given, `logits` of shape `(batch_size, num_labels)`, `hidden_states`, `attentions`.
+        """
+        outputs = self.sslam(
+            input_values,
+            attention_mask=attention_mask,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        patch_mask = None if attention_mask is None else patch_mask_from_frames(attention_mask, self.config)
+        logits = self.classifier(outputs.last_hidden_state, patch_mask)
+        loss = None
+        if labels is not None:
+            if self.config.problem_type == "multi_label_classification":
+                labels = labels.to(logits.dtype)  # the binary cross-entropy takes no integers
+            loss = self.loss_function(labels, logits, self.config)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+SSLAMModel.register_for_auto_class("AutoModel")
+SSLAMForAudioClassification.register_for_auto_class("AutoModelForAudioClassification")
+
+__all__ = ["SSLAMForAudioClassification", "SSLAMModel", "SSLAMPreTrainedModel"]
