@@ -285,8 +285,8 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         if len(clip) < self.min_samples:
             raise ValueError(
                 f"Clip {index} has {len(clip)} samples, less than one frame of {self.min_samples} "
-                f"({FRAME_LENGTH_MS} ms at {self.sampling_rate} Hz). Drop it, or pad it with zeros; if it is (num_samples, "
-                "channels), transpose it."
+                f"({FRAME_LENGTH_MS} ms at {self.sampling_rate} Hz). Drop it or pad it with zeros; if it is "
+                "(num_samples, channels), transpose it."
             )
         return clip
 

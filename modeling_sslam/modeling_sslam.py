@@ -62,7 +62,7 @@ class SSLAMPatchEmbeddings(nn.Module):
         if length == 0 or length % patch_size or length > longest:
             raise ValueError(
                 f"input_values has T={length} frames; T must be a multiple of {patch_size}, at most {longest}. The "
-                " feature extractor pads to such a length; cut longer recordings into windows."
+                "feature extractor pads to such a length; cut longer recordings into windows."
             )
         patches = self.projection(input_values[:, None].to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
         return patches + self.position_embeddings[: patches.shape[1]]
