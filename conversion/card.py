@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
+
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel, SSLAMPreTrainedModel
 
 from .configuration import Settings, lookup

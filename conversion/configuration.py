@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+
 from modeling_sslam import DATASET_PRESETS, SSLAMConfig, SSLAMFeatureExtractor
 
 from . import ConversionError

@@ -6,6 +6,7 @@ from functools import reduce
 from pathlib import Path
 
 import torch
+
 from modeling_sslam import SSLAMConfig, SSLAMForAudioClassification, SSLAMModel, SSLAMPreTrainedModel
 from modeling_sslam.modeling_sslam import sincos_position_table
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+
 from modeling_sslam import (
     DATASET_PRESETS,
     SSLAMConfig,
