@@ -25,7 +25,7 @@ def sincos_position_table(config: SSLAMConfig) -> torch.Tensor:
     [sin(p w), cos(p w)] with w_k = 10000^(-k / (hidden_size / 4)).
 
     Returns:
-        Of shape `(max_position_embeddings * num_mel_patches, hidden_size)`, time-major, in the default dtype.
+        float32 of shape `(max_position_embeddings * num_mel_patches, hidden_size)`, time-major.
     """
     # Every step in float32, as the published table was made: at late positions the angles' rounding shows.
     quarter = config.hidden_size // 4
@@ -36,8 +36,7 @@ def sincos_position_table(config: SSLAMConfig) -> torch.Tensor:
         return torch.from_numpy(np.concatenate((np.sin(angles), np.cos(angles)), axis=1))
 
     mel, time = encode(config.num_mel_patches), encode(config.max_position_embeddings)
-    table = torch.cat((mel.repeat(len(time), 1), time.repeat_interleave(len(mel), dim=0)), dim=1)
-    return table.to(torch.get_default_dtype())
+    return torch.cat((mel.repeat(len(time), 1), time.repeat_interleave(len(mel), dim=0)), dim=1)
 
 
 class SSLAMPatchEmbeddings(nn.Module):
@@ -64,8 +63,9 @@ class SSLAMPatchEmbeddings(nn.Module):
                 f"input_values has T={length} frames; T must be a multiple of {patch_size}, at most {longest}. The "
                 "feature extractor pads to such a length; cut longer recordings into windows."
             )
-        patches = self.projection(input_values[:, None].to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
-        return patches + self.position_embeddings[: patches.shape[1]]
+        dtype = self.projection.weight.dtype
+        patches = self.projection(input_values[:, None].to(dtype)).flatten(2).transpose(1, 2)
+        return patches + self.position_embeddings[: patches.shape[1]].to(dtype)
 
 
 def eager_attention_forward(
