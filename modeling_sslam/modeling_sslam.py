@@ -229,9 +229,12 @@ def _attention_implementation(config: SSLAMConfig, output_attentions: bool) -> s
     return "eager" if output_attentions else config._attn_implementation or "eager"
 
 
-def _attention_mask(token_mask: torch.Tensor, dtype: torch.dtype, implementation: str) -> torch.Tensor:
+def _attention_mask(token_mask: torch.Tensor, dtype: torch.dtype, implementation: str) -> torch.Tensor | None:
     """The mask as the attention function wants it: flash attention takes the tokens' own `(batch_size, length)`, the
     others a bias that is added to the scores."""
+    # Attention is faster without a mask. A compiled graph cannot depend on what the mask holds.
+    if not torch.compiler.is_compiling() and token_mask.all():
+        return None
     if "flash" in implementation:
         return token_mask
     bias = torch.zeros(token_mask.shape, dtype=dtype, device=token_mask.device)
@@ -256,7 +259,6 @@ class SSLAMPreTrainedModel(PreTrainedModel):
     _no_split_modules: ClassVar[list[str]] = ["SSLAMPatchEmbeddings", "SSLAMLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
-    _supports_flash_attn_2 = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
@@ -268,6 +270,15 @@ class SSLAMPreTrainedModel(PreTrainedModel):
         "AutoModel": "modeling_sslam.SSLAMModel",
         "AutoModelForAudioClassification": "modeling_sslam.SSLAMForAudioClassification",
     }
+
+    def __init__(self, config: SSLAMConfig) -> None:
+        super().__init__(config)
+        config.validate_architecture()
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # Transformers would guess this from the wording of the source, and each major version seeks another.
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -330,8 +341,6 @@ class SSLAMModel(SSLAMPreTrainedModel):
 
         Raises:
             ValueError: If T or the number of mel bins does not fit the model, or the mask the input.
-
-        Source: SPEC section 2; paper section 3.1.
         """
         if output_attentions is None:
             output_attentions = self.config.output_attentions
@@ -385,8 +394,9 @@ class SSLAMClassifier(nn.Module):
 def _masked_mean(patches: torch.Tensor, patch_mask: torch.Tensor | None) -> torch.Tensor:
     if patch_mask is None:
         return patches.mean(1)
-    weights = patch_mask[..., None].to(patches.dtype)
-    return (patches * weights).sum(1) / weights.sum(1)
+    # The sum and the count in float32, as `mean` does: bfloat16 cannot even count to 512 exactly.
+    total = patches.masked_fill(~patch_mask[..., None], 0.0).sum(1, dtype=torch.float32)
+    return (total / patch_mask.sum(1, keepdim=True)).to(patches.dtype)
 
 
 def linear_softmax_pooling(logits: torch.Tensor, patch_mask: torch.Tensor | None = None) -> torch.Tensor:
