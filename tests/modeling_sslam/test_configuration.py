@@ -109,7 +109,9 @@ def test_keeps_fields_of_its_own(tmp_path):
 
 
 def test_labels(make_config):
-    config = make_config(id2label={0: "crow", 1: "cowbell", 2: "choir"}, label2id={"crow": 0, "cowbell": 1, "choir": 2})
+    config = make_config(
+        id2label={0: "crow", 1: "cowbell", 2: "choir"}, label2id={"crow": 0, "cowbell": 1, "choir": 2}
+    )
     assert config.num_labels == 3
     assert SSLAMForAudioClassification(config).classifier.dense.out_features == 3
 
