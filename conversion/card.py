@@ -61,7 +61,8 @@ def model_card(
     facts = provenance | {f"SHA-256 of {file.name}": f"`{_sha256(file)}`" for file in checkpoint.files}
     facts |= {
         "Model": f"{type(model).__name__}, {num_parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}",
-        "Encoder": f"{config.num_hidden_layers} blocks, {config.hidden_size} channels, {config.num_attention_heads} heads",
+        "Encoder": f"{config.num_hidden_layers} blocks of {config.hidden_size} channels, {config.num_attention_heads} "
+        "heads",
         "Input": f"{extractor.sampling_rate} Hz mono, {extractor.num_mel_bins} log-mel bins, "
         f"{extractor.max_length} frames of 10 ms",
         "Normalisation": f"(x - mean) / (2 * std) with mean {extractor.mean}, std {extractor.std}",

@@ -1,4 +1,4 @@
-"""Tells from a checkpoint what model it is: the shapes of its weights first, then what its settings say, then convention.
+"""Tells from a checkpoint what model it is: the shapes of its weights first, then its settings, then convention.
 
 Three fields decide nothing about shapes and are easily got wrong in silence: the number of heads, the epsilon of the
 classifier's norm and its pooling. Where a checkpoint does not say, the assumption made is among the notes.
@@ -101,8 +101,8 @@ class Settings:
             value = lookup(self.pretraining, path)
             if value is not None and value != expected:
                 raise ConversionError(
-                    f"The checkpoint's settings say {path}={value!r}; an SSLAM or EAT model has {expected!r} there, and "
-                    "this one would compute something else."
+                    f"The checkpoint's settings say {path}={value!r}; SSLAM and EAT have {expected!r} there, and "
+                    "this model would compute something else."
                 )
 
 
@@ -137,8 +137,8 @@ def describe(
     choices: Choices,
     pretraining: bool,
 ) -> tuple[SSLAMConfig, SSLAMFeatureExtractor, list[str]]:
-    """Configuration and feature extractor of the model that has `tensors` (the checkpoint's, or some of them, under our
-    names), and notes: what was assumed, and where the settings contradict the weights."""
+    """Configuration and feature extractor of the model that has `tensors` (the checkpoint's, or some of them, under
+    our names), and notes: what was assumed, and where the settings contradict the weights."""
     settings = Settings(checkpoint.settings)
     settings.check_constants(pretraining)
     notes: list[str] = []
@@ -195,9 +195,10 @@ def _front_end(
     if settings.max_length is not None:
         front_end["max_length"] = settings.max_length
     if not settings.is_fine_tuned:
+        clips = "" if settings.max_length is not None else f" and clips of {front_end['max_length']} frames"
         notes.append(
-            "The checkpoint does not say how its inputs were normalised; AudioSet's mean and deviation and clips of "
-            f"{front_end['max_length']} frames are assumed (--dataset-preset)."
+            f"The checkpoint does not say how its inputs were normalised; AudioSet's mean and deviation{clips} are "
+            "assumed (--dataset-preset)."
         )
     return front_end
 
@@ -231,7 +232,7 @@ def _classification_fields(
         "classifier_pooling": choices.pooling or settings.pooling or "cls",
     }
     if "classifier_norm_eps" not in settings.fields:
-        fields["classifier_norm_eps"] = CLASSIFIER_NORM_EPS.get(layout.title, 1e-6)
+        fields["classifier_norm_eps"] = CLASSIFIER_NORM_EPS.get(layout.family, 1e-6)
     return fields
 
 

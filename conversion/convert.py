@@ -13,7 +13,7 @@ from modeling_sslam.modeling_sslam import sincos_position_table
 from . import ConversionError
 from .card import model_card
 from .configuration import Choices, describe
-from .layouts import POSITIONS, Layout, recognise, to_theirs
+from .layouts import CLASSIFIER_NORM_EPS, POSITIONS, Layout, recognise, to_theirs
 from .reader import read_checkpoint
 from .writer import WRITERS
 
@@ -23,9 +23,9 @@ HEAD_PARTS = {
     "classification": ("sslam", "classifier"),
     "pretraining": ("sslam", "decoder", "teacher"),
 }
-PART_TITLES = {"sslam": "encoder"}
 # The last bit of a sine may differ from one machine to another.
 POSITION_TOLERANCE = 1e-6
+AS_THE_CHECKPOINT_SAYS = Choices()
 
 Tensors = dict[str, torch.Tensor]
 
@@ -37,7 +37,7 @@ def convert(
     head: str = "auto",
     weights: str = "student",
     to: str = "transformers",
-    choices: Choices = Choices(),
+    choices: Choices = AS_THE_CHECKPOINT_SAYS,
     overwrite: bool = False,
     title: str | None = None,
     report: Callable[[str], None] = print,
@@ -47,8 +47,8 @@ def convert(
     Args:
         source: A file or folder; see [`read_checkpoint`].
         out: The folder to write (with `to="fairseq"` the file).
-        head: "encoder", "classification", "pretraining", or "auto": the classifier of a fine-tuned checkpoint, else the
-            encoder; for fairseq, whose code needs them, its decoder and teacher too.
+        head: "encoder", "classification", "pretraining", or "auto": the classifier of a fine-tuned checkpoint, else
+            the encoder; for fairseq, whose code needs them, its decoder and teacher too.
         weights: "student", or "teacher" for the moving average that pre-training kept of it.
         to: The layout to write, a key of [`WRITERS`].
         choices: What the user says of the model in the checkpoint's place.
@@ -68,27 +68,24 @@ def convert(
     report(f"{title}: {layout.title}; {_enumerate(found)}")
 
     head = _resolve_head(head, weights, to, found)
-    kept_parts = HEAD_PARTS[head]
     if weights == "teacher":
         tensors = {name.replace("teacher", "sslam", 1): tensors[name] for name in tensors if _part(name) == "teacher"}
-        dropped = [part for part in found if part != "teacher"]
-    else:
-        dropped = [part for part in found if part not in kept_parts]
+    tensors = {name: tensor for name, tensor in tensors.items() if _part(name) in HEAD_PARTS[head]}
     config, extractor, notes = describe(tensors, checkpoint, layout, choices, head == "pretraining")
-    notes += _check_positions(tensors, config)
-    kept = {name: tensor for name, tensor in tensors.items() if _part(name) in kept_parts and POSITIONS not in name}
-    model = _build(kept, config, head, layout)
-    left_out = ", ".join(PART_TITLES.get(part, part) for part in dropped) or "nothing"
-    report(f"kept: the {weights}'s {_enumerate(Counter(_part(name) for name in kept))}; left out: {left_out}")
+    notes += _check_positions(tensors, config, layout)
+    model = _build({name: tensors[name] for name in tensors if not name.endswith(POSITIONS)}, config, head, layout)
+    eps = CLASSIFIER_NORM_EPS.get(to, config.classifier_norm_eps)
+    if head == "classification" and eps != config.classifier_norm_eps:
+        notes.append(
+            f"The classifier's norm has an epsilon of {config.classifier_norm_eps} here and {eps} in the code that reads "
+            "this layout, so its logits will differ slightly."
+        )
+    kept = ", ".join([weights, *HEAD_PARTS[head][1:]] if "teacher" in found else map(_title, HEAD_PARTS[head]))
+    report(f"kept: {kept}")
     for note in notes:
         report(f"note: {note}")
 
-    facts = {
-        "Converted from": title,
-        "Its layout": layout.title,
-        "Weights": weights,
-        "Left out": left_out,
-    }
+    facts = {"Converted from": title, "Its layout": f"{layout.title}: {_enumerate(found)}", "Kept of it": kept}
     card = model_card(model, extractor, checkpoint, facts, notes)
     WRITERS[to](model, extractor, card, out, overwrite)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -104,8 +101,8 @@ def _under_our_names(tensors: Tensors, title: str) -> tuple[Layout, Tensors]:
     if unknown or missing:
         lacks = f" It lacks {', '.join(missing)}." if missing else ""
         raise ConversionError(
-            f"{title} is not a checkpoint of SSLAM or EAT: {len(unknown)} of its {len(names)} tensors have no place in "
-            f"one{': ' if unknown else ''}{_list(unknown)}.{lacks}"
+            f"{title} is not a checkpoint of SSLAM or EAT: {len(unknown)} of its {len(names)} tensors have no place "
+            f"in one{': ' if unknown else ''}{_list(unknown)}.{lacks}"
         )
     if len(renamed) < len(names):
         twice = Counter(names.values())
@@ -140,9 +137,9 @@ def _resolve_head(head: str, weights: str, to: str, found: Iterable[str]) -> str
     return head
 
 
-def _check_positions(tensors: Tensors, config: SSLAMConfig) -> list[str]:
+def _check_positions(tensors: Tensors, config: SSLAMConfig, layout: Layout) -> list[str]:
     tables = {name: tensor for name, tensor in tensors.items() if name.endswith(POSITIONS)}
-    if not tables:
+    if not tables and layout.family != "transformers":
         return ["The checkpoint stores no position table; ours is assumed."]
     expected = sincos_position_table(config)
     for name, table in tables.items():
@@ -153,7 +150,7 @@ def _check_positions(tensors: Tensors, config: SSLAMConfig) -> list[str]:
         error = (table.squeeze(0).float() - expected.to(table.dtype).float()).abs().max().item()
         if not error <= POSITION_TOLERANCE:
             raise ConversionError(
-                f"The position table {name} differs from the fixed sines and cosines of SSLAM by up to {error:.3g}, so "
+                f"The position table {name} differs from the fixed sines and cosines of SSLAM by up to {error:.3g}; "
                 "the converted model would compute something else."
             )
     return []
@@ -201,8 +198,12 @@ def _part(name: str) -> str:
     return name.partition(".")[0]
 
 
+def _title(part: str) -> str:
+    return "encoder" if part == "sslam" else part
+
+
 def _enumerate(counts: Counter) -> str:
-    return ", ".join(f"{PART_TITLES.get(part, part)} ({count} tensors)" for part, count in counts.items())
+    return ", ".join(f"{_title(part)} ({count} tensors)" for part, count in counts.items())
 
 
 def _list(names: Iterable[str], at_most: int = 8) -> str:

@@ -50,13 +50,16 @@ def _own(names: Names) -> Names:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a layout keeps each part of the model: (our prefix, its prefix, names)."""
+    """Where a layout keeps each part of the model: (our prefix, its prefix, names). `family` is the code that reads
+    it, as the command names it."""
 
+    family: str
     title: str
     parts: tuple[tuple[str, str, Names], ...]
 
 
 FAIRSEQ_PRETRAINING = Layout(
+    "fairseq",
     "fairseq, pre-trained",
     (
         ("sslam.", "", FAIRSEQ_ENCODER_NAMES),
@@ -65,14 +68,17 @@ FAIRSEQ_PRETRAINING = Layout(
     ),
 )
 FAIRSEQ_CLASSIFICATION = Layout(
+    "fairseq",
     "fairseq, fine-tuned",
     (("sslam.", "model.", FAIRSEQ_ENCODER_NAMES), ("classifier.", "", CLASSIFIER_NAMES)),
 )
 HUB_EAT = Layout(
+    "hub-eat",
     "Hub (EATModel)",
     (("sslam.", "model.", HUB_ENCODER_NAMES), ("classifier.", "model.", CLASSIFIER_NAMES)),
 )
 TRANSFORMERS = Layout(
+    "transformers",
     "transformers (SSLAM)",
     (
         ("sslam.", "sslam.", _own(FAIRSEQ_ENCODER_NAMES)),
@@ -81,11 +87,13 @@ TRANSFORMERS = Layout(
         ("teacher.", "teacher.", _own(FAIRSEQ_ENCODER_NAMES)),
     ),
 )
-TRANSFORMERS_ENCODER = Layout("transformers (SSLAM), encoder", (("sslam.", "", _own(FAIRSEQ_ENCODER_NAMES)),))
+TRANSFORMERS_ENCODER = Layout(
+    "transformers", "transformers (SSLAM), encoder", (("sslam.", "", _own(FAIRSEQ_ENCODER_NAMES)),)
+)
 LAYOUTS = (FAIRSEQ_PRETRAINING, FAIRSEQ_CLASSIFICATION, HUB_EAT, TRANSFORMERS, TRANSFORMERS_ENCODER)
 
-# What wrapping a model (in another, in DistributedDataParallel, by torch.compile) puts before its names, and what users
-# cut off: neither tells one layout from another.
+# What wrapping a model (in another, in DistributedDataParallel, by torch.compile) puts before its names, and what
+# users cut off: neither tells one layout from another.
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|model\.)+|modality_encoders\.IMAGE\.")
 _KEY = re.compile(r"(?P<stem>.*?)(?P<parameter>\.weight|\.bias)?")
 
@@ -238,5 +246,5 @@ HUB_EXTRAS: dict[str, Any] = {
 
 # fairseq's names of the poolings. A pickled enumeration keeps its number alone.
 FAIRSEQ_POOLINGS = {"CLS_TOKEN": "cls", "MEAN_POOLING": "mean", 2: "cls", 1: "mean"}
-# The epsilon of the classifier's LayerNorm is written in no settings, but in the code that reads the layout.
-CLASSIFIER_NORM_EPS = {FAIRSEQ_CLASSIFICATION.title: 1e-6, HUB_EAT.title: 1e-5}
+# The epsilon of the classifier's LayerNorm is in no settings, but in the code that reads the layout.
+CLASSIFIER_NORM_EPS = {"fairseq": 1e-6, "hub-eat": 1e-5}

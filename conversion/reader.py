@@ -61,9 +61,9 @@ _LEGACY_PICKLES = 5
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a source holds: `tensors` by their full names in it, and the `settings` beside them, which are fairseq's cfg
-    or a config.json; `preprocessor` is a folder's preprocessor_config.json, `license` what its README.md states. They
-    are empty if there are none. `files` are those that the tensors came from."""
+    """What a source holds: `tensors` by their full names in it, and the `settings` beside them, which are fairseq's
+    cfg or a config.json; `preprocessor` is a folder's preprocessor_config.json, `license` what its README.md states.
+    They are empty if there are none. `files` are those that the tensors came from."""
 
     files: tuple[Path, ...]
     tensors: dict[str, torch.Tensor]
@@ -226,7 +226,7 @@ def _stand_in(name: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Settings without stand-ins: omegaconf's containers and nodes become what they hold, an enumeration its number."""
+    """Settings without stand-ins: omegaconf's containers and nodes become what they hold, enumerations a number."""
     if isinstance(value, dict):
         return {str(_plain(key)): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -82,8 +82,8 @@ def write_hub(
 def write_fairseq(
     model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, card: str, out: Path, overwrite: bool
 ) -> None:
-    """A `.pt` file as fairseq keeps it, without the state of an optimiser: for fine-tuning, inference and evaluation by
-    the published code. Its settings are a plain dict, of which fairseq makes its own kind."""
+    """A `.pt` file as fairseq keeps it, without the state of an optimiser: for fine-tuning, inference and evaluation
+    by the published code. Its settings are a plain dict, of which fairseq makes its own kind."""
     fine_tuned = isinstance(model, SSLAMForAudioClassification)
     settings = _fairseq_pretraining_settings(model.config, extractor)
     if fine_tuned:
