@@ -14,8 +14,9 @@ from . import ConversionError
 from .card import model_card
 from .configuration import Choices, describe
 from .layouts import CLASSIFIER_NORM_EPS, POSITIONS, Layout, recognise, to_theirs
+from .placing import replacing
 from .reader import read_checkpoint
-from .writer import WRITERS
+from .writer import WRITERS, Written, check
 
 # The parts of a model under our names, by head.
 HEAD_PARTS = {
@@ -59,9 +60,25 @@ def convert(
     Raises:
         ConversionError: If the checkpoint is not one of SSLAM or EAT, is damaged, or lacks what was asked for.
     """
-    if not overwrite and out.exists() and (out.is_file() or any(out.iterdir())):
-        raise ConversionError(f"{out} is there already; name another place, or replace it with --overwrite.")
-    title = title or source.name
+    with replacing(out, overwrite) as place:
+        # In a function of its own, at whose end the source's weights leave memory before the result's come into it.
+        model_class, written, summary = _convert(
+            source, place, head, weights, to, choices, title or source.name, report
+        )
+        check(place, model_class, written)
+    report(f"{out}: {summary}; read back and found equal")
+
+
+def _convert(
+    source: Path,
+    place: Path,
+    head: str,
+    weights: str,
+    to: str,
+    choices: Choices,
+    title: str,
+    report: Callable[[str], None],
+) -> tuple[type[SSLAMPreTrainedModel], Written, str]:
     checkpoint = read_checkpoint(source)
     layout, tensors = _under_our_names(checkpoint.tensors, title)
     found = Counter(_part(name) for name in tensors)
@@ -77,8 +94,8 @@ def convert(
     eps = CLASSIFIER_NORM_EPS.get(to, config.classifier_norm_eps)
     if head == "classification" and eps != config.classifier_norm_eps:
         notes.append(
-            f"The classifier's norm has an epsilon of {config.classifier_norm_eps} here and {eps} in the code that reads "
-            "this layout, so its logits will differ slightly."
+            f"The classifier's norm has an epsilon of {config.classifier_norm_eps} here, but {eps} in the code that "
+            "reads this layout, so its logits will differ slightly."
         )
     kept = ", ".join([weights, *HEAD_PARTS[head][1:]] if "teacher" in found else map(_title, HEAD_PARTS[head]))
     report(f"kept: {kept}")
@@ -86,10 +103,9 @@ def convert(
         report(f"note: {note}")
 
     facts = {"Converted from": title, "Its layout": f"{layout.title}: {_enumerate(found)}", "Kept of it": kept}
-    card = model_card(model, extractor, checkpoint, facts, notes)
-    WRITERS[to](model, extractor, card, out, overwrite)
+    written = WRITERS[to](model, extractor, model_card(model, extractor, checkpoint, facts, notes), place)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    report(f"{out}: {type(model).__name__}, {num_parameters / 1e6:.2f} M parameters; read back and found equal")
+    return type(model), written, f"{type(model).__name__}, {num_parameters / 1e6:.2f} M parameters"
 
 
 def _under_our_names(tensors: Tensors, title: str) -> tuple[Layout, Tensors]:

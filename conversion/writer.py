@@ -1,11 +1,9 @@
-"""Writes a model in each layout: beside its place, read back and compared, then renamed into it."""
+"""Writes a model in each layout, and checks what was written."""
 
+import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from modeling_sslam import (
     SSLAMConfig,
     SSLAMFeatureExtractor,
     SSLAMForAudioClassification,
+    SSLAMForPreTraining,
     SSLAMModel,
     SSLAMPreTrainedModel,
 )
@@ -41,23 +40,29 @@ from .layouts import (
 )
 from .reader import read_checkpoint
 
-Writer = Callable[[SSLAMPreTrainedModel, SSLAMFeatureExtractor, str, Path, bool], None]
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a result must be when it is read back: a digest of each tensor, and for transformers the numbers that the
+    model computes. It holds none of the weights, so that they need not be in memory twice."""
+
+    digests: dict[str, str]
+    outputs: tuple[torch.Tensor, ...] = ()
 
 
 def write_transformers(
-    model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, card: str, out: Path, overwrite: bool
-) -> None:
+    model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, card: str, folder: Path
+) -> Written:
     """A folder for `from_pretrained`: weights, configurations, the source files that they need, and the model card."""
-    with _replacing(out, overwrite) as folder:
-        model.save_pretrained(folder)
-        extractor.save_pretrained(folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        _check_transformers(folder, model, extractor)
+    model.save_pretrained(folder)
+    extractor.save_pretrained(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return Written(_digests(model.state_dict()), _probe(model))
 
 
-def write_hub(
-    model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, card: str, out: Path, overwrite: bool
-) -> None:
+def write_hub(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, card: str, folder: Path) -> Written:
     """A folder in the layout of the published EATModel. The class itself is not among the files."""
     config = model.config
     if config.classifier_pooling != "cls":
@@ -72,16 +77,13 @@ def write_hub(
         "torch_dtype": str(model.dtype).removeprefix("torch."),
     }
     tensors = _published_tensors(model, HUB_EAT)
-    with _replacing(out, overwrite) as folder:
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        _check_tensors(folder, tensors)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return Written(_digests(tensors))
 
 
-def write_fairseq(
-    model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, card: str, out: Path, overwrite: bool
-) -> None:
+def write_fairseq(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, card: str, file: Path) -> Written:
     """A `.pt` file as fairseq keeps it, without the state of an optimiser: for fine-tuning, inference and evaluation
     by the published code. Its settings are a plain dict, of which fairseq makes its own kind."""
     fine_tuned = isinstance(model, SSLAMForAudioClassification)
@@ -103,11 +105,11 @@ def write_fairseq(
         "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0, "shuffle": True, "version": 2}},
         "last_optimizer_state": None,
     }
-    with _replacing(out, overwrite) as file:
-        torch.save(checkpoint, file)
-        _check_tensors(file, tensors)
+    torch.save(checkpoint, file)
+    return Written(_digests(tensors))
 
 
+Writer = Callable[[SSLAMPreTrainedModel, SSLAMFeatureExtractor, str, Path], Written]
 WRITERS: dict[str, Writer] = {"transformers": write_transformers, "fairseq": write_fairseq, "hub-eat": write_hub}
 
 
@@ -172,71 +174,43 @@ def _fairseq_classification_settings(
     return _nested(settings)
 
 
-def _check_transformers(folder: Path, model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor) -> None:
-    reloaded = type(model).from_pretrained(folder, dtype=model.dtype)
-    _require_equal(reloaded.state_dict(), model.state_dict(), folder)
-    config = model.config
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(1, 4 * config.patch_size, config.num_mel_bins, generator=generator).to(model.dtype)
-    encoders = [(reloaded, model)]
-    if not isinstance(model, (SSLAMModel, SSLAMForAudioClassification)):
-        encoders = [(reloaded.sslam, model.sslam), (reloaded.teacher, model.teacher)]
-    with torch.inference_mode():
-        for theirs, ours in encoders:
-            if not torch.equal(theirs.eval()(inputs)[0], ours.eval()(inputs)[0]):
-                raise ConversionError(
-                    f"The model read back from {folder.name} computes something else than it should."
-                )
-    if SSLAMFeatureExtractor.from_pretrained(folder).to_dict() != extractor.to_dict():
-        raise ConversionError(f"The feature extractor read back from {folder.name} is not the one written.")
-    for reference in reloaded.config.auto_map.values():
-        source = folder / f"{reference.partition('.')[0]}.py"
+def check(path: Path, model_class: type[SSLAMPreTrainedModel], written: Written) -> None:
+    """Reads back what a writer put at `path` and compares.
+
+    Raises:
+        ConversionError: If anything is missing or differs.
+    """
+    found = _digests(read_checkpoint(path).tensors)
+    if differing := found.items() ^ written.digests.items():
+        names = sorted({name for name, _ in differing})
+        raise ConversionError(f"{path.name}, read back, differs from what was written: {', '.join(names)}.")
+    if not written.outputs:
+        return
+    model = model_class.from_pretrained(path, dtype="auto")
+    SSLAMFeatureExtractor.from_pretrained(path)
+    if not all(map(torch.equal, _probe(model), written.outputs)):
+        raise ConversionError(f"The model read back from {path.name} computes something else than the one written.")
+    for reference in model.config.auto_map.values():
+        source = path / f"{reference.partition('.')[0]}.py"
         if not source.is_file():
             raise ConversionError(f"{source.name}, which the model's code needs, was not written.")
 
 
-def _check_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    _require_equal(read_checkpoint(path).tensors, tensors, path)
+def _digests(tensors: Tensors) -> dict[str, str]:
+    """Of dtype, shape and values."""
+
+    def digest(tensor: torch.Tensor) -> str:
+        values = tensor.contiguous().view(torch.uint8).numpy()
+        return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(values).hexdigest()}"
+
+    return {name: digest(tensor) for name, tensor in tensors.items()}
 
 
-def _require_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], path: Path) -> None:
-    differing = found.keys() ^ expected.keys()
-    differing |= {name for name in found.keys() & expected.keys() if not torch.equal(found[name], expected[name])}
-    if differing:
-        raise ConversionError(
-            f"{path.name}, read back, differs from what was written: {', '.join(sorted(differing))}."
-        )
-
-
-@contextmanager
-def _replacing(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A path beside `out` to write a file or folder at, which takes the place of `out` when all went well."""
-    out = out.absolute()
-    if overwrite and out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
-        raise ConversionError(f"{out} is a folder, but not of a model; it is not overwritten. Name another place.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    workplace = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        yield workplace / out.name
-        for path in (workplace / out.name, *(workplace / out.name).rglob("*"), workplace):
-            _sync(path)
-        previous = workplace / "previous"
-        if out.exists():
-            out.rename(previous)
-        try:
-            (workplace / out.name).rename(out)
-        except OSError:
-            if previous.exists():
-                previous.rename(out)
-            raise
-        _sync(out.parent)
-    finally:
-        shutil.rmtree(workplace)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+@torch.inference_mode()
+def _probe(model: SSLAMPreTrainedModel) -> tuple[torch.Tensor, ...]:
+    """What the model, and in pre-training its teacher, makes of a fixed input."""
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(1, 4 * config.patch_size, config.num_mel_bins, generator=generator)
+    probed = (model.sslam, model.teacher) if isinstance(model, SSLAMForPreTraining) else (model,)
+    return tuple(module.eval()(inputs)[0] for module in probed)
