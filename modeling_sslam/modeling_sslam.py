@@ -26,7 +26,7 @@ def sincos_position_table(config: SSLAMConfig) -> torch.Tensor:
     [sin(p w), cos(p w)] with w_k = 10000^(-k / (hidden_size / 4)).
 
     Returns:
-        Of shape `(max_position_embeddings * num_mel_patches, hidden_size)`, time-major, in the default dtype.
+        float32 of shape `(max_position_embeddings * num_mel_patches, hidden_size)`, time-major.
     """
     # Every step in float32, as the published table was made: at late positions the angles' rounding shows.
     quarter = config.hidden_size // 4
@@ -37,8 +37,30 @@ def sincos_position_table(config: SSLAMConfig) -> torch.Tensor:
         return torch.from_numpy(np.concatenate((np.sin(angles), np.cos(angles)), axis=1))
 
     mel, time = encode(config.num_mel_patches), encode(config.max_position_embeddings)
-    table = torch.cat((mel.repeat(len(time), 1), time.repeat_interleave(len(mel), dim=0)), dim=1)
-    return table.to(torch.get_default_dtype())
+    return torch.cat((mel.repeat(len(time), 1), time.repeat_interleave(len(mel), dim=0)), dim=1)
+
+
+def check_input_values(input_values: torch.Tensor, config: SSLAMConfig) -> torch.Tensor:
+    """The input as `(batch_size, T, num_mel_bins)`, without the channel axis of the published interface.
+
+    Raises:
+        ValueError: If the model takes no input of this shape.
+    """
+    patch_size, num_mel_bins = config.patch_size, config.num_mel_bins
+    if input_values.ndim == 4 and input_values.shape[1] == 1:
+        input_values = input_values.squeeze(1)
+    if input_values.ndim != 3 or input_values.shape[2] != num_mel_bins:
+        raise ValueError(
+            f"input_values has shape {tuple(input_values.shape)}; this model takes (batch_size, T, "
+            f"{num_mel_bins}) or (batch_size, 1, T, {num_mel_bins})."
+        )
+    length, longest = input_values.shape[1], config.max_position_embeddings * patch_size
+    if length == 0 or length % patch_size or length > longest:
+        raise ValueError(
+            f"input_values has T={length} frames; T must be a multiple of {patch_size}, at most {longest}. The "
+            "feature extractor pads to such a length; cut longer recordings into windows."
+        )
+    return input_values
 
 
 class SSLAMPatchEmbeddings(nn.Module):
@@ -51,22 +73,10 @@ class SSLAMPatchEmbeddings(nn.Module):
         self.register_buffer("position_embeddings", sincos_position_table(config), persistent=False)
 
     def forward(self, input_values: torch.Tensor) -> torch.Tensor:
-        patch_size, num_mel_bins = self.config.patch_size, self.config.num_mel_bins
-        if input_values.ndim == 4 and input_values.shape[1] == 1:
-            input_values = input_values.squeeze(1)
-        if input_values.ndim != 3 or input_values.shape[2] != num_mel_bins:
-            raise ValueError(
-                f"input_values has shape {tuple(input_values.shape)}; this model takes (batch_size, T, "
-                f"{num_mel_bins}) or (batch_size, 1, T, {num_mel_bins})."
-            )
-        length, longest = input_values.shape[1], self.config.max_position_embeddings * patch_size
-        if length == 0 or length % patch_size or length > longest:
-            raise ValueError(
-                f"input_values has T={length} frames; T must be a multiple of {patch_size}, at most {longest}. The "
-                "feature extractor pads to such a length; cut longer recordings into windows."
-            )
-        patches = self.projection(input_values[:, None].to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
-        return patches + self.position_embeddings[: patches.shape[1]]
+        input_values = check_input_values(input_values, self.config)
+        dtype = self.projection.weight.dtype
+        patches = self.projection(input_values[:, None].to(dtype)).flatten(2).transpose(1, 2)
+        return patches + self.position_embeddings[: patches.shape[1]].to(dtype)
 
 
 def eager_attention_forward(
