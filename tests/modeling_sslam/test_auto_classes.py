@@ -51,10 +51,9 @@ def saved(tmp_path, make_config) -> Path:
 def run_isolated(script: str, folder: Path, tmp_path: Path) -> str:
     """Runs the script on a machine like the one above; `folder` is its first argument."""
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    # Other versions of transformers are laid over the environment by this path; the repository is not on it.
-    overlay = [
-        p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if (Path(p) / "transformers").is_dir() and p
-    ]
+    # Another version of transformers is laid over the environment by this path; the repository is not on it.
+    paths = [Path(path).resolve() for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    overlay = [str(path) for path in paths if (path / "transformers").is_dir()]
     environment = {
         **inherited,
         "HF_HUB_OFFLINE": "1",
