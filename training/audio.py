@@ -1,9 +1,9 @@
 """Sound files to waveforms: any container, sampling rate and channel count to mono float32 at the model's rate.
 
-- libsndfile (soundfile) decodes from bytes or a path, so nothing needs a system FFmpeg. What it cannot read (m4a, webm)
-  goes to torchcodec where that is installed.
-- A crop is taken *before* resampling, and of a seekable file only the crop is read: an hour-long recording costs no more
-  than a clip. A resampled crop differs from the crop of a resampled file in its outermost few samples.
+- libsndfile (soundfile) decodes from bytes or a path, so nothing needs a system FFmpeg. What it cannot read (m4a,
+  webm) goes to torchcodec where that is installed.
+- A crop is taken *before* resampling, and libsndfile reads no more than the crop: an hour-long recording costs as much
+  as a clip. A resampled crop differs from the crop of a resampled file in its outermost few samples.
 - A file that cannot give a clip raises [`ClipError`], whose `reason` is one word to count by.
 """
 
@@ -18,8 +18,8 @@ import torchaudio
 
 from modeling_sslam.feature_extraction_sslam import PEAK_LIMIT
 
-# The resampling kernel holds (reduced source rate) x (reduced target rate) taps. 44 100 Hz reduces to 441/160, an odd rate
-# such as 11 127 Hz to nothing: that would take gigabytes. The nearest fraction under this bound is within 1e-7 of the rate.
+# The resampling kernel holds (reduced source rate) x (reduced target rate) taps. 44 100 Hz reduces to 441/160, an odd
+# rate such as 11 127 Hz to nothing: that would take gigabytes. Fractions under this bound are within 1e-6 of any rate.
 MAX_RESAMPLING_DENOMINATOR = 2000
 
 
@@ -57,8 +57,8 @@ def read_waveform(
         float32 of shape `(num_samples,)`, full scale 1, the mean over the channels.
 
     Raises:
-        ClipError: If the file is missing, empty, undecodable, shorter than `min_samples`, has NaN or infinite samples or
-            lies far beyond full scale.
+        ClipError: If the file is missing, empty, undecodable, shorter than `min_samples`, has NaN or infinite samples
+            or lies far beyond full scale.
     """
     if not audio:
         raise ClipError("empty", "the file has no bytes")
@@ -76,7 +76,6 @@ def read_waveform(
     if not channels.numel():
         raise ClipError("empty", "the file has no samples")
     waveform = channels.mean(0)
-    # A clip one sample long would be resampled to nothing but edges; its length is known without that.
     num_samples = math.ceil(len(waveform) * sampling_rate / rate)
     if num_samples < min_samples:
         raise ClipError(

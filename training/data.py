@@ -1,63 +1,44 @@
-"""From any source of sound to batches of `input_values`, the same ones in the same order however often a run is killed.
+"""From any source of sound to batches of `input_values`, the same in the same order however often a run is killed.
 
     loader = make_loader(DataConfig("agkphysics/AudioSet", config_name="unbalanced"), feature_extractor,
                          batch_size=12, seed=0, rank=rank, world_size=world_size)
     for batch in loader:                      # endless: steps end a run, not epochs
         input_values = loader.input_values(batch, device)
         ...
-        checkpoint = loader.state_dict()      # of this rank; `load_state_dict` before iterating goes on after this batch
+        checkpoint = loader.state_dict()      # of this rank; load it before iterating to go on after this batch
 
 - **Sharing out.** The shards of a source go to the ranks, a rank's to its workers: each clip to exactly one worker per
   epoch. Every worker fills its own batches; the batches of a rank take turns over its workers.
 - **Shuffling.** The order of the shards is drawn per epoch, and within a worker's stream blocks of `shuffle_buffer`
-  clips are permuted. While one block is used up the next one fills, so at most `shuffle_buffer` encoded clips are held.
-- **Exact resume.** Nothing is drawn that is not a function of (seed, epoch, block, worker) or (seed, epoch, clip id).
-  A worker's position is the state of the source at the start of its block and the number of clips used since: on resume
-  the block is read again, nothing of it decoded twice. That is exact where the shuffle buffer of `datasets` is not (it
-  loses its content), for a checkpoint of a few hundred bytes.
+  clips are permuted. While one block is used up the next fills, so about `shuffle_buffer` encoded clips are held.
+- **Exact resume.** A checkpoint of a few hundred bytes per worker gives the same clips, crops and batches: see
+  [`training.stream`].
 - **Epochs run on.** With `repeat` each worker passes from one epoch to the next inside a batch: no clip is dropped, no
-  batch is short, and ranks that hold different numbers of clips never wait for one another. Without it the loader gives
-  one pass, whose last batches may be short and whose number differs from rank to rank: gather results at its end.
+  batch is short, and ranks that hold different numbers of clips never wait for one another. Without it the loader
+  gives one pass, whose last batches may be short and whose number differs from rank to rank: gather results after it.
 - **Crops.** A longer file is cropped *first*; the feature extractor then takes the mean of the crop, not of the file.
 - **Faults.** Unusable clips are skipped, counted and logged (see [`training.audio.ClipError`]); a source that fails is
   opened again at the row it had come to.
 """
 
-import hashlib
 import logging
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from itertools import islice
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-import aiohttp
-import datasets
-import fsspec
-import numpy as np
 import pyarrow
 import torch
-from datasets.distributed import split_dataset_by_node
-from huggingface_hub.utils import httpx
-from torch.utils.data import get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from modeling_sslam import SSLAMFeatureExtractor
-from modeling_sslam.feature_extraction_sslam import FRAME_SHIFT_MS
-from training.audio import ClipError, read_waveform
-from training.sources import Source, open_source
+from training.sources import open_source
+from training.stream import ClipStream, input_values_of
 
 logger = logging.getLogger(__name__)
 
-# What a remote source may raise that another attempt can mend.
-TRANSIENT_ERRORS = (OSError, TimeoutError, aiohttp.ClientError, httpx.HTTPError, pyarrow.ArrowException, EOFError)
-PERMANENT_ERRORS = (FileNotFoundError, PermissionError)
-FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 1.0, 60.0
 # A fraction means nothing over the first few clips.
 MIN_CLIPS_FOR_FRACTION = 100
-# Skipped clips travel with the next batch; where none comes about they are handed over by themselves.
-MAX_UNREPORTED_SKIPS = 64
 
 
 @dataclass
@@ -66,8 +47,9 @@ class DataConfig:
 
     source: str = field(
         metadata={
-            "help": "Hub dataset id, folder of sound files or of a dataset (parquet, arrow, WebDataset tar, audiofolder, "
-            "save_to_disk), .tsv manifest, or a builder of `datasets` such as parquet or webdataset (with data_files)."
+            "help": "Hub dataset id, folder of sound files or of a dataset (parquet, arrow, WebDataset tar, "
+            "audiofolder, save_to_disk), .tsv manifest, or a builder of `datasets` such as parquet or webdataset "
+            "with data_files."
         }
     )
     config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
@@ -89,8 +71,8 @@ class DataConfig:
     id_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column that names a clip. By default video_id, id or __key__, else the audio's path, else a digest "
-            "of its bytes."
+            "help": "Column that names a clip. By default video_id, id or __key__, else the audio's path, else a "
+            "digest of its bytes. Names must differ: a clip's crops are drawn by its name."
         },
     )
     label_column: str | None = field(
@@ -109,8 +91,8 @@ class DataConfig:
     shuffle_buffer: int = field(
         default=1000,
         metadata={
-            "help": "Clips that are shuffled among each other, still encoded, in the memory of every worker. 0 keeps the "
-            "order of the source, the same in every epoch."
+            "help": "Clips that are shuffled among each other, still encoded, in the memory of every worker. 0 keeps "
+            "the order of the source, the same in every epoch."
         },
     )
     num_workers: int = field(default=4, metadata={"help": "Worker processes per rank. 0 loads in the main process."})
@@ -139,259 +121,8 @@ class DataConfig:
         for name in ("shuffle_buffer", "num_workers", "max_retries"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
-        if not 0 <= self.max_skipped_fraction <= 1:
-            raise ValueError(f"max_skipped_fraction={self.max_skipped_fraction} must lie between 0 and 1.")
-
-
-def generator_for(*key: int | str) -> np.random.Generator:
-    """A generator that depends on the key alone, not on what was drawn before or in which process."""
-    words = [
-        part
-        if isinstance(part, int)
-        else int.from_bytes(hashlib.blake2b(part.encode(), digest_size=16).digest(), "little")
-        for part in key
-    ]
-    return np.random.default_rng(words)
-
-
-def with_retries(action: Callable[[], Any], max_retries: int, name: str) -> Any:
-    """The result of `action`, called again at doubling intervals while it fails in a way that time may mend."""
-    for attempt in range(max_retries + 1):
-        try:
-            return action()
-        except PERMANENT_ERRORS:
-            raise
-        except TRANSIENT_ERRORS as error:
-            if attempt == max_retries:
-                raise
-            seconds = min(FIRST_RETRY_SECONDS * 2**attempt, LONGEST_RETRY_SECONDS)
-            logger.warning(
-                "%s failed (%s: %s); attempt %d of %d in %g s.",
-                name, type(error).__name__, error, attempt + 1, max_retries, seconds,
-            )  # fmt: skip
-            time.sleep(seconds)
-    raise AssertionError("unreachable")
-
-
-class Rows:
-    """The rows of a dataset from a saved state on, opened again where it was if reading fails.
-
-    Args:
-        dataset: Its epoch set; private to this process.
-        state: What an earlier `state_dict()` gave, or `None` for the start.
-    """
-
-    def __init__(self, dataset: datasets.IterableDataset, state: dict | None, max_retries: int, name: str) -> None:
-        self.dataset = dataset
-        self.max_retries = max_retries
-        self.name = name
-        self.checkpoint = state
-        self.rows_since_checkpoint = 0
-        self.rows: Iterator[dict] | None = None
-
-    def state_dict(self) -> dict | None:
-        """The state of the source after the rows given so far; `None` at its start."""
-        if self.rows is not None:
-            self.checkpoint, self.rows_since_checkpoint = self.dataset.state_dict(), 0
-        return self.checkpoint
-
-    def __iter__(self) -> "Rows":
-        return self
-
-    def __next__(self) -> dict:
-        row = with_retries(self._read, self.max_retries, self.name)
-        if row is None:
-            raise StopIteration
-        self.rows_since_checkpoint += 1
-        return row
-
-    def _read(self) -> dict | None:
-        # A source that failed half way through a table may have counted rows it never gave. So it restarts from the
-        # last state taken between two rows, and passes over those given since.
-        try:
-            if self.rows is None:
-                if self.checkpoint is not None:
-                    self.dataset.load_state_dict(self.checkpoint)
-                rows = iter(self.dataset)
-                for _ in islice(rows, self.rows_since_checkpoint):
-                    pass
-                self.rows = rows
-            return next(self.rows, None)
-        except BaseException:
-            self.rows = None
-            raise
-
-
-class Position(NamedTuple):
-    """A place in a worker's endless stream of clips: after `used` clips of the block that starts at state `rows`."""
-
-    epoch: int
-    block: int
-    rows: dict | None
-    used: int
-
-
-class ClipStream(torch.utils.data.IterableDataset):
-    """One worker's batches. Stateful: its state is the position after the batch it gave last."""
-
-    def __init__(
-        self,
-        source: Source,
-        config: DataConfig,
-        feature_extractor: SSLAMFeatureExtractor,
-        batch_size: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-        repeat: bool,
-        drop_last: bool,
-    ) -> None:
-        self.source = source
-        self.config = config
-        self.feature_extractor = feature_extractor
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.repeat = repeat
-        self.drop_last = drop_last
-        self.position = Position(0, 0, None, 0)
-        self.num_reported = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.position._asdict() | {"num_reported": self.num_reported}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.num_reported = state["num_reported"]
-        self.position = Position(*(state[name] for name in Position._fields))
-
-    def dataset_of_rank(self, epoch: int = 0) -> datasets.IterableDataset:
-        """This rank's part of the source, in the order of that epoch.
-
-        Made anew in each worker: the epoch of a dataset lies in memory that worker processes would share.
-        """
-        dataset = self.source.dataset
-        # "examples" has every rank read everything, so it is for when there are too few shards to go round.
-        strategy = "shards" if dataset.num_shards >= self.world_size else "examples"
-        dataset = split_dataset_by_node(dataset, self.rank, self.world_size, strategy=strategy)
-        if self.config.shuffle_buffer:
-            # `datasets` orders the shards by the epoch's number alone, and leaves them alone in epoch 0.
-            dataset.set_epoch(int(generator_for(self.seed, "shards", epoch).integers(1, 2**62)))
-        return dataset
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        clips: list[dict[str, Any]] = []
-        skipped: list[tuple[str, str, str]] = []
-        num_reported = self.num_reported
-        position = self.position
-        for row, position in self._rows(position):
-            try:
-                clips.append(self._load(row, position.epoch))
-            except ClipError as error:
-                skipped.append((self._id(row), error.reason, str(error)))
-            if len(clips) == self.batch_size:
-                self.position, self.num_reported = position, 0
-                yield self._batch(clips, skipped[num_reported:])
-                clips, skipped, num_reported = [], [], 0
-            elif len(skipped) - num_reported >= MAX_UNREPORTED_SKIPS:
-                # The position stays at the last batch: the clips waiting for the next one are not given yet.
-                report, num_reported = skipped[num_reported:], len(skipped)
-                self.num_reported = num_reported
-                yield {"ids": [], "skipped": report}
-        self.position, self.num_reported = position, 0
-        if clips and not self.drop_last:
-            yield self._batch(clips, skipped[num_reported:])
-        elif skipped[num_reported:]:
-            yield {"ids": [], "skipped": skipped[num_reported:]}
-
-    def _rows(self, start: Position) -> Iterator[tuple[dict, Position]]:
-        """Rows in the order they are used, each with the position after it."""
-        epoch, index, state, used = start
-        worker = info.id if (info := get_worker_info()) else 0
-        size = max(1, self.config.shuffle_buffer)
-        while True:
-            rows = Rows(self.dataset_of_rank(epoch), state, self.config.max_retries, f"Reading {self.config.source}")
-            is_empty = state is None
-            state = rows.state_dict()
-            draw = generator_for(self.seed, "blocks", epoch, self.rank, worker)
-            # The first block is of random size, so that the borders between blocks move from epoch to epoch.
-            block = list(islice(rows, int(draw.integers(1, size + 1)) if index == 0 else size))
-            while block:
-                is_empty = False
-                next_state, next_block = rows.state_dict(), []
-                order = np.arange(len(block))
-                if self.config.shuffle_buffer:
-                    order = generator_for(self.seed, "order", epoch, index, self.rank, worker).permutation(len(block))
-                for i, k in enumerate(order):
-                    if i >= used:
-                        next_block.extend(islice(rows, 1))
-                        yield block[k], Position(epoch, index, state, i + 1)
-                    block[k] = None
-                next_block.extend(islice(rows, size - len(next_block)))
-                block, index, state, used = next_block, index + 1, next_state, 0
-            if not self.repeat or is_empty:
-                return
-            epoch, index, state, used = epoch + 1, 0, None, 0
-
-    def _id(self, row: dict) -> str:
-        if self.source.id_column is not None:
-            return str(row[self.source.id_column])
-        encoded, path = self.source.audio(row)
-        return path or hashlib.blake2b(encoded or b"", digest_size=8).hexdigest()
-
-    def _load(self, row: dict, epoch: int) -> dict[str, Any]:
-        extractor = self.feature_extractor
-        encoded, path = self.source.audio(row)
-        id_ = self._id(row)
-        if encoded is None and path is not None and "://" in path:
-            encoded = with_retries(lambda: _read_remote(path), self.config.max_retries, f"Reading {path}")
-        crop = self.config.crop == "random"
-        waveform = read_waveform(
-            path if encoded is None else encoded,
-            extractor.sampling_rate,
-            max_samples=num_samples_of(extractor, extractor.max_length),
-            min_samples=num_samples_of(extractor, extractor.patch_size),
-            position=generator_for(self.seed, "crop", epoch, id_).random() if crop else 0.0,
-        )
-        clip = {"id": id_, "epoch": epoch, "waveform": waveform}
-        return clip | ({"labels": self.source.labels(row)} if self.source.label_column else {})
-
-    def _batch(self, clips: list[dict[str, Any]], skipped: list[tuple[str, str, str]]) -> dict[str, Any]:
-        waveforms = [clip["waveform"] for clip in clips]
-        batch = {
-            "waveforms": torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True),
-            "num_samples": torch.tensor([len(waveform) for waveform in waveforms]),
-            "ids": [clip["id"] for clip in clips],
-            "epochs": [clip["epoch"] for clip in clips],
-            "skipped": skipped,
-        }
-        if self.source.label_column:
-            batch["labels"] = [clip["labels"] for clip in clips]
-        if self.config.front_end == "worker":
-            batch["input_values"] = input_values_of(self.feature_extractor, batch)
-            del batch["waveforms"], batch["num_samples"]
-        return batch
-
-
-def _read_remote(path: str) -> bytes:
-    with fsspec.open(path, "rb") as file:
-        return file.read()
-
-
-def num_samples_of(feature_extractor: SSLAMFeatureExtractor, num_frames: int) -> int:
-    """Samples that so many frames reach over."""
-    frame_shift = feature_extractor.sampling_rate * FRAME_SHIFT_MS // 1000
-    return feature_extractor.min_samples + (num_frames - 1) * frame_shift
-
-
-def input_values_of(
-    feature_extractor: SSLAMFeatureExtractor, batch: dict[str, Any], device: torch.device | str | None = None
-) -> torch.Tensor:
-    """The feature extractor over a batch's `waveforms` `(B, samples)` of `num_samples` `(B,)` each: `(B, T, F)`."""
-    waveforms = batch["waveforms"].to(device, non_blocking=True)
-    clips = [waveform[:n] for waveform, n in zip(waveforms, batch["num_samples"].tolist(), strict=True)]
-    features = feature_extractor(clips, sampling_rate=feature_extractor.sampling_rate, return_tensors="pt")
-    return features["input_values"]
+        if not 0 <= self.max_skipped_fraction < 1:
+            raise ValueError(f"max_skipped_fraction={self.max_skipped_fraction} must be at least 0 and less than 1.")
 
 
 class AudioLoader:
@@ -408,11 +139,13 @@ class AudioLoader:
         self.num_clips = 0
         self.skipped: Counter[str] = Counter()
         self.epoch = 0
+        # What the clips and their order follow from, but for the place of the data, which may have moved.
         self._settings = {
-            name: value
-            for name, value in asdict(stream.config).items()
-            if name not in ("front_end", "max_skipped_fraction", "max_retries", "read_timeout")
-        } | {
+            "split": stream.config.split,
+            "num_shards": stream.source.dataset.num_shards,
+            "crop": stream.config.crop,
+            "max_length": stream.feature_extractor.max_length,
+            "shuffle_buffer": stream.config.shuffle_buffer,
             "num_workers": num_workers,
             "batch_size": stream.batch_size,
             "seed": stream.seed,
@@ -435,6 +168,10 @@ class AudioLoader:
             if batch["ids"]:
                 self.epoch = max(self.epoch, *batch["epochs"])
                 yield batch
+        if self.stream.repeat:
+            raise RuntimeError(
+                f"{self.stream.config.source} has no clip for rank {self.stream.rank} of {self.stream.world_size}."
+            )
 
     def input_values(self, batch: dict[str, Any], device: torch.device | str) -> torch.Tensor:
         """The batch's `input_values` on `device`: moved there, or with `front_end="device"` computed there."""
@@ -444,9 +181,7 @@ class AudioLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Makes the next iteration begin with that epoch; not for one that is resumed."""
-        self.stream.position = Position(epoch, 0, None, 0)
-        self.stream.num_reported = 0
-        self.epoch = epoch
+        self.stream.epoch = self.epoch = epoch
 
     def state_dict(self) -> dict[str, Any]:
         """Where this rank is: after the batch given last. Every rank saves and loads its own."""
@@ -467,8 +202,9 @@ class AudioLoader:
         for name, value in self._settings.items():
             if state["settings"][name] != value:
                 raise ValueError(
-                    f"The data position was saved with {name}={state['settings'][name]!r}, this run has {name}={value!r}: "
-                    "it would not see the same clips. Resume with the same value, or start a new run from the weights."
+                    f"The data position was saved with {name}={state['settings'][name]!r}, this run has "
+                    f"{name}={value!r} and would see other clips. Resume with the same value, or start a new run from "
+                    "the weights."
                 )
         self._loader.load_state_dict(state["loader"])
         self.num_clips = state["num_clips"]
@@ -485,9 +221,9 @@ class AudioLoader:
         if total >= MIN_CLIPS_FOR_FRACTION and fraction > self.stream.config.max_skipped_fraction:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
             raise RuntimeError(
-                f"{self.skipped.total()} of {total} clips of {self.stream.config.source} are unusable ({reasons}), more than "
-                f"max_skipped_fraction={self.stream.config.max_skipped_fraction}. The log names each. Mend the data, or "
-                "raise the fraction."
+                f"{self.skipped.total()} of {total} clips of {self.stream.config.source} are unusable ({reasons}), "
+                f"more than max_skipped_fraction={self.stream.config.max_skipped_fraction}. The log names each. Mend "
+                "the data, or raise the fraction."
             )
 
 
@@ -516,9 +252,9 @@ def make_loader(
         drop_last: Without `repeat`, whether to drop a worker's last batch if it is short.
 
     Returns:
-        An iterable of dicts: `input_values` float32 `(B, T, F)`, or with `config.front_end == "device"` `waveforms` float32
-        `(B, samples)` zero-padded and `num_samples` int64 `(B,)` (see [`AudioLoader.input_values`]); `ids` and `epochs`,
-        lists of length B; and with `config.label_column` `labels`, a list of B lists of names.
+        An iterable of dicts: `input_values` float32 `(B, T, F)`, or with `config.front_end == "device"` `waveforms`
+        float32 `(B, samples)` zero-padded and `num_samples` int64 `(B,)` (see [`AudioLoader.input_values`]); `ids` and
+        `epochs`, lists of length B; and with `config.label_column` `labels`, a list of B lists of names.
 
     Raises:
         ValueError, FileNotFoundError: If the source cannot be opened (see [`training.sources.open_source`]).

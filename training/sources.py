@@ -5,8 +5,8 @@ What `DataConfig.source` may be:
   (`parquet`, `arrow`, `webdataset`, `json`; local paths, globs or URLs);
 - a local folder of a dataset: parquet, arrow or WebDataset tar shards, an audiofolder with its `metadata.csv` /
   `metadata.jsonl`, or what `Dataset.save_to_disk` wrote;
-- a `.tsv` manifest: the root folder in the first line, then `relative/path.wav<TAB>number` a line; labels, if asked for,
-  from the `.lbl` file beside it;
+- a `.tsv` manifest: the root folder in the first line, then `relative/path.wav<TAB>number` a line; labels, if asked
+  for, from the `.lbl` file beside it;
 - any other folder: every sound file under it.
 
 All of them become a `datasets.IterableDataset` cut into shards, which is what rank and worker share out and what an
@@ -38,7 +38,7 @@ MAX_LISTED_SHARDS = 1024
 
 @dataclasses.dataclass
 class EncodedAudio(datasets.Audio):
-    """An audio column that stays encoded. `datasets.Audio(decode=False)` asks for torchcodec even so, in tars and folders."""
+    """An audio column that stays encoded. For tars and folders, `Audio(decode=False)` asks for torchcodec even so."""
 
     decode: bool = False
 
@@ -110,7 +110,7 @@ def open_source(config: "DataConfig", num_readers: int, seed: int) -> Source:
         split=config.split,
         revision=config.revision,
         streaming=config.streaming,
-        storage_options=_http_options(config.read_timeout),
+        storage_options=http_options(config.read_timeout),
     )
     if isinstance(dataset, datasets.Dataset):
         return _from_dataset(config, dataset, num_readers)
@@ -120,8 +120,11 @@ def open_source(config: "DataConfig", num_readers: int, seed: int) -> Source:
     return _select_columns(config, dataset)
 
 
-def _http_options(read_timeout: float) -> dict[str, Any]:
-    """A stalled connection counts as lost after `read_timeout` seconds without a byte, not after aiohttp's 5 minutes in all."""
+def http_options(read_timeout: float) -> dict[str, dict[str, Any]]:
+    """Options for fsspec by protocol: a connection is lost after `read_timeout` seconds without a byte.
+
+    (aiohttp itself gives up 5 minutes after it began, however well the bytes flow.)
+    """
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=read_timeout, sock_read=read_timeout)
     return {protocol: {"client_kwargs": {"timeout": timeout}} for protocol in ("http", "https")}
 
@@ -154,7 +157,8 @@ def _read_manifest(path: Path, with_labels: bool) -> tuple[list[str], list[str],
     ids = [line.split("\t")[0] for line in lines if line.strip()]
     if not ids:
         raise ValueError(
-            f"{path} lists no files. A manifest has the root folder in its first line, then relative/path.wav<TAB>number."
+            f"{path} lists no files. A manifest has the root folder in its first line, then "
+            "relative/path.wav<TAB>number in each."
         )
     labels = None
     if with_labels:
@@ -219,7 +223,7 @@ def _select_columns(config: "DataConfig", dataset: datasets.IterableDataset) -> 
         candidates = candidates or [name for name in ("audio",) if name in features]
         if len(candidates) != 1:
             raise ValueError(
-                f"{config.source} has {'no' if not candidates else 'several'} audio columns; set audio_column to one of: "
+                f"{config.source} has {'several' if candidates else 'no'} audio columns; set audio_column to one of "
                 f"{', '.join(candidates or features)}."
             )
         audio_column = candidates[0]
@@ -236,4 +240,4 @@ def _select_columns(config: "DataConfig", dataset: datasets.IterableDataset) -> 
     return Source(dataset, audio_column, id_column, config.label_column, label_names)
 
 
-__all__ = ["Source", "open_source"]
+__all__ = ["Source", "http_options", "open_source"]
