@@ -58,18 +58,24 @@ def with_retries(action: Callable[[], Any], max_retries: int, name: str) -> Any:
     for attempt in range(max_retries + 1):
         try:
             return action()
-        except PERMANENT_ERRORS:
-            raise
         except TRANSIENT_ERRORS as error:
-            if attempt == max_retries:
+            cause = _cause(error)
+            if attempt == max_retries or isinstance(cause, PERMANENT_ERRORS):
                 raise
             seconds = min(FIRST_RETRY_SECONDS * 2**attempt, LONGEST_RETRY_SECONDS)
             logger.warning(
                 "%s failed (%s: %s); attempt %d of %d in %g s.",
-                name, type(error).__name__, error, attempt + 1, max_retries, seconds,
+                name, type(cause).__name__, cause, attempt + 1, max_retries, seconds,
             )  # fmt: skip
             time.sleep(seconds)
     raise AssertionError("unreachable")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """fsspec calls any file missing whose size a server would not tell; what it was stands behind that."""
+    while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 class Rows:
