@@ -22,6 +22,7 @@
 """
 
 import logging
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -89,10 +90,10 @@ class DataConfig:
         },
     )
     shuffle_buffer: int = field(
-        default=1000,
+        default=500,
         metadata={
-            "help": "Clips that are shuffled among each other, still encoded, in the memory of every worker. 0 keeps "
-            "the order of the source, the same in every epoch."
+            "help": "Clips that are shuffled among each other; every worker holds as many encoded files in memory. 0 "
+            "keeps the order of the source, the same in every epoch."
         },
     )
     num_workers: int = field(default=4, metadata={"help": "Worker processes per rank. 0 loads in the main process."})
@@ -159,7 +160,7 @@ class AudioLoader:
             # Workers are given a seed they have no use for; without a generator it would be drawn from the global one.
             generator=torch.Generator().manual_seed(stream.seed),
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_one_thread,
+            worker_init_fn=_set_up_worker,
         )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -227,9 +228,13 @@ class AudioLoader:
             )
 
 
-def _one_thread(worker_id: int) -> None:
+def _set_up_worker(worker_id: int) -> None:
     torch.set_num_threads(1)
     pyarrow.set_cpu_count(1)
+    # A terminal or a scheduler signals every process of a run, and a worker that died of it would take down the main
+    # process while that finishes its step and saves. The second SIGTERM is the main process's own, at its end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def make_loader(

@@ -35,7 +35,7 @@ import soundfile
 from numpy.random import Generator
 from tqdm import tqdm
 
-from training.stream import generator_for
+from training.seeding import generator_for
 
 CLIPS_PER_SHARD = 250
 MIN_EVENT_SECONDS = 0.5

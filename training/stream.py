@@ -8,6 +8,7 @@ content instead.)
 
 import hashlib
 import logging
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,12 +22,14 @@ import numpy as np
 import pyarrow
 import torch
 from datasets.distributed import split_dataset_by_node
+from fsspec.exceptions import FSTimeoutError
 from huggingface_hub.utils import httpx
 from torch.utils.data import get_worker_info
 
 from modeling_sslam import SSLAMFeatureExtractor
 from modeling_sslam.feature_extraction_sslam import FRAME_SHIFT_MS
 from training.audio import ClipError, read_waveform
+from training.seeding import generator_for
 from training.sources import Source, http_options
 
 if TYPE_CHECKING:
@@ -35,22 +38,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # What a remote source may raise that another attempt can mend.
-TRANSIENT_ERRORS = (OSError, TimeoutError, aiohttp.ClientError, httpx.HTTPError, pyarrow.ArrowException, EOFError)
+TRANSIENT_ERRORS = (
+    OSError,
+    FSTimeoutError,
+    aiohttp.ClientError,
+    httpx.HTTPError,
+    pyarrow.ArrowException,
+    tarfile.TarError,
+    EOFError,
+)
 PERMANENT_ERRORS = (FileNotFoundError, PermissionError)
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 1.0, 60.0
 # Skipped clips travel with the next batch; where none comes about they are handed over by themselves.
 MAX_UNREPORTED_SKIPS = 64
-
-
-def generator_for(*key: int | str) -> np.random.Generator:
-    """A generator that depends on the key alone, not on what was drawn before or in which process."""
-    words = [
-        part
-        if isinstance(part, int)
-        else int.from_bytes(hashlib.blake2b(part.encode(), digest_size=16).digest(), "little")
-        for part in key
-    ]
-    return np.random.default_rng(words)
 
 
 def with_retries(action: Callable[[], Any], max_retries: int, name: str) -> Any:
