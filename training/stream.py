@@ -55,20 +55,20 @@ MAX_UNREPORTED_SKIPS = 64
 
 def with_retries(action: Callable[[], Any], max_retries: int, name: str) -> Any:
     """The result of `action`, called again at doubling intervals while it fails in a way that time may mend."""
-    for attempt in range(max_retries + 1):
+    retry, seconds = 0, FIRST_RETRY_SECONDS
+    while True:
         try:
             return action()
         except TRANSIENT_ERRORS as error:
-            cause = _cause(error)
-            if attempt == max_retries or isinstance(cause, PERMANENT_ERRORS):
+            cause, retry = _cause(error), retry + 1
+            if retry > max_retries or isinstance(cause, PERMANENT_ERRORS):
                 raise
-            seconds = min(FIRST_RETRY_SECONDS * 2**attempt, LONGEST_RETRY_SECONDS)
             logger.warning(
-                "%s failed (%s: %s); attempt %d of %d in %g s.",
-                name, type(cause).__name__, cause, attempt + 1, max_retries, seconds,
+                "%s failed (%s: %s); retry %d of %d in %g s.",
+                name, type(cause).__name__, cause, retry, max_retries, seconds,
             )  # fmt: skip
             time.sleep(seconds)
-    raise AssertionError("unreachable")
+            seconds = min(2 * seconds, LONGEST_RETRY_SECONDS)
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -128,7 +128,7 @@ class Rows:
 
 
 class Position(NamedTuple):
-    """A place in a worker's endless stream of clips: after `used` clips of the block that starts at state `rows`."""
+    """A place in a worker's stream of clips: after `used` clips of the `block` that starts at state `rows`."""
 
     epoch: int
     block: int
@@ -220,10 +220,9 @@ class ClipStream(torch.utils.data.IterableDataset):
         while True:
             rows = Rows(self.dataset_of_rank(epoch), state, self.config.max_retries, f"Reading {self.config.source}")
             is_empty = state is None
-            state = rows.state_dict()
-            draw = generator_for(self.seed, "blocks", epoch, self.rank, worker)
             # The first block is of random size, so that the borders between blocks move from epoch to epoch.
-            block = list(islice(rows, int(draw.integers(1, size + 1)) if index == 0 else size))
+            first_size = int(generator_for(self.seed, "blocks", epoch, self.rank, worker).integers(1, size + 1))
+            block = list(islice(rows, first_size if index == 0 else size))
             while block:
                 is_empty = False
                 next_state, next_block = rows.state_dict(), []
@@ -255,16 +254,15 @@ class ClipStream(torch.utils.data.IterableDataset):
             encoded = with_retries(
                 partial(_read_remote, path, self.config.read_timeout), self.config.max_retries, f"Reading {path}"
             )
-        crop = self.config.crop == "random"
         waveform = read_waveform(
             path if encoded is None else encoded,
             extractor.sampling_rate,
             max_samples=num_samples_of(extractor, extractor.max_length),
             min_samples=num_samples_of(extractor, extractor.patch_size),
-            position=generator_for(self.seed, "crop", epoch, id_).random() if crop else 0.0,
+            position=generator_for(self.seed, "crop", epoch, id_).random() if self.config.crop == "random" else 0.0,
         )
-        clip = {"id": id_, "epoch": epoch, "waveform": waveform}
-        return clip | ({"labels": self.source.labels(row)} if self.source.label_column else {})
+        labels = self.source.labels(row) if self.source.label_column else None
+        return {"id": id_, "epoch": epoch, "waveform": waveform, "labels": labels}
 
     def _batch(self, clips: list[dict[str, Any]], skipped: list[tuple[str, str, str]]) -> dict[str, Any]:
         waveforms = [clip["waveform"] for clip in clips]
