@@ -48,6 +48,7 @@ TRANSIENT_ERRORS = (
     EOFError,
 )
 PERMANENT_ERRORS = (FileNotFoundError, PermissionError)
+PERMANENT_STATUS = (401, 403, 404, 410)
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 1.0, 60.0
 # Skipped clips travel with the next batch; where none comes about they are handed over by themselves.
 MAX_UNREPORTED_SKIPS = 64
@@ -61,7 +62,7 @@ def with_retries(action: Callable[[], Any], max_retries: int, name: str) -> Any:
             return action()
         except TRANSIENT_ERRORS as error:
             cause, retry = _cause(error), retry + 1
-            if retry > max_retries or isinstance(cause, PERMANENT_ERRORS):
+            if retry > max_retries or _is_permanent(cause):
                 raise
             logger.warning(
                 "%s failed (%s: %s); retry %d of %d in %g s.",
@@ -76,6 +77,12 @@ def _cause(error: BaseException) -> BaseException:
     while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
     return error
+
+
+def _is_permanent(cause: BaseException) -> bool:
+    # aiohttp's errors have a status, those of the Hub's client a response.
+    status = getattr(cause, "status", getattr(getattr(cause, "response", None), "status_code", None))
+    return isinstance(cause, PERMANENT_ERRORS) or status in PERMANENT_STATUS
 
 
 class Rows:
@@ -251,9 +258,8 @@ class ClipStream(torch.utils.data.IterableDataset):
         encoded, path = self.source.audio(row)
         id_ = self._id(row)
         if encoded is None and path is not None and "://" in path:
-            encoded = with_retries(
-                partial(_read_remote, path, self.config.read_timeout), self.config.max_retries, f"Reading {path}"
-            )
+            read = partial(_read_remote, path, self.config.read_timeout)
+            encoded = with_retries(read, self.config.max_retries, f"Reading {path}")
         waveform = read_waveform(
             path if encoded is None else encoded,
             extractor.sampling_rate,
@@ -282,8 +288,13 @@ class ClipStream(torch.utils.data.IterableDataset):
 
 
 def _read_remote(url: str, read_timeout: float) -> bytes:
-    with fsspec.open(url, "rb", **http_options(read_timeout).get(url.split("://")[0], {})) as file:
-        return file.read()
+    try:
+        with fsspec.open(url, "rb", **http_options(read_timeout).get(url.split("://")[0], {})) as file:
+            return file.read()
+    except FileNotFoundError as error:
+        if _is_permanent(_cause(error)):
+            raise ClipError("missing", str(error)) from error
+        raise
 
 
 def num_samples_of(feature_extractor: SSLAMFeatureExtractor, num_frames: int) -> int:

@@ -16,16 +16,18 @@ import torch
 from training import stream
 from training.data import DataConfig, make_loader
 
+COLUMNS = (("bytes", "binary"), ("path", "string"))
+
 
 class FaultyServer(ThreadingHTTPServer):
     """Serves the files of a folder with byte ranges, but that a fraction of the requests meet its faults in turn."""
 
     daemon_threads = True
 
-    def __init__(self, folder, faults=("drop", "500", "429", "stall")):
+    def __init__(self, folder, fault_rate=0.0, faults=("drop", "500", "429", "stall")):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder = folder
-        self.fault_rate = 0.0
+        self.fault_rate = fault_rate
         self.faults = itertools.cycle(faults)
         self.random = random.Random(0)
         self.lock = threading.Lock()
@@ -182,6 +184,21 @@ def test_a_server_that_stays_down_stops_the_run_with_its_error(
         list(itertools.islice(loader, 3))
     assert caught.value.__cause__.status == 500
     assert caplog.text.count("ClientResponseError: 500") == 2
+
+
+def test_clips_that_are_files_on_a_server(tmp_path, make_folder, extractor, serve, hurried):
+    """A dataset may hold no more than addresses. One that is not there is skipped, one that fails is waited for."""
+    folder = make_folder(6)
+    server = serve(folder, fault_rate=0.35)
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.flac"))]
+    rows = [{"id": name, "audio": {"bytes": None, "path": server.url(name)}} for name in [*names, "gone.flac"]]
+    features = datasets.Features({"id": datasets.Value("string"), "audio": {n: datasets.Value(t) for n, t in COLUMNS}})
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "saved"))
+    config = DataConfig(str(tmp_path / "saved"), num_workers=0, shuffle_buffer=8, read_timeout=0.3, max_retries=12)
+    loader = make_loader(config, extractor, batch_size=4, seed=0, repeat=False)
+    assert sorted(itertools.chain(*(batch["ids"] for batch in loader))) == names
+    assert loader.skipped == {"missing": 1}
+    assert server.served["500"] + server.served["drop"] > 1
 
 
 def test_webdataset_over_http(tmp_path, encode, extractor, serve, hurried):
