@@ -108,9 +108,25 @@ HANDMADE = {
     "GLOBAL": "cposix\nsystem\n(S'touch {}'\ntR.",
     "INST": "(S'touch {}'\niposix\nsystem\n.",
     "OBJ": "(cposix\nsystem\nS'touch {}'\no.",
-    "hidden in the memo": "\x80\x04\x8c\x05posix\x94\x8c\x06system\x94000h\x00h\x01\x93(S'touch {}'\ntR.",
+    "hidden in the memo": "\x80\x04\x8c\x05posix\x94\x8c\x06system\x9400h\x00h\x01\x93(S'touch {}'\ntR.",
     "behind another pickle": "N.cposix\nsystem\n(S'touch {}'\ntR.",
 }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_these_pickles_do_run_where_nothing_stops_them(kind, marker):
+    loaded = pickle.loads(pickle.dumps(evil(kind, marker)[0]))
+    if kind == "subprocess":
+        loaded.wait()
+    elif kind == "getattr":
+        loaded()
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("name", [name for name in HANDMADE if name != "behind another pickle"])
+def test_these_programs_do_run_where_nothing_stops_them(name, marker):
+    pickle.loads(HANDMADE[name].format(marker).encode("latin-1"))
+    assert marker.exists()
 
 
 @pytest.mark.parametrize("container", ["zip", "bare"])
@@ -142,8 +158,9 @@ def test_program_behind_a_second_record_of_the_same_name_is_not_run(pretrained, 
 
 
 def test_stand_ins_are_forgotten_after_reading(golden_dir):
+    before = set(torch.serialization.get_safe_globals())
     read_checkpoint(golden_dir / "sslam_pretrained.pt")
-    assert torch.serialization.get_safe_globals() == []
+    assert set(torch.serialization.get_safe_globals()) == before
 
 
 def test_what_training_leaves_beside_the_weights_is_read(pretrained, tmp_path):
