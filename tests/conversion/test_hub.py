@@ -152,7 +152,7 @@ def command(hub: Hub, tmp_path: Path) -> Callable[..., subprocess.CompletedProce
 
     def run(*arguments: object, **changes: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [sys.executable, "-m", "conversion", *map(str, arguments)],
+            [sys.executable, *map(str, arguments)],
             cwd=Path(__file__).parents[2],
             env=environment | changes,
             capture_output=True,
@@ -163,7 +163,17 @@ def command(hub: Hub, tmp_path: Path) -> Callable[..., subprocess.CompletedProce
 
 
 def test_down_and_up(hub, command, converted, tmp_path):
-    result = command("them/fine-tuned", tmp_path / "out", "--revision", "v1", "--push-to-hub", "me/copy", "--private")
+    result = command(
+        "-m",
+        "conversion",
+        "them/fine-tuned",
+        tmp_path / "out",
+        "--revision",
+        "v1",
+        "--push-to-hub",
+        "me/copy",
+        "--private",
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[0].startswith(f"them/fine-tuned (revision {COMMIT}): Hub (EATModel)")
     assert result.stdout.splitlines()[-1] == f"uploaded: {hub.address}/me/copy"
@@ -182,38 +192,43 @@ def test_down_and_up(hub, command, converted, tmp_path):
     assert hub.private == {"me/copy"}
 
 
-def test_repository_with_a_fairseq_file(command, tmp_path):
-    result = command("them/fairseq", tmp_path / "out")
-    assert result.returncode == 0, result.stderr
-    assert "fairseq, pre-trained" in result.stdout
+SOURCES = {
+    "them/fairseq": None,
+    "them/nothing": "cannot be had from the Hub",
+    "them/fine-tuned --revision v9": "cannot be had from the Hub",
+    "them/code": "holds no weights",
+}
 
 
-@pytest.mark.parametrize(
-    ("source", "options", "reason"),
-    [
-        ("them/nothing", (), "cannot be had from the Hub"),
-        ("them/fine-tuned", ("--revision", "v9"), "cannot be had from the Hub"),
-        ("them/code", (), "holds no weights"),
-    ],
-)
-def test_repository_that_cannot_be_converted(source, options, reason, command, tmp_path):
-    result = command(source, tmp_path / "out", *options)
-    assert result.returncode == 1
-    assert result.stderr.startswith("error: ")
-    assert reason in result.stderr
-    assert result.stderr.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+def test_what_repositories_hold(command, tmp_path):
+    # One process for all: most of the time goes into importing torch.
+    lines = [[*line.split(), str(tmp_path / f"out{i}"), "--quiet"] for i, line in enumerate(SOURCES)]
+    result = command("-c", f"from conversion.__main__ import main; print([main(line) for line in {lines}])")
+    assert result.stdout == "[0, 1, 1, 1]\n", result.stderr
+    assert [path.name for path in tmp_path.glob("out*")] == ["out0"]
+    reasons = [reason for reason in SOURCES.values() if reason]
+    for error, reason in zip(result.stderr.splitlines(), reasons, strict=True):
+        assert error.startswith("error: ")
+        assert reason in error
 
 
 def test_refused_upload_leaves_the_folder(golden_dir, command, tmp_path):
-    result = command(golden_dir / "hub_pretrained", tmp_path / "out", "--push-to-hub", "me/copy", HF_TOKEN="hf_wrong")
+    result = command(
+        "-m",
+        "conversion",
+        golden_dir / "hub_pretrained",
+        tmp_path / "out",
+        "--push-to-hub",
+        "me/copy",
+        HF_TOKEN="hf_wrong",
+    )
     assert result.returncode == 1
     assert "is written, but was not uploaded to me/copy" in result.stderr
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_hub_that_does_not_answer(command, tmp_path):
-    result = command("them/fine-tuned", tmp_path / "out", HF_ENDPOINT="http://127.0.0.1:9")
+    result = command("-m", "conversion", "them/fine-tuned", tmp_path / "out", HF_ENDPOINT="http://127.0.0.1:9")
     assert result.returncode == 1
     assert "is no path here and cannot be had from the Hub" in result.stderr
     assert result.stderr.count("\n") == 1

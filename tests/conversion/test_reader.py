@@ -1,5 +1,6 @@
 """Reading executes nothing of a file, and says by name what it refuses or what is wrong."""
 
+import contextlib
 import io
 import os
 import pickle
@@ -13,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from conversion import ConversionError
 from conversion.reader import read_checkpoint
@@ -191,6 +194,24 @@ def test_file_that_is_cut_short(source, share, golden_dir, pretrained, tmp_path)
         read_checkpoint(tmp_path / "cut")
 
 
+@given(data=st.data())
+@settings(
+    max_examples=40, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_bytes_that_changed_are_an_error_or_harmless(data, golden_dir, tmp_path):
+    with zipfile.ZipFile(golden_dir / "sslam_finetuned.pt") as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    name = next(name for name in records if name.endswith("data.pkl"))
+    program = bytearray(records[name])
+    for _ in range(data.draw(st.integers(1, 5))):
+        program[data.draw(st.integers(0, len(program) - 1))] = data.draw(st.integers(0, 255))
+    with zipfile.ZipFile(tmp_path / "changed.pt", "w") as archive:
+        for record, content in (records | {name: bytes(program)}).items():
+            archive.writestr(record, content)
+    with contextlib.suppress(ConversionError):
+        read_checkpoint(tmp_path / "changed.pt")
+
+
 def bytes_of(write) -> bytes:
     buffer = io.BytesIO()
     write(buffer)
@@ -224,7 +245,7 @@ NOT_CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("content", NOT_CHECKPOINTS.values(), ids=NOT_CHECKPOINTS)
-@pytest.mark.filterwarnings("ignore:'torch.load' received a zip file that looks like a TorchScript")
+@pytest.mark.filterwarnings("error")
 def test_file_that_is_no_checkpoint(content, tmp_path):
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(ConversionError) as refusal:
