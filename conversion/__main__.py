@@ -71,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     said.add_argument(
         "--num-attention-heads", metavar="N", type=int, help="no shape shows them; 64 channels each if unknown"
     )
-    said.add_argument("--pooling", choices=("cls", "mean"), help="what the classifier sees of a clip")
+    said.add_argument("--pooling", choices=("cls", "mean", "lin_softmax"), help="what the classifier sees of a clip")
     said.add_argument(
         "--problem-type",
         choices=("single_label_classification", "multi_label_classification"),

@@ -145,9 +145,7 @@ def _fairseq_pretraining_settings(config: SSLAMConfig, extractor: SSLAMFeatureEx
 def _fairseq_classification_settings(
     config: SSLAMConfig, extractor: SSLAMFeatureExtractor, pretraining: dict[str, Any]
 ) -> dict[str, Any]:
-    mode = next((mode for mode, pooling in FAIRSEQ_POOLINGS.items() if pooling == config.classifier_pooling), None)
-    if mode is None:
-        raise ConversionError(f"The published code has no pooling like {config.classifier_pooling!r}.")
+    mode = next(mode for mode, pooling in FAIRSEQ_POOLINGS.items() if pooling == config.classifier_pooling)
     statistics = {name: (preset["mean"], preset["std"]) for name, preset in DATASET_PRESETS.items()}
     dataset = next((name for name, pair in statistics.items() if pair == (extractor.mean, extractor.std)), None)
     settings = {

@@ -278,7 +278,7 @@ def test_options_have_the_last_word(fine_tuned, save, run, tmp_path):
     assert SSLAMFeatureExtractor.from_pretrained(tmp_path / "out").mean == -6.627
 
 
-@pytest.mark.parametrize(("number", "pooling"), [(1, "mean"), (2, "cls")])
+@pytest.mark.parametrize(("number", "pooling"), [(1, "mean"), (2, "cls"), (3, "lin_softmax")])
 def test_pooling_pickled_as_an_enumeration_of_the_training_code(
     number, pooling, fine_tuned, save, run, tmp_path, monkeypatch
 ):
@@ -323,9 +323,9 @@ def test_settings_that_contradict_the_weights_are_noted(pretrained, save, run, t
 
 
 def test_pooling_without_a_counterpart_is_refused(fine_tuned, save, run, tmp_path):
-    outcome = run(save(fine_tuned, settings={"model.prediction_mode": "LIN_SOFTMAX"}), tmp_path / "out")
+    outcome = run(save(fine_tuned, settings={"model.prediction_mode": "MAX_POOLING"}), tmp_path / "out")
     assert outcome.code == 1
-    assert "'LIN_SOFTMAX'" in outcome.error
+    assert "'MAX_POOLING'" in outcome.error
 
 
 # Labels
