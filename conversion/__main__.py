@@ -34,7 +34,7 @@ examples:
 """
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m conversion",
         description=DESCRIPTION,
@@ -47,7 +47,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--to",
         choices=("transformers", "fairseq", "hub-eat"),
         default="transformers",
-        help="layout to write (%(default)s)",
+        help="layout to write (default: transformers)",
     )
     parser.add_argument(
         "--head",
@@ -71,7 +71,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     said.add_argument(
         "--num-attention-heads", metavar="N", type=int, help="no shape shows them; 64 channels each if unknown"
     )
-    said.add_argument("--pooling", choices=("cls", "mean"), help="what the classifier sees of a clip")
+    said.add_argument("--pooling", choices=("cls", "mean", "lin_softmax"), help="what the classifier sees of a clip")
     said.add_argument(
         "--problem-type",
         choices=("single_label_classification", "multi_label_classification"),
@@ -86,14 +86,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     hub.add_argument("--revision", help="branch, tag or commit of SOURCE")
     hub.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the folder when it is written")
     hub.add_argument("--private", action="store_true", help="make the repository private if it is new")
-    options = parser.parse_args(arguments)
-    if options.push_to_hub and options.to == "fairseq":
-        parser.error("--push-to-hub uploads a folder; --to fairseq writes a file")
-    return options
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if options.push_to_hub and options.to == "fairseq":
+        parser.error("--push-to-hub uploads a folder; --to fairseq writes a file")
     # After the arguments, so that --help does not wait for torch and transformers.
     from transformers.utils import logging
 

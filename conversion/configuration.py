@@ -49,7 +49,8 @@ class Settings:
         if self.is_sslam:
             return {name: value for name, value in self.all.items() if name in SSLAMConfig.__annotations__}
         pairs = FAIRSEQ_SETTINGS if self.is_fairseq else HUB_SETTINGS if self.is_hub else ()
-        said = ((ours, lookup(self.pretraining, path)) for ours, path in pairs)
+        # Of several places for one field the first has the say.
+        said = ((ours, lookup(self.pretraining, path)) for ours, path in reversed(pairs))
         return {ours: value for ours, value in said if value is not None}
 
     @property
@@ -104,19 +105,23 @@ class Settings:
                     f"The checkpoint's settings say {path}={value!r}; SSLAM and EAT have {expected!r} there, and "
                     "this model would compute something else."
                 )
+        if self.is_hub and self.all.get("stride", self.all.get("patch_size")) != self.all.get("patch_size"):
+            raise ConversionError(f"The checkpoint's patches overlap (stride={self.all['stride']}); SSLAM's do not.")
 
 
 def lookup(settings: dict[str, Any], path: str) -> Any:
     """The value at a dotted path, None if there is none; omegaconf's `${other.path}` is followed."""
-    value: Any = settings
-    for _ in range(8):
+    seen: list[str] = []
+    while path not in seen:
+        seen.append(path)
+        value: Any = settings
         for part in path.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         reference = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
         if reference is None:
             return value
-        value, path = settings, reference[1]
-    return None
+        path = reference[1]
+    raise ConversionError(f"The checkpoint's settings refer in a circle: {' to '.join([*seen, path])}.")
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,23 @@ def describe(
     pretraining: bool,
 ) -> tuple[SSLAMConfig, SSLAMFeatureExtractor, list[str]]:
     """Configuration and feature extractor of the model that has `tensors` (the checkpoint's, or some of them, under
-    our names), and notes: what was assumed, and where the settings contradict the weights."""
+    our names), and notes: what was assumed, and where the settings contradict the weights.
+
+    Raises:
+        ConversionError: If weights and settings describe no model of SSLAM's, or not all of one.
+    """
+    try:
+        return _describe(tensors, checkpoint, layout, choices, pretraining)
+    except ConversionError:
+        raise
+    # Settings are anyone's: where a number should be there may be a list.
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise ConversionError(f"The checkpoint's settings describe no valid model. {error}") from error
+
+
+def _describe(
+    tensors: dict[str, torch.Tensor], checkpoint: Checkpoint, layout: Layout, choices: Choices, pretraining: bool
+) -> tuple[SSLAMConfig, SSLAMFeatureExtractor, list[str]]:
     settings = Settings(checkpoint.settings)
     settings.check_constants(pretraining)
     notes: list[str] = []
@@ -176,10 +197,7 @@ def describe(
         fields |= _classification_fields(num_labels, settings, layout, choices, notes)
     elif choices.labels is not None:
         raise ConversionError("--labels names classes, but the checkpoint has no classifier.")
-    try:
-        config = SSLAMConfig(**fields)
-    except (ValueError, TypeError) as error:
-        raise ConversionError(f"The checkpoint describes no valid model. {error}") from error
+    config = SSLAMConfig(**fields)
     front_end |= {"num_mel_bins": config.num_mel_bins, "patch_size": config.patch_size}
     return config, SSLAMFeatureExtractor.from_dict(front_end), notes
 
@@ -237,6 +255,8 @@ def _classification_fields(
 
 
 def _fields_from_shapes(tensors: dict[str, torch.Tensor], num_mel_bins: int) -> dict[str, Any]:
+    if "sslam.patch_embeddings.projection.weight" not in tensors:
+        raise ConversionError("The weights asked for have no patch projection; they are not a whole encoder's.")
     projection = tensors["sslam.patch_embeddings.projection.weight"].shape
     if len(projection) != 4 or projection[1] != 1 or projection[2] != projection[3]:
         raise ConversionError(

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import torch
 
-from modeling_sslam import SSLAMConfig, SSLAMForAudioClassification, SSLAMModel, SSLAMPreTrainedModel
+from modeling_sslam import (
+    SSLAMConfig,
+    SSLAMForAudioClassification,
+    SSLAMForPreTraining,
+    SSLAMModel,
+    SSLAMPreTrainedModel,
+)
 from modeling_sslam.modeling_sslam import sincos_position_table
 
 from . import ConversionError
@@ -23,6 +29,17 @@ HEAD_PARTS = {
     "encoder": ("sslam",),
     "classification": ("sslam", "classifier"),
     "pretraining": ("sslam", "decoder", "teacher"),
+}
+MODEL_CLASSES = {
+    "encoder": SSLAMModel,
+    "classification": SSLAMForAudioClassification,
+    "pretraining": SSLAMForPreTraining,
+}
+# What the code that reads a layout can make something of.
+HEADS = {
+    "transformers": tuple(HEAD_PARTS),
+    "fairseq": ("classification", "pretraining"),
+    "hub-eat": ("encoder", "classification"),
 }
 # The last bit of a sine may differ from one machine to another.
 POSITION_TOLERANCE = 1e-6
@@ -90,7 +107,14 @@ def _convert(
     tensors = {name: tensor for name, tensor in tensors.items() if _part(name) in HEAD_PARTS[head]}
     config, extractor, notes = describe(tensors, checkpoint, layout, choices, head == "pretraining")
     notes += _check_positions(tensors, config, layout)
-    model = _build({name: tensors[name] for name in tensors if not name.endswith(POSITIONS)}, config, head, layout)
+
+    def theirs(name: str) -> str:
+        """The name in the source of a parameter of the model."""
+        name = f"sslam.{name}" if head == "encoder" else name
+        return to_theirs(name.replace("sslam", "teacher", 1) if weights == "teacher" else name, layout)
+
+    weights_alone = {name: tensors[name] for name in tensors if not name.endswith(POSITIONS)}
+    model = _build(weights_alone, config, MODEL_CLASSES[head], theirs)
     eps = CLASSIFIER_NORM_EPS.get(to, config.classifier_norm_eps)
     if head == "classification" and eps != config.classifier_norm_eps:
         notes.append(
@@ -102,8 +126,11 @@ def _convert(
     for note in notes:
         report(f"note: {note}")
 
-    facts = {"Converted from": title, "Its layout": f"{layout.title}: {_enumerate(found)}", "Kept of it": kept}
-    written = WRITERS[to](model, extractor, model_card(model, extractor, checkpoint, facts, notes), place)
+    written = WRITERS[to](model, extractor, place)
+    if to == "transformers":
+        origin = {"Converted from": title, "Its layout": f"{layout.title}: {_enumerate(found)}", "Kept of it": kept}
+        card = model_card(model, extractor, checkpoint, origin, notes)
+        (place / "README.md").write_text(card, encoding="utf-8")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return type(model), written, f"{type(model).__name__}, {num_parameters / 1e6:.2f} M parameters"
 
@@ -143,13 +170,8 @@ def _resolve_head(head: str, weights: str, to: str, found: Iterable[str]) -> str
             f"The checkpoint has no {' and no '.join(lacking)}, which {head} needs. Use --head encoder"
             + (", and transformers to put a new classifier on it." if head == "classification" else ".")
         )
-    supported = {
-        "transformers": HEAD_PARTS,
-        "fairseq": ("classification", "pretraining"),
-        "hub-eat": ("encoder", "classification"),
-    }
-    if head not in supported[to]:
-        raise ConversionError(f"--to {to} has no place for --head {head}; use one of {', '.join(supported[to])}.")
+    if head not in HEADS[to]:
+        raise ConversionError(f"--to {to} has no place for --head {head}; use {' or '.join(HEADS[to])}.")
     return head
 
 
@@ -172,17 +194,14 @@ def _check_positions(tensors: Tensors, config: SSLAMConfig, layout: Layout) -> l
     return []
 
 
-def _build(tensors: Tensors, config: SSLAMConfig, head: str, layout: Layout) -> SSLAMPreTrainedModel:
+def _build(
+    tensors: Tensors, config: SSLAMConfig, model_class: type[SSLAMPreTrainedModel], theirs: Callable[[str], str]
+) -> SSLAMPreTrainedModel:
     """The model with these weights, which are not copied; every one has its place, and every place has one."""
-    model_class = _model_class(head)
     if model_class is SSLAMModel:
         tensors = {name.removeprefix("sslam."): tensor for name, tensor in tensors.items()}
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in model_class(config).state_dict().items()}
-
-    def theirs(name: str) -> str:
-        return to_theirs(f"sslam.{name}" if model_class is SSLAMModel else name, layout) or name
-
     if missing := expected.keys() - tensors.keys():
         raise ConversionError(f"The checkpoint lacks {_list(sorted(map(theirs, missing)))}.")
     if extra := tensors.keys() - expected.keys():
@@ -200,14 +219,6 @@ def _build(tensors: Tensors, config: SSLAMConfig, head: str, layout: Layout) -> 
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
     return model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
-
-
-def _model_class(head: str) -> type[SSLAMPreTrainedModel]:
-    if head == "pretraining":
-        from modeling_sslam import SSLAMForPreTraining
-
-        return SSLAMForPreTraining
-    return SSLAMForAudioClassification if head == "classification" else SSLAMModel
 
 
 def _part(name: str) -> str:

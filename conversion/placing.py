@@ -18,7 +18,7 @@ def replacing(out: Path, overwrite: bool) -> Iterator[Path]:
     Raises:
         ConversionError: If `out` is there and may not be overwritten, or is a folder with something else than a model.
     """
-    out = out.absolute()
+    out = out.resolve()
     occupied = out.is_file() or (out.is_dir() and any(out.iterdir()))
     if occupied and not overwrite:
         raise ConversionError(f"{out} is there already; name another place, or replace it with --overwrite.")

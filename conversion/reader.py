@@ -10,6 +10,7 @@ import json
 import pickle
 import pickletools
 import re
+import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from typing import Any, BinaryIO
 import safetensors
 import safetensors.torch
 import torch
+import yaml
 from huggingface_hub import metadata_load
 
 from . import ConversionError
@@ -43,7 +45,7 @@ _WEIGHTS = re.compile(
     r"collections\.OrderedDict|_codecs\.encode"
     r"|torch\.(\w+Storage|Size|device|Tensor|b?float\d+|u?int\d+|bool)|torch\.storage\.(Untyped|Typed)Storage"
     r"|torch\._utils\._rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state)"
-    r"|torch\.nn\.parameter\.Parameter"
+    r"|torch\.nn\.parameter\.Parameter|builtins\.(bytearray|complex|set)"
 )
 # What a checkpoint may hold beside its weights: instances of these get a stand-in.
 _STANDS_IN = re.compile(
@@ -51,7 +53,7 @@ _STANDS_IN = re.compile(
     r"|(typing|pathlib)\.\w+"
     r"|argparse\.Namespace|collections\.defaultdict"
     r"|builtins\.(bool|bytes|dict|float|int|list|object|str|tuple)"
-    r"|numpy\.dtype|numpy\.(core|_core)\.multiarray\.scalar"
+    r"|numpy\.(dtype|ndarray)|numpy\.(core|_core)\.multiarray\.(scalar|_reconstruct)"
     r"|[\w.]+\.(Modality|PredictionMode|\w+Config)"
 )
 _ZIP, _LFS_POINTER = b"PK\x03\x04", b"version https://git-lfs"
@@ -90,7 +92,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise
     except pickle.UnpicklingError as error:
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0].strip()
-        raise ConversionError(f"{path} cannot be read without executing what is in it ({reason}); refused.") from error
+        raise ConversionError(
+            f"{path} cannot be read as plain data ({reason}), so it was refused, and nothing of it was executed. It "
+            "can be when it is saved again by torch.save as it comes, or as safetensors."
+        ) from error
     # What a damaged file makes torch, zipfile and safetensors raise.
     except (
         RuntimeError,
@@ -98,6 +103,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         TypeError,
         LookupError,
         AttributeError,
+        ArithmeticError,
         AssertionError,
         EOFError,
         zipfile.BadZipFile,
@@ -127,11 +133,17 @@ def _read_folder(folder: Path) -> Checkpoint:
         _read_json(path) if (path := folder / name).is_file() else {}
         for name in ("config.json", "preprocessor_config.json")
     )
-    readme = folder / "README.md"
-    metadata = metadata_load(readme) if readme.is_file() else None
     return Checkpoint(
-        tuple(files), tensors, config or parts[0].settings, preprocessor, (metadata or {}).get("license")
+        tuple(files), tensors, config or parts[0].settings, preprocessor, _stated_license(folder / "README.md")
     )
+
+
+def _stated_license(card: Path) -> str | None:
+    try:
+        metadata = metadata_load(card) if card.is_file() else None
+    except (ValueError, yaml.YAMLError):
+        return None  # a card is prose: what cannot be read in it states nothing
+    return (metadata or {}).get("license")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -178,7 +190,8 @@ def _unpickle(path: Path, is_zip: bool) -> Any:
             "author's, so it was refused, and nothing of it was executed."
         )
     stand_ins = [(_stand_in(name), name) for name in named if _STANDS_IN.fullmatch(name)]
-    with torch.serialization.safe_globals(stand_ins):
+    with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's advice on what is refused here in any case
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 

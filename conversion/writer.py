@@ -52,17 +52,14 @@ class Written:
     outputs: tuple[torch.Tensor, ...] = ()
 
 
-def write_transformers(
-    model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, card: str, folder: Path
-) -> Written:
-    """A folder for `from_pretrained`: weights, configurations, the source files that they need, and the model card."""
+def write_transformers(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, folder: Path) -> Written:
+    """A folder for `from_pretrained`: weights, configurations, and the source files that they need."""
     model.save_pretrained(folder)
     extractor.save_pretrained(folder)
-    (folder / "README.md").write_text(card, encoding="utf-8")
     return Written(_digests(model.state_dict()), _probe(model))
 
 
-def write_hub(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, card: str, folder: Path) -> Written:
+def write_hub(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, folder: Path) -> Written:
     """A folder in the layout of the published EATModel. The class itself is not among the files."""
     config = model.config
     if config.classifier_pooling != "cls":
@@ -83,7 +80,7 @@ def write_hub(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, car
     return Written(_digests(tensors))
 
 
-def write_fairseq(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, card: str, file: Path) -> Written:
+def write_fairseq(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, file: Path) -> Written:
     """A `.pt` file as fairseq keeps it, without the state of an optimiser: for fine-tuning, inference and evaluation
     by the published code. Its settings are a plain dict, of which fairseq makes its own kind."""
     fine_tuned = isinstance(model, SSLAMForAudioClassification)
@@ -109,7 +106,7 @@ def write_fairseq(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor,
     return Written(_digests(tensors))
 
 
-Writer = Callable[[SSLAMPreTrainedModel, SSLAMFeatureExtractor, str, Path], Written]
+Writer = Callable[[SSLAMPreTrainedModel, SSLAMFeatureExtractor, Path], Written]
 WRITERS: dict[str, Writer] = {"transformers": write_transformers, "fairseq": write_fairseq, "hub-eat": write_hub}
 
 
@@ -148,9 +145,7 @@ def _fairseq_pretraining_settings(config: SSLAMConfig, extractor: SSLAMFeatureEx
 def _fairseq_classification_settings(
     config: SSLAMConfig, extractor: SSLAMFeatureExtractor, pretraining: dict[str, Any]
 ) -> dict[str, Any]:
-    mode = next((mode for mode, pooling in FAIRSEQ_POOLINGS.items() if pooling == config.classifier_pooling), None)
-    if mode is None:
-        raise ConversionError(f"The published code has no pooling like {config.classifier_pooling!r}.")
+    mode = next(mode for mode, pooling in FAIRSEQ_POOLINGS.items() if pooling == config.classifier_pooling)
     statistics = {name: (preset["mean"], preset["std"]) for name, preset in DATASET_PRESETS.items()}
     dataset = next((name for name, pair in statistics.items() if pair == (extractor.mean, extractor.std)), None)
     settings = {
@@ -186,14 +181,13 @@ def check(path: Path, model_class: type[SSLAMPreTrainedModel], written: Written)
         raise ConversionError(f"{path.name}, read back, differs from what was written: {', '.join(names)}.")
     if not written.outputs:
         return
-    model = model_class.from_pretrained(path, dtype="auto")
     SSLAMFeatureExtractor.from_pretrained(path)
-    if not all(map(torch.equal, _probe(model), written.outputs)):
+    if not all(map(torch.equal, _probe(model_class.from_pretrained(path, dtype="auto")), written.outputs)):
         raise ConversionError(f"The model read back from {path.name} computes something else than the one written.")
-    for reference in model.config.auto_map.values():
-        source = path / f"{reference.partition('.')[0]}.py"
-        if not source.is_file():
-            raise ConversionError(f"{source.name}, which the model's code needs, was not written.")
+    for name in ("config.json", "preprocessor_config.json"):
+        for reference in json.loads((path / name).read_text())["auto_map"].values():
+            if not (path / f"{reference.partition('.')[0]}.py").is_file():
+                raise ConversionError(f"{name} refers to {reference}, whose source file was not written.")
 
 
 def _digests(tensors: Tensors) -> dict[str, str]:

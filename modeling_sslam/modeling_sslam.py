@@ -409,11 +409,12 @@ class SSLAMClassifier(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, patch_mask: torch.Tensor | None = None) -> torch.Tensor:
         if self.pooling == "cls":
-            return self.dense(self.layernorm(hidden_states[:, 0]))
-        patches = hidden_states[:, 1:]
-        if self.pooling == "mean":
-            return self.dense(self.layernorm(_masked_mean(patches, patch_mask)))
-        return linear_softmax_pooling(self.dense(self.layernorm(patches)), patch_mask)
+            pooled = hidden_states[:, 0]
+        elif self.pooling == "mean":
+            pooled = _masked_mean(hidden_states[:, 1:], patch_mask)
+        else:
+            pooled = linear_softmax_pooling(hidden_states[:, 1:], patch_mask)
+        return self.dense(self.layernorm(pooled))
 
 
 def _masked_mean(patches: torch.Tensor, patch_mask: torch.Tensor | None) -> torch.Tensor:
@@ -424,16 +425,16 @@ def _masked_mean(patches: torch.Tensor, patch_mask: torch.Tensor | None) -> torc
     return (total / patch_mask.sum(1, keepdim=True)).to(patches.dtype)
 
 
-def linear_softmax_pooling(logits: torch.Tensor, patch_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """The logits of sum(p^2) / sum(p) over the patches, p the sigmoid of their logits (Wang et al., ICASSP 2019):
-    `(batch_size, N, num_labels)` to `(batch_size, num_labels)`, computed in the log domain in float32."""
-    log_p = nn.functional.logsigmoid(logits.float())
+def linear_softmax_pooling(states: torch.Tensor, patch_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The logits of sum(p^2) / sum(p) over the patches, p the sigmoid of their states (Wang et al., ICASSP 2019):
+    `(batch_size, N, hidden_size)` to `(batch_size, hidden_size)`, computed in the log domain in float32."""
+    log_p = nn.functional.logsigmoid(states.float())
     if patch_mask is not None:
         log_p = log_p.masked_fill(~patch_mask[..., None], -torch.inf)
-    log_pooled = torch.logsumexp(2 * log_p, dim=1) - torch.logsumexp(log_p, dim=1)
-    # A pooled probability that rounds to 1 would have an infinite logit.
+    # The published code's margin from a probability of 1, whose logit is infinite.
+    log_pooled = torch.logsumexp(2 * log_p, dim=1) - torch.logsumexp(log_p, dim=1) - 1e-6
     log_pooled = log_pooled.clamp(max=-torch.finfo(torch.float32).eps)
-    return (log_pooled - torch.log(-torch.expm1(log_pooled))).to(logits.dtype)
+    return (log_pooled - torch.log(-torch.expm1(log_pooled))).to(states.dtype)
 
 
 class SSLAMForAudioClassification(SSLAMPreTrainedModel):

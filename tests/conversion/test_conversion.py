@@ -13,10 +13,14 @@ import torch
 from huggingface_hub import metadata_load
 from safetensors.torch import load_file, save_file
 
+from conversion.__main__ import make_parser
+from conversion.convert import HEAD_PARTS, HEADS
 from conversion.labels import audioset_labels
-from conversion.layouts import HUB_EAT, recognise
+from conversion.layouts import FAIRSEQ_POOLINGS, HUB_EAT, recognise
 from conversion.reader import read_checkpoint
+from conversion.writer import WRITERS
 from modeling_sslam import (
+    DATASET_PRESETS,
     SSLAMConfig,
     SSLAMFeatureExtractor,
     SSLAMForAudioClassification,
@@ -274,7 +278,7 @@ def test_options_have_the_last_word(fine_tuned, save, run, tmp_path):
     assert SSLAMFeatureExtractor.from_pretrained(tmp_path / "out").mean == -6.627
 
 
-@pytest.mark.parametrize(("number", "pooling"), [(1, "mean"), (2, "cls")])
+@pytest.mark.parametrize(("number", "pooling"), [(1, "mean"), (2, "cls"), (3, "lin_softmax")])
 def test_pooling_pickled_as_an_enumeration_of_the_training_code(
     number, pooling, fine_tuned, save, run, tmp_path, monkeypatch
 ):
@@ -319,9 +323,9 @@ def test_settings_that_contradict_the_weights_are_noted(pretrained, save, run, t
 
 
 def test_pooling_without_a_counterpart_is_refused(fine_tuned, save, run, tmp_path):
-    outcome = run(save(fine_tuned, settings={"model.prediction_mode": "LIN_SOFTMAX"}), tmp_path / "out")
+    outcome = run(save(fine_tuned, settings={"model.prediction_mode": "MAX_POOLING"}), tmp_path / "out")
     assert outcome.code == 1
-    assert "'LIN_SOFTMAX'" in outcome.error
+    assert "'MAX_POOLING'" in outcome.error
 
 
 # Labels
@@ -355,9 +359,10 @@ def test_labels_must_be_as_many_as_classes(golden_dir, run, tmp_path):
     outcome = run(golden_dir / "sslam_finetuned.pt", tmp_path / "out", *options)
     assert outcome.code == 1
     assert "names 2 classes, but the classifier has 12" in outcome.error
-    outcome = run(golden_dir / "sslam_pretrained.pt", tmp_path / "out", *options)
-    assert outcome.code == 1
-    assert "no classifier" in outcome.error
+    for source in ((golden_dir / "sslam_pretrained.pt",), (golden_dir / "sslam_finetuned.pt", "--head", "encoder")):
+        outcome = run(source[0], tmp_path / "out", *source[1:], *options)
+        assert outcome.code == 1
+        assert "no classifier" in outcome.error
 
 
 # What is written
@@ -423,6 +428,14 @@ def test_folders_load_where_the_package_is_not(converted, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.split("\n")[:3] == ["torch.Size([1, 12])", "torch.Size([1, 32])", "SSLAMForPreTraining"]
+
+
+def test_options_offer_what_there_is():
+    options = {action.dest: action.choices for action in make_parser()._actions}
+    assert set(options["dataset_preset"]) == set(DATASET_PRESETS)
+    assert set(options["to"]) == set(WRITERS) == set(HEADS)
+    assert set(options["head"]) == {"auto", *HEAD_PARTS}
+    assert set(options["pooling"]) == set(FAIRSEQ_POOLINGS.values())
 
 
 def test_help_teaches():

@@ -1,5 +1,6 @@
 """What cannot be converted is refused by a line that names it, and leaves nothing behind."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,8 @@ IMAGE = "modality_encoders.IMAGE."
         ({"blocks.1.norm1.bias": None}, (), "lacks blocks.1.norm1.bias"),
         ({f"{IMAGE}extra_tokens": None}, (), f"lacks {IMAGE}extra_tokens"),
         ({"_ema.blocks.2.mlp.fc1.bias": None}, ("--head", "pretraining"), "lacks _ema.blocks.2.mlp.fc1.bias"),
-        ({"_ema.blocks.2.mlp.fc1.bias": None}, ("--weights", "teacher"), "lacks"),
+        ({"_ema.blocks.2.mlp.fc1.bias": None}, ("--weights", "teacher"), "lacks _ema.blocks.2.mlp.fc1.bias"),
+        ({f"_ema.{IMAGE}local_encoder.proj.weight": None}, ("--weights", "teacher"), "have no patch projection"),
         ({f"{IMAGE}decoder.proj.bias": None}, ("--head", "pretraining"), f"lacks {IMAGE}decoder.proj.bias"),
         ({"blocks.1.mlp.fc1.weight": torch.zeros(128, 31)}, (), "blocks.1.mlp.fc1.weight has shape (128, 31)"),
         ({f"{IMAGE}extra_tokens": torch.zeros(1, 2, 32)}, (), f"{IMAGE}extra_tokens has shape (1, 2, 32)"),
@@ -46,6 +48,50 @@ def test_weights_that_do_not_fit_are_named(tensors, options, named, pretrained, 
     assert named in outcome.error
     assert outcome.error.count("\n") == 1
     assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model.num_heads": "many"},
+        {"model.num_heads": [4]},
+        {"model.modalities.image.target_length": 1000},
+        {"model.modalities.image.target_length": {"a": 1}},
+        {"model.ema_decay": 7.0},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, pretrained, save, run, tmp_path):
+    outcome = run(save(pretrained, settings=settings), tmp_path / "out")
+    assert outcome.code == 1
+    assert outcome.error.startswith("error: The checkpoint's settings describe no valid model.")
+    assert outcome.error.count("\n") == 1
+
+
+def test_settings_that_refer_in_a_circle_are_refused(pretrained, save, run, tmp_path):
+    circle = {"model.norm_eps": "${model.num_heads}", "model.num_heads": "${model.norm_eps}"}
+    outcome = run(save(pretrained, settings=circle), tmp_path / "out")
+    assert outcome.code == 1
+    assert "in a circle: model." in outcome.error
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"mel_bins": 0}, "no valid model"),
+        ({"img_size": 1024}, "no valid model"),
+        ({"num_heads": 5}, "num_attention_heads"),
+        ({"stride": 10}, "stride=10"),
+        ({"layer_norm_first": True}, "layer_norm_first=True"),
+    ],
+)
+def test_hub_settings_that_make_no_sense_are_refused(changes, named, golden_dir, run, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(golden_dir / "hub_pretrained", source)
+    settings = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(settings | changes))
+    outcome = run(source, tmp_path / "out")
+    assert outcome.code == 1
+    assert named in outcome.error
 
 
 def test_block_that_is_missing_is_named(pretrained, save, run, tmp_path):

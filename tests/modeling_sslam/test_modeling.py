@@ -550,7 +550,7 @@ class TestPooling:
         assert pooled.isfinite().all()
         assert logits.grad.isfinite().all()
         torch.testing.assert_close(pooled[0, :4], logits[0, 0, :4])
-        assert pooled[0, 4:].min() > 15
+        assert pooled[0, 4:].min() > 13
 
     def test_mean_counts_patches_exactly_in_half_precision(self, make_config):
         config = make_config(classifier_pooling="mean", num_labels=3, max_position_embeddings=512, max_length=8192)
