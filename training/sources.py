@@ -1,0 +1,243 @@
+"""Any collection of sound as one stream of examples with the audio still encoded.
+
+What `DataConfig.source` may be:
+- a Hub dataset (`agkphysics/AudioSet`), streamed or downloaded first, or a builder of `datasets` with `data_files`
+  (`parquet`, `arrow`, `webdataset`, `json`; local paths, globs or URLs);
+- a local folder of a dataset: parquet, arrow or WebDataset tar shards, an audiofolder with its `metadata.csv` /
+  `metadata.jsonl`, or what `Dataset.save_to_disk` wrote;
+- a `.tsv` manifest: the root folder in the first line, then `relative/path.wav<TAB>number` a line; labels, if asked
+  for, from the `.lbl` file beside it;
+- any other folder: every sound file under it.
+
+All of them become a `datasets.IterableDataset` cut into shards, which is what rank and worker share out and what an
+epoch shuffles. No audio is read here, and none decoded: `datasets` would need torchcodec for that.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import datasets
+import numpy as np
+import soundfile
+from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
+
+if TYPE_CHECKING:
+    from training.data import DataConfig
+
+ID_COLUMNS = ("video_id", "id", "__key__")
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+SHARD_SUFFIXES = (".parquet", ".arrow", ".tar")
+AUDIO_SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()} | set(AudioFolder.EXTENSIONS)
+AUDIO_SUFFIXES = (AUDIO_SUFFIXES | {".aif", ".aifc", ".oga", ".m4a", ".aac", ".mka", ".weba"}) - {".raw"}
+# Enough shards that their order alone mixes a folder well, few enough that `datasets` handles them at once.
+MAX_LISTED_SHARDS = 1024
+
+
+@dataclasses.dataclass
+class EncodedAudio(datasets.Audio):
+    """An audio column that stays encoded. For tars and folders, `Audio(decode=False)` asks for torchcodec even so."""
+
+    decode: bool = False
+
+    def encode_example(self, value: str | bytes | dict) -> dict:
+        if isinstance(value, dict):
+            return {"bytes": value.get("bytes"), "path": value.get("path")}
+        return {"bytes": value, "path": None} if isinstance(value, bytes) else {"bytes": None, "path": str(value)}
+
+
+@dataclasses.dataclass
+class Source:
+    """A stream of examples and the names of the columns that matter.
+
+    Args:
+        dataset: The examples, `dataset.num_shards` shards of them.
+        audio_column: A string column of paths, or a struct of `bytes` and `path`.
+        id_column, label_column: `None` where there is none.
+        label_names: Names of an integer label column's classes.
+    """
+
+    dataset: datasets.IterableDataset
+    audio_column: str
+    id_column: str | None = None
+    label_column: str | None = None
+    label_names: list[str] | None = None
+
+    def audio(self, row: dict[str, Any]) -> tuple[bytes | None, str | None]:
+        """The encoded file of an example and its path or name."""
+        value = row[self.audio_column]
+        if isinstance(value, str):
+            return None, value
+        return (value["bytes"], value["path"]) if value else (b"", None)
+
+    def labels(self, row: dict[str, Any]) -> list[str]:
+        """The labels of an example by name, however the column stores them."""
+        value = row[self.label_column]
+        values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+        return [self.label_names[v] if self.label_names and isinstance(v, int) else str(v) for v in values]
+
+
+def open_source(config: "DataConfig", num_readers: int, seed: int) -> Source:
+    """Opens what `config.source` names.
+
+    Args:
+        num_readers: Worker processes over all ranks; sources that can choose are cut into a multiple of it.
+        seed: Mixes the listing of a folder or manifest, unless `config.shuffle_buffer` is 0.
+
+    Raises:
+        ValueError: If it cannot be told which column or split to read, naming those there are.
+        FileNotFoundError: If a local source has no sound files.
+    """
+    path = Path(config.source).expanduser()
+    if path.suffix == ".tsv":
+        return _from_listing(
+            config, *_read_manifest(path, with_labels=config.label_column is not None), num_readers, seed
+        )
+    if path.is_dir():
+        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            return _from_dataset(config, _load_from_disk(path, config.split), num_readers)
+        names = [name for _, _, files in os.walk(path) for name in files]
+        if any(name in METADATA_FILES for name in names) and not _has_shards(names):
+            return _from_audiofolder(config, path, num_readers, seed)
+        if not config.data_files and not _has_shards(names):
+            return _from_listing(config, *_list_folder(path, config.label_column is not None), num_readers, seed)
+    dataset = datasets.load_dataset(
+        str(path) if path.is_dir() else config.source,
+        config.config_name,
+        data_files=config.data_files,
+        split=config.split,
+        revision=config.revision,
+        streaming=config.streaming,
+        storage_options=http_options(config.read_timeout),
+    )
+    if isinstance(dataset, datasets.Dataset):
+        return _from_dataset(config, dataset, num_readers)
+    if dataset.num_shards < num_readers:
+        # Row groups are shards of a parquet file.
+        dataset = dataset.reshard()
+    return _select_columns(config, dataset)
+
+
+def http_options(read_timeout: float) -> dict[str, dict[str, Any]]:
+    """Options for fsspec by protocol: a connection is lost after `read_timeout` seconds without a byte.
+
+    (aiohttp itself gives up 5 minutes after it began, however well the bytes flow.)
+    """
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=read_timeout, sock_read=read_timeout)
+    return {protocol: {"client_kwargs": {"timeout": timeout}} for protocol in ("http", "https")}
+
+
+def _has_shards(names: list[str]) -> bool:
+    return any(name.endswith(SHARD_SUFFIXES) for name in names if name not in METADATA_FILES)
+
+
+def _load_from_disk(path: Path, split: str) -> datasets.Dataset:
+    dataset = datasets.load_from_disk(str(path))
+    if isinstance(dataset, datasets.DatasetDict):
+        if split not in dataset:
+            raise ValueError(f"{path} has no split {split!r}; it has {', '.join(dataset)}.")
+        dataset = dataset[split]
+    return dataset
+
+
+def _list_folder(path: Path, with_labels: bool) -> tuple[list[str], list[str], list[list[str]] | None]:
+    """Ids (relative paths), paths and, as audiofolder has them, the names of the enclosing folders as labels."""
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES and file.is_file())
+    if not files:
+        raise FileNotFoundError(f"No sound files under {path} (looked for {', '.join(sorted(AUDIO_SUFFIXES))}).")
+    labels = [[file.parent.name] for file in files] if with_labels else None
+    return [file.relative_to(path).as_posix() for file in files], [str(file) for file in files], labels
+
+
+def _read_manifest(path: Path, with_labels: bool) -> tuple[list[str], list[str], list[list[str]] | None]:
+    """Ids (relative paths), paths and labels of a `.tsv` manifest."""
+    root, *lines = path.read_text(encoding="utf-8").splitlines()
+    ids = [line.split("\t")[0] for line in lines if line.strip()]
+    if not ids:
+        raise ValueError(
+            f"{path} lists no files. A manifest has the root folder in its first line, then "
+            "relative/path.wav<TAB>number in each."
+        )
+    labels = None
+    if with_labels:
+        label_file = path.with_suffix(".lbl")
+        entries = [line.split("\t") for line in label_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        stems = [Path(id_).stem for id_ in ids]
+        if [entry[0] for entry in entries] != stems:
+            raise ValueError(f"{label_file} does not list the stems of {path} in the same order.")
+        labels = [entry[1].split(",") for entry in entries]
+    return ids, [os.path.join(root.strip(), id_) for id_ in ids], labels
+
+
+def _from_listing(
+    config: "DataConfig", ids: list[str], paths: list[str], labels: list | None, num_readers: int, seed: int
+) -> Source:
+    """A listing costs nothing to mix whole, once; the epochs then vary that order."""
+    order = np.random.default_rng(seed).permutation(len(ids)) if config.shuffle_buffer else np.arange(len(ids))
+    columns = {"id": ids, "path": paths} | ({} if labels is None else {"labels": labels})
+    dataset = datasets.Dataset.from_dict({name: [column[i] for i in order] for name, column in columns.items()})
+    return Source(
+        dataset.to_iterable_dataset(_num_shards(len(dataset), num_readers)),
+        audio_column="path",
+        id_column="id",
+        label_column=None if labels is None else "labels",
+    )
+
+
+def _num_shards(num_examples: int, num_readers: int) -> int:
+    """A multiple of `num_readers` where there are examples enough."""
+    shards = min(num_examples, max(num_readers, MAX_LISTED_SHARDS))
+    return shards - shards % num_readers or shards
+
+
+def _from_dataset(config: "DataConfig", dataset: datasets.Dataset, num_readers: int) -> Source:
+    return _select_columns(config, dataset.to_iterable_dataset(_num_shards(len(dataset), num_readers)))
+
+
+def _from_audiofolder(config: "DataConfig", path: Path, num_readers: int, seed: int) -> Source:
+    """An audiofolder is one shard of paths to `datasets`; listed here, it can be shared out."""
+    stream = datasets.load_dataset(
+        "audiofolder", data_dir=str(path), data_files=config.data_files, split=config.split, streaming=True
+    )
+    source = _select_columns(config, stream)
+    rows = list(source.dataset)
+    paths = [source.audio(row)[1] for row in rows]
+    ids = [
+        os.path.relpath(p, path) if source.id_column is None else row[source.id_column]
+        for p, row in zip(paths, rows, strict=True)
+    ]
+    labels = [source.labels(row) for row in rows] if source.label_column else None
+    return _from_listing(config, ids, paths, labels, num_readers, seed)
+
+
+def _select_columns(config: "DataConfig", dataset: datasets.IterableDataset) -> Source:
+    """Finds the columns, keeps the audio encoded and drops the rest."""
+    features = dataset.features
+    if features is None:
+        raise ValueError(f"The columns of {config.source} are not known before it is read; set streaming to false.")
+    audio_column = config.audio_column
+    if audio_column is None:
+        candidates = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
+        candidates = candidates or [name for name in ("audio",) if name in features]
+        if len(candidates) != 1:
+            raise ValueError(
+                f"{config.source} has {'several' if candidates else 'no'} audio columns; set audio_column to one of "
+                f"{', '.join(candidates or features)}."
+            )
+        audio_column = candidates[0]
+    id_column = config.id_column or next((name for name in ID_COLUMNS if name in features), None)
+    columns = [name for name in (audio_column, id_column, config.label_column) if name is not None]
+    for name in columns:
+        if name not in features:
+            raise ValueError(f"{config.source} has no column {name!r}; it has {', '.join(features)}.")
+    label_names = None
+    if config.label_column is not None:
+        label = features[config.label_column]
+        label_names = getattr(getattr(label, "feature", label), "names", None)
+    dataset = dataset.select_columns(list(dict.fromkeys(columns))).cast_column(audio_column, EncodedAudio())
+    return Source(dataset, audio_column, id_column, config.label_column, label_names)
+
+
+__all__ = ["Source", "http_options", "open_source"]
