@@ -3,9 +3,51 @@
 from typing import Any
 
 from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
 
 PRETRAINING_OBJECTIVES = ("ua", "pma", "ua+pma", "sslam")
 POOLINGS = ("cls", "mean", "lin_softmax")
+
+# What `SSLAMConfig.validate_architecture` requires of single fields.
+_COUNTS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "patch_size",
+    "num_mel_bins",
+    "max_length",
+    "max_position_embeddings",
+    "num_labels",
+    "num_clones",
+    "mask_block_size",
+    "decoder_num_layers",
+    "decoder_kernel_size",
+    "decoder_groups",
+    "ema_anneal_end_step",
+)
+_SHARES = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "drop_path_rate",
+    "mask_prob",
+    "ema_decay",
+    "ema_end_decay",
+)
+_POSITIVE = ("layer_norm_eps", "classifier_norm_eps")
+_NOT_NEGATIVE = (
+    "initializer_range",
+    "mask_prob_adjust",
+    "mask_noise_std",
+    "global_loss_weight",
+    "retention_loss_weight",
+)
+_CHOICES = {
+    "hidden_act": tuple(ACT2FN),
+    "classifier_pooling": POOLINGS,
+    "pretraining_objective": PRETRAINING_OBJECTIVES,
+    "problem_type": (None, "regression", "single_label_classification", "multi_label_classification"),
+}
 
 
 class SSLAMConfig(PretrainedConfig):
@@ -111,7 +153,7 @@ class SSLAMConfig(PretrainedConfig):
         super().__init__(**kwargs)
         for name, value in fields.items():
             setattr(self, name, value)
-        _check(self)
+        self.validate_architecture()
 
     @classmethod
     def large(cls, **overrides: Any) -> "SSLAMConfig":
@@ -134,93 +176,75 @@ class SSLAMConfig(PretrainedConfig):
         """Patches along the mel axis (8 for 128 bins); the patch grid is time x this."""
         return self.num_mel_bins // self.patch_size
 
+    def validate_architecture(self) -> None:
+        """Raises the ValueError described above. Models check once more, since fields given to `from_pretrained` are
+        set on the finished configuration."""
+
+        def require(condition: bool, field: str, remedy: str) -> None:
+            if not condition:
+                raise ValueError(f"SSLAMConfig: {field}={getattr(self, field)!r} {remedy}.")
+
+        for field in _COUNTS:
+            value = getattr(self, field)
+            require(isinstance(value, int) and value > 0, field, "must be a positive integer")
+        for field in (*_SHARES, *_POSITIVE, *_NOT_NEGATIVE):
+            require(isinstance(getattr(self, field), (int, float)), field, "must be a number")
+        for field in _SHARES:
+            require(0.0 <= getattr(self, field) <= 1.0, field, "must lie between 0 and 1")
+        for field in _POSITIVE:
+            require(getattr(self, field) > 0.0, field, "must be positive")
+        for field in _NOT_NEGATIVE:
+            require(getattr(self, field) >= 0.0, field, "must not be negative")
+        for field, choices in _CHOICES.items():
+            require(getattr(self, field) in choices, field, f"is not one of {', '.join(map(str, choices))}")
+        require(0.0 < self.mask_prob < 1.0, "mask_prob", "must leave some patches visible and mask some")
+
+        heads, patch, layers = self.num_attention_heads, self.patch_size, self.num_hidden_layers
+        require(
+            self.hidden_size % heads == 0,
+            "hidden_size",
+            f"is not divisible by num_attention_heads={heads}; change one of the two",
+        )
+        require(
+            self.hidden_size % 4 == 0,
+            "hidden_size",
+            "is not divisible by 4, which the 2-D sine-cosine positions need; choose a multiple of 4",
+        )
+        require(
+            self.hidden_size % self.decoder_groups == 0,
+            "decoder_groups",
+            f"does not divide hidden_size={self.hidden_size}; choose a divisor of it",
+        )
+        for field in ("num_mel_bins", "max_length"):
+            require(
+                getattr(self, field) % patch == 0,
+                field,
+                f"is not a multiple of patch_size={patch}; change one of the two",
+            )
+        require(
+            self.max_length <= self.max_position_embeddings * patch,
+            "max_length",
+            f"exceeds the position table of {self.max_position_embeddings} patches of {patch} frames; shorten it or "
+            "raise max_position_embeddings",
+        )
+        require(self.mask_block_size % 2 == 1, "mask_block_size", "must be odd, so that a block has a centre")
+        require(
+            self.decoder_kernel_size % 2 == 1, "decoder_kernel_size", "must be odd, so that the grid keeps its size"
+        )
+        for field in ("num_target_layers", "num_global_target_layers"):
+            value = getattr(self, field)
+            require(
+                value is None or (isinstance(value, int) and 1 <= value <= layers),
+                field,
+                f"must be None or lie between 1 and num_hidden_layers={layers}",
+            )
+
+    def _get_non_default_generation_parameters(self) -> dict[str, Any]:
+        # Transformers 4 would take `max_length` for the length of generated text and warn on every save.
+        return {}
+
 
 _FIELDS = tuple(SSLAMConfig.__annotations__)
-
-
-def _check(config: SSLAMConfig) -> None:
-    def require(condition: bool, field: str, remedy: str) -> None:
-        if not condition:
-            raise ValueError(f"SSLAMConfig: {field}={getattr(config, field)!r} {remedy}.")
-
-    for field in (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-        "patch_size",
-        "num_mel_bins",
-        "max_length",
-        "max_position_embeddings",
-        "num_clones",
-        "mask_block_size",
-        "decoder_num_layers",
-        "decoder_kernel_size",
-        "decoder_groups",
-        "ema_anneal_end_step",
-    ):
-        value = getattr(config, field)
-        require(isinstance(value, int) and value > 0, field, "must be a positive integer")
-
-    for field in (
-        "hidden_dropout_prob",
-        "attention_probs_dropout_prob",
-        "drop_path_rate",
-        "ema_decay",
-        "ema_end_decay",
-    ):
-        require(0.0 <= getattr(config, field) <= 1.0, field, "must lie between 0 and 1")
-    for field in ("layer_norm_eps", "classifier_norm_eps"):
-        require(getattr(config, field) > 0.0, field, "must be positive")
-    for field in ("initializer_range", "mask_noise_std", "global_loss_weight", "retention_loss_weight"):
-        require(getattr(config, field) >= 0.0, field, "must not be negative")
-
-    heads, patch, layers = config.num_attention_heads, config.patch_size, config.num_hidden_layers
-    require(
-        config.hidden_size % heads == 0,
-        "hidden_size",
-        f"is not divisible by num_attention_heads={heads}; change one of the two",
-    )
-    require(
-        config.hidden_size % 4 == 0,
-        "hidden_size",
-        "is not divisible by 4, which the 2-D sine-cosine positions need; choose a multiple of 4",
-    )
-    require(
-        config.hidden_size % config.decoder_groups == 0,
-        "decoder_groups",
-        f"does not divide hidden_size={config.hidden_size}; choose a divisor of it",
-    )
-    for field in ("num_mel_bins", "max_length"):
-        require(
-            getattr(config, field) % patch == 0,
-            field,
-            f"is not a multiple of patch_size={patch}; change one of the two",
-        )
-    require(
-        config.max_length <= config.max_position_embeddings * patch,
-        "max_length",
-        f"is more frames than the position table covers ({config.max_position_embeddings} patches of {patch} frames); "
-        "shorten it or raise max_position_embeddings",
-    )
-    require(config.classifier_pooling in POOLINGS, "classifier_pooling", f"is not one of {', '.join(POOLINGS)}")
-    require(
-        config.pretraining_objective in PRETRAINING_OBJECTIVES,
-        "pretraining_objective",
-        f"is not one of {', '.join(PRETRAINING_OBJECTIVES)}",
-    )
-    require(0.0 < config.mask_prob < 1.0, "mask_prob", "must lie strictly between 0 and 1")
-    require(config.mask_prob_adjust >= 0.0, "mask_prob_adjust", "must not be negative")
-    require(config.mask_block_size % 2 == 1, "mask_block_size", "must be odd, so that a block has a centre")
-    require(config.decoder_kernel_size % 2 == 1, "decoder_kernel_size", "must be odd, so that the grid keeps its size")
-    for field in ("num_target_layers", "num_global_target_layers"):
-        value = getattr(config, field)
-        require(
-            value is None or (isinstance(value, int) and 1 <= value <= layers),
-            field,
-            f"must be None or lie between 1 and num_hidden_layers={layers}",
-        )
-
 
 SSLAMConfig.register_for_auto_class()
 

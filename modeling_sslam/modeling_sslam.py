@@ -39,6 +39,29 @@ def sincos_position_table(config: SSLAMConfig) -> torch.Tensor:
     return torch.cat((mel.repeat(len(time), 1), time.repeat_interleave(len(mel), dim=0)), dim=1)
 
 
+def check_input_values(input_values: torch.Tensor, config: SSLAMConfig) -> torch.Tensor:
+    """The input as `(batch_size, T, num_mel_bins)`, without the channel axis of the published interface.
+
+    Raises:
+        ValueError: If the model takes no input of this shape.
+    """
+    patch_size, num_mel_bins = config.patch_size, config.num_mel_bins
+    if input_values.ndim == 4 and input_values.shape[1] == 1:
+        input_values = input_values.squeeze(1)
+    if input_values.ndim != 3 or input_values.shape[2] != num_mel_bins:
+        raise ValueError(
+            f"input_values has shape {tuple(input_values.shape)}; this model takes (batch_size, T, "
+            f"{num_mel_bins}) or (batch_size, 1, T, {num_mel_bins})."
+        )
+    length, longest = input_values.shape[1], config.max_position_embeddings * patch_size
+    if length == 0 or length % patch_size or length > longest:
+        raise ValueError(
+            f"input_values has T={length} frames; T must be a multiple of {patch_size}, at most {longest}. The "
+            "feature extractor pads to such a length; cut longer recordings into windows."
+        )
+    return input_values
+
+
 class SSLAMPatchEmbeddings(nn.Module):
     """Projects the patches of `(batch_size, T, F)` and adds their positions: `(batch_size, N, hidden_size)`."""
 
@@ -49,20 +72,7 @@ class SSLAMPatchEmbeddings(nn.Module):
         self.register_buffer("position_embeddings", sincos_position_table(config), persistent=False)
 
     def forward(self, input_values: torch.Tensor) -> torch.Tensor:
-        patch_size, num_mel_bins = self.config.patch_size, self.config.num_mel_bins
-        if input_values.ndim == 4 and input_values.shape[1] == 1:
-            input_values = input_values.squeeze(1)
-        if input_values.ndim != 3 or input_values.shape[2] != num_mel_bins:
-            raise ValueError(
-                f"input_values has shape {tuple(input_values.shape)}; this model takes (batch_size, T, "
-                f"{num_mel_bins}) or (batch_size, 1, T, {num_mel_bins})."
-            )
-        length, longest = input_values.shape[1], self.config.max_position_embeddings * patch_size
-        if length == 0 or length % patch_size or length > longest:
-            raise ValueError(
-                f"input_values has T={length} frames; T must be a multiple of {patch_size}, at most {longest}. The "
-                "feature extractor pads to such a length; cut longer recordings into windows."
-            )
+        input_values = check_input_values(input_values, self.config)
         dtype = self.projection.weight.dtype
         patches = self.projection(input_values[:, None].to(dtype)).flatten(2).transpose(1, 2)
         return patches + self.position_embeddings[: patches.shape[1]].to(dtype)
@@ -229,9 +239,12 @@ def _attention_implementation(config: SSLAMConfig, output_attentions: bool) -> s
     return "eager" if output_attentions else config._attn_implementation or "eager"
 
 
-def _attention_mask(token_mask: torch.Tensor, dtype: torch.dtype, implementation: str) -> torch.Tensor:
+def _attention_mask(token_mask: torch.Tensor, dtype: torch.dtype, implementation: str) -> torch.Tensor | None:
     """The mask as the attention function wants it: flash attention takes the tokens' own `(batch_size, length)`, the
     others a bias that is added to the scores."""
+    # Attention is faster without a mask. A compiled graph cannot depend on what the mask holds.
+    if not torch.compiler.is_compiling() and token_mask.all():
+        return None
     if "flash" in implementation:
         return token_mask
     bias = torch.zeros(token_mask.shape, dtype=dtype, device=token_mask.device)
@@ -256,7 +269,6 @@ class SSLAMPreTrainedModel(PreTrainedModel):
     _no_split_modules: ClassVar[list[str]] = ["SSLAMPatchEmbeddings", "SSLAMLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
-    _supports_flash_attn_2 = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
@@ -268,6 +280,15 @@ class SSLAMPreTrainedModel(PreTrainedModel):
         "AutoModel": "modeling_sslam.SSLAMModel",
         "AutoModelForAudioClassification": "modeling_sslam.SSLAMForAudioClassification",
     }
+
+    def __init__(self, config: SSLAMConfig) -> None:
+        super().__init__(config)
+        config.validate_architecture()
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # Transformers would guess this from the wording of the source, and each major version seeks another.
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -330,8 +351,6 @@ class SSLAMModel(SSLAMPreTrainedModel):
 
         Raises:
             ValueError: If T or the number of mel bins does not fit the model, or the mask the input.
-
-        Source: SPEC section 2; paper section 3.1.
         """
         if output_attentions is None:
             output_attentions = self.config.output_attentions
@@ -385,8 +404,9 @@ class SSLAMClassifier(nn.Module):
 def _masked_mean(patches: torch.Tensor, patch_mask: torch.Tensor | None) -> torch.Tensor:
     if patch_mask is None:
         return patches.mean(1)
-    weights = patch_mask[..., None].to(patches.dtype)
-    return (patches * weights).sum(1) / weights.sum(1)
+    # The sum and the count in float32, as `mean` does: bfloat16 cannot even count to 512 exactly.
+    total = patches.masked_fill(~patch_mask[..., None], 0.0).sum(1, dtype=torch.float32)
+    return (total / patch_mask.sum(1, keepdim=True)).to(patches.dtype)
 
 
 def linear_softmax_pooling(logits: torch.Tensor, patch_mask: torch.Tensor | None = None) -> torch.Tensor:

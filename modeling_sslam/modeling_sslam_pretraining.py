@@ -18,7 +18,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_sslam import SSLAMConfig
-from .modeling_sslam import SSLAMModel, SSLAMPreTrainedModel
+from .modeling_sslam import SSLAMModel, SSLAMPreTrainedModel, check_input_values
 
 logger = logging.get_logger(__name__)
 
@@ -306,8 +306,7 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
 
         Source: paper sections 3.1 to 3.3; the weighting of the terms is the published code's.
         """
-        if input_values.ndim == 4:
-            input_values = input_values.squeeze(1)
+        input_values = check_input_values(input_values, self.config)
         config, objective = self.config, self.config.pretraining_objective
         batch_size, time_patches = len(input_values), input_values.shape[1] // config.patch_size
         has_ua, has_pma, has_srl = objective != "pma", objective != "ua", objective == "sslam"
