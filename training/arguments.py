@@ -58,15 +58,23 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, description:
     """
     known = {setting.key: setting for setting in settings(config_class)}
     parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage="%(prog)s [--config FILE] [--key value] [--section.key value] ...",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the keys below, sections nested.")
+    groups: dict[str, Any] = {"": parser}
     for setting in known.values():
+        section = setting.key.rpartition(".")[0]
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section)
         if setting.default is MISSING:
             state = "required"
         else:
-            state = f"default: {'null' if setting.default is None else setting.default}"
-        parser.add_argument(
+            default = "null" if setting.default is None else setting.default
+            state = f"default: {setting.metadata.get('default', default)}"
+        groups[section].add_argument(
             f"--{setting.key}",
             metavar=_name(setting.type),
             default=argparse.SUPPRESS,
@@ -76,7 +84,7 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, description:
     try:
         if unknown:
             name = unknown[0].split("=")[0]
-            raise ValueError(f"command line: unknown {name!r}{_nearest(name.lstrip('-'), known)}")
+            raise ValueError(f"unknown argument {name!r}{_nearest(name.lstrip('-'), known)}")
         values = read_yaml(given.config, config_class) if given.config else {}
         for key, text in vars(given).items():
             if key != "config":
@@ -171,21 +179,13 @@ def optional_section(name: str, source: type) -> type:
     """A dataclass of the fields that `source` annotates, all of them `None` by default, helped by its docstring's "Args":
     for settings that only say what to change in an object that has its own values."""
     described = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.cleandoc(source.__doc__ or ""), re.MULTILINE))
-    hints = get_type_hints(source)
-    return make_dataclass(
-        name,
-        [
-            (
-                key,
-                hints[key] | None,
-                field(
-                    default=None,
-                    metadata={"help": " ".join(described.get(key, "").split()) + f" ({getattr(source, key)})"},
-                ),
-            )
-            for key in source.__annotations__
-        ],
-    )
+
+    def unset(key: str) -> Any:
+        text = " ".join(described.get(key, "").split())
+        return field(default=None, metadata={"help": text, "default": f"as it was, a new one {getattr(source, key)}"})
+
+    hints = inspect.get_annotations(source, eval_str=True)
+    return make_dataclass(name, [(key, hint | None, unset(key)) for key, hint in hints.items()])
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
