@@ -49,6 +49,7 @@ from accelerate.utils import (
 )
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraining
 from modeling_sslam.feature_extraction_sslam import DATASET_PRESETS
@@ -228,12 +229,21 @@ class IntervalTimer:
 
 
 class StopRequest:
-    """Turns SIGTERM and SIGINT into a request that the loop reads; a second SIGINT interrupts as usual."""
+    """Within its context SIGTERM and SIGINT are a request that the loop reads; a second SIGINT interrupts as usual.
+
+    Worker processes started within it do not heed these signals either: the run still wants their batches, and ends them.
+    """
 
     def __init__(self) -> None:
         self.requested = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         # Launchers pass a Ctrl-C on as a SIGTERM besides: only the user's own second one aborts.
@@ -245,15 +255,15 @@ class StopRequest:
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(PretrainConfig, argv, description=__doc__)
     try:
-        pretrain(config)
+        with StopRequest() as stop:
+            pretrain(config, stop)
     except (TrainingError, CheckpointError) as error:
         sys.exit(f"error: {error}")
 
 
-def pretrain(config: PretrainConfig) -> None:
-    """One run, or the rest of one."""
+def pretrain(config: PretrainConfig, stop: StopRequest) -> None:
+    """One run, or the rest of one, to its end or until `stop` is requested."""
     # --- Set-up
-    stop = StopRequest()
     run_dir = config.output_dir
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
@@ -269,6 +279,7 @@ def pretrain(config: PretrainConfig) -> None:
     )
     if config.watch.tracker != "none" and not accelerator.log_with:
         raise TrainingError(f"watch.tracker={config.watch.tracker!r} is not installed; pip install it, or use none.")
+    disable_progress_bar()  # transformers' own, at every checkpoint
     rank, world_size = accelerator.process_index, accelerator.num_processes
     clips_per_update = config.batch_size * config.gradient_accumulation_steps * world_size
 
