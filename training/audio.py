@@ -7,7 +7,6 @@
 - A file that cannot give a clip raises [`ClipError`], whose `reason` is one word to count by.
 """
 
-import importlib.util
 import io
 import math
 from fractions import Fraction
@@ -64,7 +63,7 @@ def read_waveform(
         raise ClipError("empty", "the file has no bytes")
     try:
         channels, rate = _read_with_soundfile(audio, sampling_rate, max_samples, position)
-    except soundfile.LibsndfileError as error:
+    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: headerless .raw
         if isinstance(audio, str):
             try:
                 with open(audio, "rb") as file:
@@ -114,18 +113,17 @@ def _read_with_torchcodec(
     audio: bytes | str, sampling_rate: int, max_samples: int, position: float, sndfile_error: Exception
 ) -> tuple[torch.Tensor, int]:
     # soundfile's message opens with the address of a buffer, which says nothing and differs from run to run.
-    detail = getattr(sndfile_error, "error_string", str(sndfile_error))
-    if importlib.util.find_spec("torchcodec") is None:
+    detail = f"libsndfile says: {getattr(sndfile_error, 'error_string', sndfile_error)}"
+    try:
+        from torchcodec.decoders import AudioDecoder
+    except (ImportError, OSError, RuntimeError):  # as it raises without FFmpeg's libraries
         raise ClipError(
-            "undecodable",
-            f"libsndfile says: {detail} If it is m4a, webm or another format of FFmpeg's, `pip install torchcodec` "
-            "(and FFmpeg) to read it.",
-        )
-    from torchcodec.decoders import AudioDecoder
+            "undecodable", f"{detail} For m4a, webm and other formats of FFmpeg's, install torchcodec and FFmpeg."
+        ) from None
 
     try:
         samples = AudioDecoder(audio).get_all_samples()
     except (RuntimeError, ValueError, IndexError) as error:
-        raise ClipError("undecodable", f"libsndfile says: {detail} torchcodec says: {error}") from error
+        raise ClipError("undecodable", f"{detail} torchcodec says: {error}") from error
     start, length = _crop(samples.data.shape[1], samples.sample_rate, sampling_rate, max_samples, position)
     return samples.data[:, start : start + length], samples.sample_rate

@@ -142,7 +142,6 @@ class AudioLoader:
         # What the clips and their order follow from, but for the place of the data, which may have moved.
         self._settings = {
             "split": stream.config.split,
-            "num_shards": stream.source.dataset.num_shards,
             "crop": stream.config.crop,
             "max_length": stream.feature_extractor.max_length,
             "shuffle_buffer": stream.config.shuffle_buffer,
@@ -151,6 +150,7 @@ class AudioLoader:
             "seed": stream.seed,
             "rank": stream.rank,
             "world_size": stream.world_size,
+            "num_shards": stream.source.dataset.num_shards,
         }
         self._loader = StatefulDataLoader(
             stream,

@@ -1,0 +1,41 @@
+# `make quickstart` and `make test` work on a bare machine with Python 3.10 or newer: they set up .venv/ themselves.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# The older end of the supported range, laid over the environment; it needs older versions of two of its dependencies.
+OVERLAY := .venv/transformers-4.57
+PYTEST := -q
+
+.PHONY: help quickstart test lint clean
+
+help:
+	@echo "make quickstart   convert a checkpoint and classify real recordings with it"
+	@echo "make test         lint, then the tests on transformers 5 and on 4.57"
+	@echo "make lint         ruff, lint and format"
+	@echo "make clean        remove the environment and what the commands above wrote"
+
+quickstart: .venv/ready
+	$(BIN)/python -m examples.quickstart outputs/quickstart
+
+test: lint $(OVERLAY)/ready
+	$(BIN)/python -m pytest $(PYTEST)
+	PYTHONPATH=$(OVERLAY) $(BIN)/python -m pytest $(PYTEST) tests/modeling_sslam tests/conversion
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+$(OVERLAY)/ready: .venv/ready
+	rm -rf $(OVERLAY)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OVERLAY) \
+		"transformers==4.57.6" "tokenizers==0.22.*" "huggingface_hub<1"
+	touch $@
+
+clean:
+	rm -rf .venv outputs

@@ -1,0 +1,87 @@
+import io
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+import torch
+
+from modeling_sslam import SSLAMFeatureExtractor
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Two threads on a busy machine spend their time waiting for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def extractor():
+    return SSLAMFeatureExtractor(max_length=32)
+
+
+@pytest.fixture(scope="session")
+def encode():
+    """Encoded noise: `encode(seed, seconds, rate, channels, format)`."""
+
+    def encode(seed=0, seconds=0.3, rate=16_000, channels=1, file_format="FLAC", subtype=None):
+        samples = 0.1 * np.random.default_rng(seed).standard_normal((round(seconds * rate), channels))
+        file = io.BytesIO()
+        soundfile.write(file, samples.clip(-1, 1), rate, format=file_format, subtype=subtype)
+        return file.getvalue()
+
+    return encode
+
+
+@pytest.fixture(scope="session")
+def write_parquet(encode):
+    """Parquet shards in the columns of AudioSet on the Hub; clip names count up over the shards."""
+
+    def write_parquet(folder, sizes, row_group_size=4, seconds=0.3, typed=True):
+        folder.mkdir(parents=True, exist_ok=True)
+        features = datasets.Features(
+            {
+                "video_id": datasets.Value("string"),
+                "audio": datasets.Audio(),
+                "labels": datasets.List(datasets.Value("string")),
+                "human_labels": datasets.List(datasets.Value("string")),
+            }
+        )
+        schema = features.arrow_schema if typed else pa.schema(list(features.arrow_schema))
+        first, paths = 0, []
+        for shard, size in enumerate(sizes):
+            rows = [
+                {
+                    "video_id": f"clip{i:03d}",
+                    "audio": {"bytes": encode(i, seconds), "path": f"clip{i:03d}.flac"},
+                    "labels": [f"/m/{i % 3}"],
+                    "human_labels": [f"class {i % 3}"],
+                }
+                for i in range(first, first + size)
+            ]
+            first += size
+            path = folder / f"train-{shard:05d}-of-{len(sizes):05d}.parquet"
+            pq.write_table(pa.Table.from_pylist(rows, schema), path, row_group_size=row_group_size)
+            paths.append(path)
+        return paths
+
+    return write_parquet
+
+
+@pytest.fixture
+def make_folder(tmp_path, encode):
+    """A folder of sound files, as many as asked for."""
+
+    def make_folder(count, name="clips", seconds=0.3):
+        folder = tmp_path / name
+        (folder / "deeper").mkdir(parents=True)
+        for i in range(count):
+            (folder / ("deeper" if i % 2 else ".") / f"clip{i:03d}.flac").write_bytes(encode(i, seconds))
+        return folder
+
+    return make_folder
