@@ -41,8 +41,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 TEMPORARY_PREFIX = ".tmp-"
-# torch reports a full disk as RuntimeError, safetensors as its own.
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+WRITE_ERRORS = (OSError, SafetensorError)
 
 
 @dataclass
@@ -152,7 +151,7 @@ def save_optimizer(folder: Path, accelerator: Accelerator, model: nn.Module, opt
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_optimizer_state_dict(model, optimizer.optimizer, options=options)
     if accelerator.is_main_process:
-        torch.save(state, folder / "optimizer.pt")
+        save_tensors(state, folder / "optimizer.pt")
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: AcceleratedOptimizer) -> None:
@@ -160,6 +159,14 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: AcceleratedOptimiz
     set_optimizer_state_dict(
         model, optimizer.optimizer, optim_state_dict=state, options=StateDictOptions(full_state_dict=True)
     )
+
+
+def save_tensors(state: dict[str, Any], path: Path) -> None:
+    """torch.save for tensors and plain values; OSError if the disk does not take it, which torch calls RuntimeError."""
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:
+        raise OSError(f"{path.name}: {error}") from error
 
 
 def rng_state() -> dict[str, Any]:

@@ -65,6 +65,7 @@ from training.checkpointing import (
     rng_state,
     rotate,
     save_optimizer,
+    save_tensors,
     set_rng_state,
     write_folder,
     write_text,
@@ -229,10 +230,7 @@ class IntervalTimer:
 
 
 class StopRequest:
-    """Within its context SIGTERM and SIGINT are a request that the loop reads; a second SIGINT interrupts as usual.
-
-    Worker processes started within it do not heed these signals either: the run still wants their batches, and ends them.
-    """
+    """Within its context SIGTERM and SIGINT are a request that the loop reads; a second SIGINT interrupts as usual."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -317,14 +315,17 @@ def pretrain(config: PretrainConfig, stop: StopRequest) -> None:
         mean=config.features.mean,
         std=config.features.std,
     )
-    loader = make_loader(
-        config.data,
-        feature_extractor,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        rank=rank,
-        world_size=world_size,
-    )
+    try:
+        loader = make_loader(
+            config.data,
+            feature_extractor,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            rank=rank,
+            world_size=world_size,
+        )
+    except (ValueError, FileNotFoundError) as error:
+        raise TrainingError(f"data.source={config.data.source!r}: {error}") from error
 
     # --- Optimiser
     model.to(accelerator.device)
@@ -385,7 +386,7 @@ def pretrain(config: PretrainConfig, stop: StopRequest) -> None:
                 "data": loader.state_dict(),
                 "clips_digest": clips_digest,
             }
-            torch.save(own, folder / f"rank-{rank:05d}.pt")
+            save_tensors(own, folder / f"rank-{rank:05d}.pt")
             if accelerator.is_main_process:
                 plain_model.save_pretrained(folder, state_dict=weights)
                 feature_extractor.save_pretrained(folder)
