@@ -263,14 +263,17 @@ def pretrain(config: PretrainConfig, stop: StopRequest) -> None:
     """One run, or the rest of one, to its end or until `stop` is requested."""
     # --- Set-up
     run_dir = config.output_dir
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=None if config.watch.tracker == "none" else config.watch.tracker,
-        project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir / "tensorboard")),
-        # The only buffers are constants.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            log_with=None if config.watch.tracker == "none" else config.watch.tracker,
+            project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir / "tensorboard")),
+            # The only buffers are constants.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
+    except ValueError as error:  # such as fp16 without a GPU, or a tracker that it does not know
+        raise TrainingError(f"accelerate: {error}") from error
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         level=logging.INFO if accelerator.is_main_process else logging.WARNING,

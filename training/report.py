@@ -26,9 +26,9 @@ from training.metrics import read_metrics  # noqa: E402
 
 # One panel each: title, keys, whether the axis is logarithmic.
 PANELS = (
-    ("Loss", ("loss",), False),
+    ("Loss", ("loss",), True),
     ("Local losses, per masked patch", ("ua_local_loss", "pma_local_loss", "srl_loss"), False),
-    ("Global losses, sum over the device's clips", ("ua_global_loss", "pma_global_loss"), False),
+    ("Global losses, sum over the device's clips", ("ua_global_loss", "pma_global_loss"), True),
     ("Deviation over patches (0: collapse)", ("pred_var", "target_var"), False),
     ("Gradient norm before clipping", ("grad_norm",), True),
     ("Learning rate", ("learning_rate",), False),

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from modeling_sslam import SSLAMFeatureExtractor, SSLAMForPreTraining
+from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraining
 from training import pretrain
+from training.arguments import parse
 from training.checkpointing import list_checkpoints
 from training.data import AudioLoader
 from training.metrics import read_metrics
@@ -358,8 +360,55 @@ def test_a_full_disk_stops_with_the_last_checkpoint_whole(train, monkeypatch, tm
     assert_same_run(train(resume="auto"), train("straight"))
 
 
+@pytest.mark.filterwarnings("ignore:`log_with=comet_ml`")
 def test_impossible_runs_are_refused(train):
+    with pytest.raises(SystemExit, match="data.source='/nowhere/at/all'"):
+        train(**{"data.source": "/nowhere/at/all"})
+    with pytest.raises(SystemExit, match="fp16 mixed precision requires"):
+        train(mixed_precision="fp16")
     with pytest.raises(SystemExit, match="batch_size=1.*needs at least 2"):
         train(batch_size=1)
     with pytest.raises(SystemExit, match="watch.tracker='comet_ml' is not installed"):
         train(**{"watch.tracker": "comet_ml"})
+
+
+def test_an_overflow_in_fp16_lowers_the_loss_scale_and_nothing_else(train, monkeypatch):
+    class WithScaler(pretrain.Accelerator):
+        """fp16's loss scaling, on the CPU too."""
+
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**125)
+            self.native_amp = True
+            self.state._mixed_precision = "fp16"
+
+    straight = train("straight", max_updates=4)
+    monkeypatch.setattr(pretrain, "Accelerator", WithScaler)
+    run = train(max_updates=4)
+    row = read_metrics(run / "metrics.jsonl")[-1]
+    assert row["dropped_updates"] > 0
+    assert row["loss_scale"] == 2.0 ** (125 - row["dropped_updates"])
+    assert row["learning_rate"] == read_metrics(straight / "metrics.jsonl")[-1]["learning_rate"]
+    assert row["ema_decay"] == read_metrics(straight / "metrics.jsonl")[-1]["ema_decay"]
+    state = json.loads((list_checkpoints(run)[-1] / "trainer.json").read_text())
+    assert state["scaler"]["scale"] == row["loss_scale"]
+    train(max_updates=6, resume="auto", allow_changed_config="true")
+    assert read_metrics(run / "metrics.jsonl")[-1]["dropped_updates"] == row["dropped_updates"]
+
+
+@pytest.mark.parametrize("path", sorted(Path(pretrain.__file__).parent.glob("configs/*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations_are_whole(path):
+    config = parse(pretrain.PretrainConfig, ["--config", str(path)])
+    overrides = {key: value for key, value in asdict(config.model).items() if value is not None}
+    model_config = SSLAMConfig(**overrides)
+    if "stage2" in path.stem:
+        assert (model_config.num_clones, config.optimizer.learning_rate) == (8, 5e-5)
+        assert (config.max_updates, config.optimizer.warmup_updates) == (200_000, 25_000)
+        assert config.init_from == "runs/stage1/model"
+    if "stage1" in path.stem:
+        assert (model_config.num_clones, model_config.pretraining_objective) == (16, "ua")
+        assert (config.max_updates, config.optimizer.warmup_updates) == (400_000, 53_333)
+    if "large" in path.stem:
+        large = SSLAMConfig.large(pretraining_objective="ua", num_clones=16)
+        assert model_config.to_dict() == large.to_dict()
+        assert config.optimizer.learning_rate == 4e-4
