@@ -1,7 +1,7 @@
 """How much of a labelled data set a frozen encoder makes linearly separable:
 
-    python examples/linear_probe.py MODEL DATASET            # e.g. runs/tiny/model soundscapes
-    python examples/linear_probe.py MODEL DATASET --random   # the same architecture with new weights, to compare with
+    python -m examples.linear_probe MODEL DATASET            # e.g. runs/tiny/model soundscapes
+    python -m examples.linear_probe MODEL DATASET --random   # the same architecture with new weights, to compare with
 
 Features of a clip are the mean over its patch tokens; one logistic regression per class, fitted on the split "train",
 scored by mean average precision on "test". Best regularisation by "validation".

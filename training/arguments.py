@@ -176,9 +176,11 @@ def to_yaml(config: Any) -> str:
 
 
 def optional_section(name: str, source: type) -> type:
-    """A dataclass of the fields that `source` annotates, all of them `None` by default, helped by its docstring's "Args":
-    for settings that only say what to change in an object that has its own values."""
-    described = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.cleandoc(source.__doc__ or ""), re.MULTILINE))
+    """A dataclass of the fields that `source` annotates, all of them `None` by default and helped by its docstring's
+    "Args": for settings that only say what to change in an object that has its own values."""
+    described = dict(
+        re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.cleandoc(source.__doc__ or ""), re.MULTILINE)
+    )
 
     def unset(key: str) -> Any:
         text = " ".join(described.get(key, "").split())
@@ -250,7 +252,7 @@ def _name(hint: Any) -> str:
 
 
 def _nearest(key: str, known: dict[str, Setting]) -> str:
-    """The known key that was meant, most likely: the whole name counts, but a right last part in a wrong section too."""
+    """Names the known key that was meant, most likely: by its whole name or, in a wrong section, by its last part."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not close:
         by_name = {name.rpartition(".")[2]: name for name in known}

@@ -2,16 +2,16 @@
 
 A checkpoint is a folder `checkpoints/step-00001000`:
 
-- `model.safetensors`, `config.json` and the rest of `save_pretrained`: student, decoder and teacher. So every checkpoint
-  is a model folder as well, for `from_pretrained` and for starting another run;
+- `model.safetensors`, `config.json` and the rest of `save_pretrained`: student, decoder and teacher. So every
+  checkpoint is a model folder as well, for `from_pretrained` and for starting another run;
 - `optimizer.pt`, by parameter names and unsharded, however the run was spread over devices;
 - `rank-00000.pt`, ...: what each process has for itself, such as random number generators and its place in the data;
 - `trainer.json`: where the run is, and the settings it is run with;
 - `manifest.json`: size and checksum of all these.
 
 Everything is written into a hidden folder beside it, forced to disk and renamed at the end: a process killed at any
-moment leaves whole checkpoints and, at worst, a hidden folder that the next start removes. The manifest tells of damage
-that came later. Nothing is unpickled but tensors and plain values (`weights_only`).
+moment leaves whole checkpoints and, at worst, a hidden folder that the next start removes. The manifest tells of
+damage that came later. Nothing is unpickled but tensors and plain values (`weights_only`).
 """
 
 import json
@@ -134,7 +134,9 @@ def write_folder(target: Path, write: Callable[[Path], None], accelerator: Accel
 
 def copy_model(checkpoint: Path, folder: Path) -> None:
     """Makes `folder` of what `from_pretrained` needs of a checkpoint."""
-    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("optimizer.pt", "rank-*.pt", "trainer.json", MANIFEST))
+    shutil.copytree(
+        checkpoint, folder, ignore=shutil.ignore_patterns("optimizer.pt", "rank-*.pt", "trainer.json", MANIFEST)
+    )
 
 
 def rotate(run_dir: Path, keep: int) -> None:
@@ -162,7 +164,7 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: AcceleratedOptimiz
 
 
 def save_tensors(state: dict[str, Any], path: Path) -> None:
-    """torch.save for tensors and plain values; OSError if the disk does not take it, which torch calls RuntimeError."""
+    """torch.save of tensors and plain values; OSError if the disk does not take it, for torch calls it RuntimeError."""
     try:
         torch.save(state, path)
     except RuntimeError as error:
@@ -171,7 +173,7 @@ def save_tensors(state: dict[str, Any], path: Path) -> None:
 
 def rng_state() -> dict[str, Any]:
     """Python's, numpy's and torch's global generators of this process, in plain values."""
-    name, keys, *rest = np.random.get_state()
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - libraries draw from it
     return {
         "python": random.getstate(),
         "numpy": (name, keys.tolist(), *rest),
@@ -182,7 +184,7 @@ def rng_state() -> dict[str, Any]:
 
 def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

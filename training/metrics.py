@@ -1,5 +1,5 @@
-"""metrics.jsonl: one line of JSON for every interval of a run, in order and without repetition however often the run was
-killed and resumed."""
+"""metrics.jsonl: one line of JSON for every interval of a run, in order and without repetition however often the run
+was killed and resumed."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of the file; without the last line if a killed process left it half-written."""
     if not path.exists():
         return []
-    *lines, rest = path.read_text(encoding="utf-8").split("\n")
+    *lines, _half_written = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines]
 
 

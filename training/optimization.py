@@ -35,8 +35,8 @@ class OptimizerConfig:
 
 
 def learning_rate(update: int, peak: float, warmup_updates: int, max_updates: int) -> float:
-    """The learning rate of optimiser update `update`, counted from 1: `peak * update / warmup_updates` at first, then half
-    a cosine that is 0 at `max_updates`."""
+    """The learning rate of optimiser update `update`, counted from 1: `peak * update / warmup_updates` at first, then
+    half a cosine that is 0 at `max_updates`."""
     if update < warmup_updates:
         return peak * update / warmup_updates
     progress = (update - warmup_updates) / max(max_updates - warmup_updates, 1)

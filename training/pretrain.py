@@ -11,8 +11,8 @@ The loop is `pretrain`, from top to bottom the run itself. Worth knowing:
   `model.global_loss_weight` is 0.25, and shares the windows of a mixture among 48 clips instead of 12.
 - The gradient is that of all devices' summed losses over all devices' masked tokens. Batches are equal in size, so the
   mean over devices and accumulation steps of the loss per masked token is just that.
-- All randomness follows from `seed`. Masks and mixing windows come from a generator of each process on the CPU, so they
-  do not depend on the kind of device; the decoder's noise comes from torch's own generator.
+- All randomness follows from `seed`. Masks and mixing windows come from a generator of each process on the CPU, so
+  they do not depend on the kind of device; the decoder's noise comes from torch's own generator.
 - `--resume auto` goes on from the latest checkpoint as if nothing had happened (on CPU to the last bit), or starts if
   there is none: the same command line can be submitted again and again. SIGTERM and Ctrl-C finish the update, save and
   exit with 0; a second Ctrl-C exits at once.
@@ -97,7 +97,9 @@ class WatchConfig:
     every: int = field(default=100, metadata={"help": "Updates between two lines of the log."})
     tracker: str = field(
         default="tensorboard",
-        metadata={"help": "Where to log beside metrics.jsonl: a tracker of accelerate (tensorboard, wandb, ...) or none."},
+        metadata={
+            "help": "Where to log beside metrics.jsonl: a tracker of accelerate (tensorboard, wandb, ...) or none."
+        },
     )
     min_pred_var: float = field(
         default=0.0, metadata={"help": "Stop as collapsed when the predictions' deviation is less. 0: never."}
@@ -134,8 +136,9 @@ class PretrainConfig:
     init_from: str | None = field(
         default=None,
         metadata={
-            "help": "Folder (or Hub id) to take student, teacher and model configuration from, with a fresh optimiser: "
-            "the model/ or a checkpoint of another run, or a converted one. `model` keys override its configuration."
+            "help": "Folder (or Hub id) to take student, teacher and model configuration from, with a fresh "
+            "optimiser: the model/ or a checkpoint of another run, or a converted one. `model` keys override its "
+            "configuration."
         },
     )
     resume: Literal["no", "auto"] = field(
@@ -145,9 +148,13 @@ class PretrainConfig:
     allow_changed_config: bool = field(
         default=False, metadata={"help": "Resume even if settings changed that alter the run."}
     )
-    seed: int = field(default=0, metadata={"help": "What weights, order of clips, crops, masks and noise follow from."})
+    seed: int = field(
+        default=0, metadata={"help": "What weights, order of clips, crops, masks and noise follow from."}
+    )
     max_updates: int = field(default=400_000, metadata={"help": "Optimiser updates of the whole run."})
-    batch_size: int = field(default=12, metadata={"help": "Clips per device and forward pass. See the top: not neutral."})
+    batch_size: int = field(
+        default=12, metadata={"help": "Clips per device and forward pass. See the top: not neutral."}
+    )
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forward passes per update."})
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
         default=None, metadata={"help": "Overrides what accelerate was launched with."}
@@ -272,7 +279,7 @@ def pretrain(config: PretrainConfig, stop: StopRequest) -> None:
             # The only buffers are constants.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
-    except ValueError as error:  # such as fp16 without a GPU, or a tracker that it does not know
+    except ValueError as error:  # such as a tracker or a precision that it does not know
         raise TrainingError(f"accelerate: {error}") from error
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
@@ -280,6 +287,8 @@ def pretrain(config: PretrainConfig, stop: StopRequest) -> None:
     )
     if config.watch.tracker != "none" and not accelerator.log_with:
         raise TrainingError(f"watch.tracker={config.watch.tracker!r} is not installed; pip install it, or use none.")
+    if accelerator.mixed_precision == "fp16" and not accelerator.native_amp:
+        raise TrainingError("mixed_precision=fp16 needs a GPU; on this device use bf16 or no.")
     disable_progress_bar()  # transformers' own, at every checkpoint
     rank, world_size = accelerator.process_index, accelerator.num_processes
     clips_per_update = config.batch_size * config.gradient_accumulation_steps * world_size
@@ -301,8 +310,8 @@ def pretrain(config: PretrainConfig, stop: StopRequest) -> None:
     model_config = model.config
     if model_config.pretraining_objective != "ua" and config.batch_size < 2:
         raise TrainingError(
-            f"batch_size={config.batch_size}: the objective {model_config.pretraining_objective!r} mixes the clips of a "
-            "device with one another and needs at least 2."
+            f"batch_size={config.batch_size}: the objective {model_config.pretraining_objective!r} mixes the clips "
+            "of a device with one another and needs at least 2."
         )
     if config.compile:
         for encoder in (model.sslam.encoder, model.teacher.encoder):
@@ -452,7 +461,9 @@ def pretrain(config: PretrainConfig, stop: StopRequest) -> None:
                 plain_model.update_teacher(decay)
                 timer.count_update()
                 bar.update()
-                bar.set_postfix(loss=f"{values['loss']:.4g}", clips_per_s=f"{timer.updates_per_second * clips_per_update:.1f}")
+                bar.set_postfix(
+                    loss=f"{values['loss']:.4g}", clips_per_s=f"{timer.updates_per_second * clips_per_update:.1f}"
+                )
 
                 if progress.update % config.watch.every == 0 or progress.update == config.max_updates:
                     skipped = sum(map(Counter, gather_object([dict(loader.skipped)])), Counter())
@@ -476,7 +487,9 @@ def pretrain(config: PretrainConfig, stop: StopRequest) -> None:
                         row["loss_scale"] = accelerator.scaler.get_scale()
                     if accelerator.is_main_process:
                         append_metrics(metrics_path, row)
-                    accelerator.log({key: value for key, value in row.items() if key != "update"}, step=progress.update)
+                    accelerator.log(
+                        {key: value for key, value in row.items() if key != "update"}, step=progress.update
+                    )
                     timer = IntervalTimer()
                 check_collapse(config.watch, progress.update, values["pred_var"], values["target_var"])
             else:
@@ -509,7 +522,9 @@ def find_checkpoint(config: PretrainConfig, accelerator: Accelerator) -> tuple[P
     run_dir = config.output_dir
     if config.resume == "no":
         if list_checkpoints(run_dir):
-            raise TrainingError(f"{run_dir} holds a run. Continue it with --resume auto, or choose another --output_dir.")
+            raise TrainingError(
+                f"{run_dir} holds a run. Continue it with --resume auto, or choose another --output_dir."
+            )
         return None, {}
     # One process reads it all to check it, and decides.
     (checkpoint,) = broadcast_object_list([latest_checkpoint(run_dir) if accelerator.is_main_process else None])
@@ -522,8 +537,8 @@ def find_checkpoint(config: PretrainConfig, accelerator: Accelerator) -> tuple[P
     for name, value in spread.items():
         if state[name] != value:
             raise TrainingError(
-                f"{checkpoint} was made with {name}={state[name]}, this run has {value}: it would not be the same run. "
-                f"Use the same, or start a new run with --init_from {checkpoint}."
+                f"{checkpoint} was made with {name}={state[name]}, this run has {value}: it would not be the same "
+                f"run. Use the same, or start a new run with --init_from {checkpoint}."
             )
     settings, before = plain_settings(config), state["settings"]
     changed = [
@@ -533,8 +548,8 @@ def find_checkpoint(config: PretrainConfig, accelerator: Accelerator) -> tuple[P
     ]
     if changed and not config.allow_changed_config:
         raise TrainingError(
-            f"These settings are not those of the run in {run_dir}: {'; '.join(changed)}. Set them back, start anew in "
-            "another --output_dir, or pass --allow_changed_config true."
+            f"These settings are not those of the run in {run_dir}: {'; '.join(changed)}. Set them back, start anew "
+            "in another --output_dir, or pass --allow_changed_config true."
         )
     return checkpoint, state
 
@@ -550,8 +565,8 @@ def accumulate_gradients(
     inputs: Sequence[torch.Tensor],
     generator: torch.Generator,
 ) -> list[dict[str, torch.Tensor]]:
-    """Adds the gradient of one update to the parameters: the mean over `inputs`, one `(B, T, F)` for each forward pass,
-    and over all processes.
+    """Adds the gradient of one update to the parameters: the mean over `inputs`, one `(B, T, F)` for each forward
+    pass, and over all processes.
 
     Returns:
         For each forward pass the loss, those of its terms that the objective has, pred_var and target_var.
@@ -576,8 +591,8 @@ def offending_ids(
     accelerator: Accelerator, batches: Sequence[dict[str, Any]], outputs: Sequence[dict[str, torch.Tensor]]
 ) -> list[str]:
     """Of all processes' clips those whose batch had a loss that is not finite."""
-    bad = [batch["ids"] for batch, output in zip(batches, outputs, strict=True) if not output["loss"].isfinite()]
-    return gather_object(sum(bad, []))
+    pairs = zip(batches, outputs, strict=True)
+    return gather_object([id_ for batch, output in pairs if not output["loss"].isfinite() for id_ in batch["ids"]])
 
 
 def drop_update(progress: Progress, config: WatchConfig, values: dict[str, float], ids: list[str]) -> None:
@@ -597,9 +612,9 @@ def drop_update(progress: Progress, config: WatchConfig, values: dict[str, float
     logger.warning(message)
     if progress.dropped_in_a_row >= config.max_dropped:
         raise TrainingError(
-            f"{progress.dropped_in_a_row} updates in a row were dropped; the last checkpoint is from before. Batches of "
-            f"these clips had a loss that is not finite: {', '.join(progress.suspects) or 'none'}. Listen to them, lower "
-            "optimizer.learning_rate, or try another mixed_precision."
+            f"{progress.dropped_in_a_row} updates in a row were dropped; the last checkpoint is from before. "
+            f"Batches of these clips had a loss that is not finite: {', '.join(progress.suspects) or 'none'}. Listen to "
+            "them, lower optimizer.learning_rate, or try another mixed_precision."
         )
 
 

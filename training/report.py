@@ -1,4 +1,4 @@
-"""Pictures and a model card out of a run's folder: `python -m training.report RUN_DIR`, at any time, also while it runs.
+"""Pictures and a model card out of a run's folder: `python -m training.report RUN_DIR`, at any time.
 
 Writes RUN_DIR/curves.png and RUN_DIR/model/, a folder for the Hub with the weights of the latest checkpoint.
 """
@@ -18,11 +18,11 @@ import transformers
 import yaml
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
-from training.checkpointing import TEMPORARY_PREFIX, copy_model, latest_checkpoint, publish  # noqa: E402
-from training.metrics import read_metrics  # noqa: E402
+from training.checkpointing import TEMPORARY_PREFIX, copy_model, latest_checkpoint, publish
+from training.metrics import read_metrics
 
 # One panel each: title, keys, whether the axis is logarithmic.
 PANELS = (
@@ -98,9 +98,9 @@ tags: [audio, self-supervised, sslam, eat]
 
 # {run_dir.name}
 
-A self-supervised audio encoder, pre-trained as in SSLAM (Alex et al., ICLR 2025, [arXiv
-2506.12222](https://arxiv.org/abs/2506.12222)). The weights hold the student, which the lines below read, the decoder and
-the teacher.
+A self-supervised audio encoder, pre-trained as in SSLAM (Alex et al., ICLR 2025,
+[arXiv 2506.12222](https://arxiv.org/abs/2506.12222)). The weights hold the student, which the lines below read, the
+decoder and the teacher.
 
 ```python
 from transformers import AutoFeatureExtractor, AutoModel

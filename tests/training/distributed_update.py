@@ -1,7 +1,7 @@
-"""Started by test_pretrain_distributed.py in several processes: the gradient of one update of a small model, written by
-the main process.
+"""Started by test_pretrain_distributed.py in several processes: one update of a small model, whole in each process
+(DDP) and sharded (FSDP). The main process writes what came of it to FOLDER/ddp.pt and FOLDER/fsdp.pt.
 
-    distributed_update.py OUT ddp|fsdp NUM_MICRO_BATCHES
+    distributed_update.py FOLDER
 """
 
 import sys
@@ -53,9 +53,8 @@ def mask_generator(index: int) -> torch.Generator:
     return generator
 
 
-def main(out: Path, kind: str, num_micro_batches: int) -> None:
+def update(folder: Path, kind: str, num_micro_batches: int) -> None:
     accelerator = Accelerator(gradient_accumulation_steps=num_micro_batches)
-    torch.set_num_threads(1)
     model = make_model()
     if kind == "fsdp":
         for layer in (*model.sslam.encoder.layers, *model.teacher.encoder.layers):
@@ -75,12 +74,12 @@ def main(out: Path, kind: str, num_micro_batches: int) -> None:
     weights = {name: whole(p.detach()) for name, p in plain_model.named_parameters()}
 
     # The state goes unsharded and comes back to an optimiser that has none.
-    save_optimizer(out.parent, accelerator, model, optimizer)
+    save_optimizer(folder, accelerator, model, optimizer)
     accelerator.wait_for_everyone()
     moments = first_moments(plain_model, optimizer)
     optimizer.zero_grad()
     optimizer.optimizer.state.clear()
-    load_optimizer(out.parent, model, optimizer)
+    load_optimizer(folder, model, optimizer)
     loaded_moments = first_moments(plain_model, optimizer)
 
     losses = accelerator.gather(torch.stack([output["loss"] for output in outputs]))
@@ -94,8 +93,8 @@ def main(out: Path, kind: str, num_micro_batches: int) -> None:
             "losses": losses,
             "pred_var": deviations,
         }
-        torch.save(result, out)
-    accelerator.end_training()
+        torch.save(result, folder / f"{kind}.pt")
+    accelerator.wait_for_everyone()
 
 
 def first_moments(model: torch.nn.Module, optimizer: AcceleratedOptimizer) -> dict[str, torch.Tensor]:
@@ -108,4 +107,6 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    for kind in ("ddp", "fsdp"):
+        update(Path(sys.argv[1]), kind, num_micro_batches=1)
+    Accelerator().end_training()

@@ -15,6 +15,7 @@ from training.checkpointing import (
     remove_leftovers,
     rng_state,
     rotate,
+    save_tensors,
     set_rng_state,
     write_folder,
 )
@@ -30,7 +31,7 @@ def save(tmp_path):
         def write(folder):
             (folder / "deeper").mkdir()
             (folder / "deeper" / "weights.bin").write_bytes(bytes([update]) * size)
-            torch.save({"tensor": torch.full((size,), float(update))}, folder / "state.pt")
+            save_tensors({"tensor": torch.full((size,), float(update))}, folder / "state.pt")
 
         write_folder(checkpoint_path(run_dir, update), write, accelerator)
         return checkpoint_path(run_dir, update)
@@ -96,7 +97,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(save, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(CheckpointError, match="step-00000002 could not be written.*--resume auto"):
+        with pytest.raises(CheckpointError, match=r"step-00000002 could not be written.*--resume auto"):
             save(2, size=15_000)  # the plain file fits, the tensor does not
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -112,7 +113,7 @@ def test_an_unwritable_folder_is_named(save, tmp_path):
 
 def test_random_numbers_go_on(tmp_path):
     def draw():
-        return random.random(), np.random.rand(), torch.rand(()).item(), random.gauss(0, 1), np.random.randn()
+        return random.random(), np.random.rand(), torch.rand(()).item(), random.gauss(0, 1)  # noqa: NPY002
 
     draw()
     torch.save(rng_state(), tmp_path / "rng.pt")

@@ -1,5 +1,5 @@
-"""The trainer as its users start it, on generated soundscapes and a tiny model: what it learns, that it resumes exactly
-whatever kills it, and that it stops for what it should."""
+"""The trainer as its users start it, on generated soundscapes and a tiny model: what it learns, that it resumes
+exactly whatever kills it, and that it stops for what it should."""
 
 import json
 import multiprocessing
@@ -133,7 +133,10 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert_identical(found, wanted)
     timings = ("clips_per_second", "data_wait_fraction", "memory_gib")
     rows, expected_rows = (
-        [{key: value for key, value in row.items() if key not in timings} for row in read_metrics(path / "metrics.jsonl")]
+        [
+            {key: value for key, value in row.items() if key not in timings}
+            for row in read_metrics(path / "metrics.jsonl")
+        ]
         for path in (one, other)
     )
     assert rows == expected_rows
@@ -334,7 +337,7 @@ def test_too_many_dropped_updates_in_a_row_stop_the_run(train, monkeypatch, tmp_
 
 
 def test_collapse_stops_the_run(train):
-    with pytest.raises(SystemExit, match="target_var=.*less than watch.min_target_var=5.0 at update 4"):
+    with pytest.raises(SystemExit, match=r"target_var=.*less than watch\.min_target_var=5\.0 at update 4"):
         train(**{"watch.min_target_var": 5, "watch.collapse_after": 3})
 
 
@@ -362,13 +365,13 @@ def test_a_full_disk_stops_with_the_last_checkpoint_whole(train, monkeypatch, tm
 
 @pytest.mark.filterwarnings("ignore:`log_with=comet_ml`")
 def test_impossible_runs_are_refused(train):
-    with pytest.raises(SystemExit, match="data.source='/nowhere/at/all'"):
+    with pytest.raises(SystemExit, match=r"data\.source='/nowhere/at/all'"):
         train(**{"data.source": "/nowhere/at/all"})
-    with pytest.raises(SystemExit, match="fp16 mixed precision requires"):
+    with pytest.raises(SystemExit, match="fp16 needs a GPU"):
         train(mixed_precision="fp16")
-    with pytest.raises(SystemExit, match="batch_size=1.*needs at least 2"):
+    with pytest.raises(SystemExit, match=r"batch_size=1.*needs at least 2"):
         train(batch_size=1)
-    with pytest.raises(SystemExit, match="watch.tracker='comet_ml' is not installed"):
+    with pytest.raises(SystemExit, match=r"watch\.tracker='comet_ml' is not installed"):
         train(**{"watch.tracker": "comet_ml"})
 
 
@@ -378,7 +381,7 @@ def test_an_overflow_in_fp16_lowers_the_loss_scale_and_nothing_else(train, monke
 
         def __init__(self, **kwargs):
             super().__init__(**kwargs)
-            self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**125)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22)
             self.native_amp = True
             self.state._mixed_precision = "fp16"
 
@@ -387,7 +390,7 @@ def test_an_overflow_in_fp16_lowers_the_loss_scale_and_nothing_else(train, monke
     run = train(max_updates=4)
     row = read_metrics(run / "metrics.jsonl")[-1]
     assert row["dropped_updates"] > 0
-    assert row["loss_scale"] == 2.0 ** (125 - row["dropped_updates"])
+    assert row["loss_scale"] == 2.0 ** (22 - row["dropped_updates"])
     assert row["learning_rate"] == read_metrics(straight / "metrics.jsonl")[-1]["learning_rate"]
     assert row["ema_decay"] == read_metrics(straight / "metrics.jsonl")[-1]["ema_decay"]
     state = json.loads((list_checkpoints(run)[-1] / "trainer.json").read_text())
@@ -396,7 +399,9 @@ def test_an_overflow_in_fp16_lowers_the_loss_scale_and_nothing_else(train, monke
     assert read_metrics(run / "metrics.jsonl")[-1]["dropped_updates"] == row["dropped_updates"]
 
 
-@pytest.mark.parametrize("path", sorted(Path(pretrain.__file__).parent.glob("configs/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(Path(pretrain.__file__).parent.glob("configs/*.yaml")), ids=lambda path: path.stem
+)
 def test_shipped_configurations_are_whole(path):
     config = parse(pretrain.PretrainConfig, ["--config", str(path)])
     overrides = {key: value for key, value in asdict(config.model).items() if value is not None}

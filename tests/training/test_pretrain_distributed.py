@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from modeling_sslam import SSLAMForPreTraining
+from modeling_sslam.modeling_sslam_pretraining import inverse_block_masks
 from training.checkpointing import list_checkpoints
 from training.metrics import read_metrics
 from training.soundscapes import make_row
@@ -28,7 +30,7 @@ def launch():
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        options = "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+        options = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         # By itself `accelerate launch --cpu --num_processes 2` starts one process, unless there is MPI.
         command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port", str(port)]
         environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -65,18 +67,17 @@ def expected(script):
 def assert_all_close(found, wanted, **tolerances) -> None:
     assert found.keys() == wanted.keys()
     for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], msg=lambda text, name=name: f"{name}: {text}", **tolerances)
+        torch.testing.assert_close(
+            found[name], wanted[name], msg=lambda text, name=name: f"{name}: {text}", **tolerances
+        )
 
 
 def test_processes_accumulation_and_sharding_give_the_published_gradient(launch, script, expected, tmp_path):
-    results = {}
-    for kind in ("ddp", "fsdp"):
-        (tmp_path / kind).mkdir()
-        launch(SCRIPT, tmp_path / kind / "out.pt", kind, 1)
-        results[kind] = torch.load(tmp_path / kind / "out.pt", weights_only=True)
+    launch(SCRIPT, tmp_path)
+    results = {kind: torch.load(tmp_path / f"{kind}.pt", weights_only=True) for kind in ("ddp", "fsdp")}
     (tmp_path / "one").mkdir()
-    script.main(tmp_path / "one" / "out.pt", "ddp", 2)
-    results["one"] = torch.load(tmp_path / "one" / "out.pt", weights_only=True)
+    script.update(tmp_path / "one", "ddp", num_micro_batches=2)
+    results["one"] = torch.load(tmp_path / "one" / "ddp.pt", weights_only=True)
 
     scale = max(gradient.abs().max() for gradient in expected["gradients"].values()).item()
     for result in results.values():
@@ -90,15 +91,44 @@ def test_processes_accumulation_and_sharding_give_the_published_gradient(launch,
         assert len(set(results[kind]["pred_var"].tolist())) == 1
 
 
+def test_a_larger_batch_needs_a_smaller_weight_of_the_global_loss(make_config):
+    """Two clips on each of two devices are four on one only if each weighs half as much in the global sum."""
+    model = SSLAMForPreTraining(make_config(pretraining_objective="ua", mask_noise_std=0.0)).train()
+    clips, masks = torch.randn(4, 64, 32), inverse_block_masks(4, 4, model.config)
+    (sum(model(clips[part], bool_masked_pos=masks[part]).loss for part in (slice(2), slice(2, 4))) / 2).backward()
+    expected = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    model.zero_grad()
+
+    def matches() -> bool:
+        model.zero_grad()
+        model(clips, bool_masked_pos=masks).loss.backward()
+        found = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+        return all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(found, expected, strict=True))
+
+    assert not matches()
+    model.config.global_loss_weight = 0.5
+    assert matches()
+
+
 def test_two_processes_train_resume_and_share_the_clips(launch, tmp_path):
     clips = tmp_path / "clips"
     clips.mkdir()
     for i in range(16):
         row = make_row(("train", i), seed=0, duration=0.8, rate=16_000, max_sources=2)
         (clips / f"clip{i:02d}.flac").write_bytes(row["audio"]["bytes"])
-    model = "hidden_size=32 num_hidden_layers=2 num_attention_heads=4 intermediate_size=64 num_mel_bins=32 max_length=64"
+    model = (
+        "hidden_size=32 num_hidden_layers=2 num_attention_heads=4 intermediate_size=64 num_mel_bins=32 max_length=64"
+    )
     arguments = [
-        *("-m", "training.pretrain", "--data.source", clips, "--data.num_workers=0", "--batch_size=2", "--watch.every=2"),
+        *(
+            "-m",
+            "training.pretrain",
+            "--data.source",
+            clips,
+            "--data.num_workers=0",
+            "--batch_size=2",
+            "--watch.every=2",
+        ),
         *("--optimizer.warmup_updates=2", "--watch.tracker=none", "--resume=auto", "--checkpoint.every=2"),
         *(f"--model.{setting}" for setting in [*model.split(), "num_clones=2", "decoder_num_layers=2"]),
     ]
