@@ -164,7 +164,7 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: AcceleratedOptimiz
 
 
 def save_tensors(state: dict[str, Any], path: Path) -> None:
-    """torch.save of tensors and plain values; OSError if the disk does not take it, for torch calls it RuntimeError."""
+    """torch.save of tensors and plain values; OSError if the disk does not take it, where torch has a RuntimeError."""
     try:
         torch.save(state, path)
     except RuntimeError as error:

@@ -15,7 +15,8 @@ The loop is `pretrain`, from top to bottom the run itself. Worth knowing:
   they do not depend on the kind of device; the decoder's noise comes from torch's own generator.
 - `--resume auto` goes on from the latest checkpoint as if nothing had happened (on CPU to the last bit), or starts if
   there is none: the same command line can be submitted again and again. SIGTERM and Ctrl-C finish the update, save and
-  exit with 0; a second Ctrl-C exits at once.
+  exit with 0; a second Ctrl-C exits at once. (A launcher that was signalled reports failure all the same, and for a
+  single process `accelerate launch` keeps a SIGTERM to itself: send it to the process group.)
 
 RUN_DIR gets config.yaml, metrics.jsonl, checkpoints/, tensorboard/ and at the end curves.png and model/, a folder for
 the Hub (`python -m training.report RUN_DIR` makes these two at any time).
@@ -24,8 +25,10 @@ the Hub (`python -m training.report RUN_DIR` makes these two at any time).
 import json
 import logging
 import math
+import os
 import signal
 import sys
+import threading
 import time
 import zlib
 from collections import Counter
@@ -237,18 +240,37 @@ class IntervalTimer:
 
 
 class StopRequest:
-    """Within its context SIGTERM and SIGINT are a request that the loop reads; a second SIGINT interrupts as usual."""
+    """Within its context SIGTERM and SIGINT are a request that the loop reads; a second SIGINT interrupts as usual.
+
+    Processes forked within it, such as data workers, heed these signals from their parent alone: terminals and launchers
+    send them to all processes of a run, but the update that is to be finished still wants its data.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
         self.requested = False
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        os.register_at_fork(after_in_child=self._shield)
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._before = {}
+
+    def _shield(self) -> None:
+        if self._before:
+            signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
+            threading.Thread(target=self._heed_parent, daemon=True).start()
+
+    def _heed_parent(self) -> None:
+        while signal.sigwaitinfo(self.SIGNALS).si_pid != os.getppid():
+            pass
+        os._exit(0)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         # Launchers pass a Ctrl-C on as a SIGTERM besides: only the user's own second one aborts.
@@ -613,8 +635,8 @@ def drop_update(progress: Progress, config: WatchConfig, values: dict[str, float
     if progress.dropped_in_a_row >= config.max_dropped:
         raise TrainingError(
             f"{progress.dropped_in_a_row} updates in a row were dropped; the last checkpoint is from before. "
-            f"Batches of these clips had a loss that is not finite: {', '.join(progress.suspects) or 'none'}. Listen to "
-            "them, lower optimizer.learning_rate, or try another mixed_precision."
+            f"Batches of these clips had a loss that is not finite: {', '.join(progress.suspects) or 'none'}. Listen "
+            "to them, lower optimizer.learning_rate, or try another mixed_precision."
         )
 
 

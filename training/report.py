@@ -12,14 +12,11 @@ from typing import Any
 
 import accelerate
 import datasets
-import matplotlib
 import torch
 import transformers
 import yaml
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from training.checkpointing import TEMPORARY_PREFIX, copy_model, latest_checkpoint, publish
 from training.metrics import read_metrics
@@ -48,7 +45,8 @@ def plot_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     ]
     columns = 3
     num_rows = -(-len(panels) // columns)
-    figure, grid = plt.subplots(num_rows, columns, figsize=(14, 3.2 * num_rows), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(14, 3.2 * num_rows), layout="constrained")
+    grid = figure.subplots(num_rows, columns, squeeze=False)
     for axes, (name, keys, is_log) in zip(grid.flat, panels, strict=False):
         _plot_panel(axes, rows, keys, is_log)
         axes.set_title(name, fontsize=11)
@@ -58,7 +56,6 @@ def plot_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         axes.set_xlabel("update")
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _plot_panel(axes: Axes, rows: list[dict[str, Any]], keys: list[str], is_log: bool) -> None:

@@ -254,9 +254,9 @@ def test_asked_to_stop_it_saves_and_goes_on_later(number, arguments, processes, 
     process = processes(arguments("stopped", **changes))
     while not read_metrics(metrics):
         time.sleep(0.005)
-    if number == signal.SIGINT:  # from a terminal the workers get it as well
-        for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-            os.kill(int(child), number)
+    # As terminals and launchers do it: to the workers as well.
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        os.kill(int(child), number)
     os.kill(process.pid, number)
     process.join()
     assert process.exitcode == 0
