@@ -11,7 +11,7 @@
   epoch. Every worker fills its own batches; the batches of a rank take turns over its workers.
 - **Shuffling.** The order of the shards is drawn per epoch, and within a worker's stream blocks of `shuffle_buffer`
   clips are permuted. While one block is used up the next fills, so about `shuffle_buffer` encoded clips are held.
-- **Exact resume.** A checkpoint of a few hundred bytes per worker gives the same clips, crops and batches: see
+- **Exact resume.** A checkpoint of half a kilobyte per worker gives the same clips, crops and batches: see
   [`training.stream`].
 - **Epochs run on.** With `repeat` each worker passes from one epoch to the next inside a batch: no clip is dropped, no
   batch is short, and ranks that hold different numbers of clips never wait for one another. Without it the loader
@@ -22,6 +22,7 @@
 """
 
 import logging
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -57,7 +58,12 @@ class DataConfig:
         default="train",
         metadata={"help": "Split to read. A plain folder and a .tsv manifest are one split in themselves."},
     )
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
+    revision: str | None = field(
+        default=None,
+        metadata={
+            "help": "Branch, tag or commit of a Hub dataset. Only a commit stays what it is until a run is resumed."
+        },
+    )
     data_files: list[str] | None = field(
         default=None, metadata={"help": "Files, globs or URLs to read in place of what the source would choose."}
     )
@@ -89,10 +95,10 @@ class DataConfig:
         },
     )
     shuffle_buffer: int = field(
-        default=1000,
+        default=500,
         metadata={
-            "help": "Clips that are shuffled among each other, still encoded, in the memory of every worker. 0 keeps "
-            "the order of the source, the same in every epoch."
+            "help": "Clips that are shuffled among each other; every worker holds as many encoded files in memory. 0 "
+            "keeps the order of the source, the same in every epoch."
         },
     )
     num_workers: int = field(default=4, metadata={"help": "Worker processes per rank. 0 loads in the main process."})
@@ -108,7 +114,7 @@ class DataConfig:
     )
     max_retries: int = field(
         default=8,
-        metadata={"help": "Attempts, at growing intervals up to a minute, to go on with a source that fails."},
+        metadata={"help": "How often, at intervals that grow to a minute, to try again when a source fails."},
     )
     read_timeout: float = field(
         default=60.0, metadata={"help": "Seconds without a byte after which an http(s) connection counts as lost."}
@@ -159,7 +165,7 @@ class AudioLoader:
             # Workers are given a seed they have no use for; without a generator it would be drawn from the global one.
             generator=torch.Generator().manual_seed(stream.seed),
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_one_thread,
+            worker_init_fn=_set_up_worker,
         )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -227,9 +233,13 @@ class AudioLoader:
             )
 
 
-def _one_thread(worker_id: int) -> None:
-    torch.set_num_threads(1)
+def _set_up_worker(worker_id: int) -> None:
+    # torch keeps a worker to one thread itself.
     pyarrow.set_cpu_count(1)
+    # A terminal or a scheduler signals every process of a run, and a worker that died of it would take down the main
+    # process while that finishes its step and saves. The second SIGTERM is the main process's own, at its end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def make_loader(

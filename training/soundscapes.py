@@ -35,7 +35,7 @@ import soundfile
 from numpy.random import Generator
 from tqdm import tqdm
 
-from training.stream import generator_for
+from training.seeding import generator_for
 
 CLIPS_PER_SHARD = 250
 MIN_EVENT_SECONDS = 0.5
@@ -547,9 +547,10 @@ def _map(function: Callable, items: list, num_processes: int) -> Iterator:
 
 def plot(rate: int, seed: int, duration: float, max_sources: int, path: Path) -> None:
     """Spectrograms of four clips with their events, and of each class by itself."""
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    def draw(axes: object, waveform: np.ndarray) -> None:
+    def draw(axes: Axes, waveform: np.ndarray) -> None:
         waveform = waveform + 1e-7 * generator_for(seed, "plot").standard_normal(len(waveform))
         axes.specgram(waveform, NFFT=512, noverlap=352, Fs=rate, cmap="magma", vmin=-140, vmax=-30)
         axes.set_yticks([])

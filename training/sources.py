@@ -144,7 +144,11 @@ def _load_from_disk(path: Path, split: str) -> datasets.Dataset:
 
 def _list_folder(path: Path, with_labels: bool) -> tuple[list[str], list[str], list[list[str]] | None]:
     """Ids (relative paths), paths and, as audiofolder has them, the names of the enclosing folders as labels."""
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES and file.is_file())
+    files = sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix.lower() in AUDIO_SUFFIXES and not file.name.startswith(".") and file.is_file()
+    )
     if not files:
         raise FileNotFoundError(f"No sound files under {path} (looked for {', '.join(sorted(AUDIO_SUFFIXES))}).")
     labels = [[file.parent.name] for file in files] if with_labels else None

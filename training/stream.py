@@ -8,6 +8,7 @@ content instead.)
 
 import hashlib
 import logging
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,12 +22,14 @@ import numpy as np
 import pyarrow
 import torch
 from datasets.distributed import split_dataset_by_node
+from fsspec.exceptions import FSTimeoutError
 from huggingface_hub.utils import httpx
 from torch.utils.data import get_worker_info
 
 from modeling_sslam import SSLAMFeatureExtractor
 from modeling_sslam.feature_extraction_sslam import FRAME_SHIFT_MS
 from training.audio import ClipError, read_waveform
+from training.seeding import generator_for
 from training.sources import Source, http_options
 
 if TYPE_CHECKING:
@@ -35,41 +38,51 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # What a remote source may raise that another attempt can mend.
-TRANSIENT_ERRORS = (OSError, TimeoutError, aiohttp.ClientError, httpx.HTTPError, pyarrow.ArrowException, EOFError)
+TRANSIENT_ERRORS = (
+    OSError,
+    FSTimeoutError,
+    aiohttp.ClientError,
+    httpx.HTTPError,
+    pyarrow.ArrowException,
+    tarfile.TarError,
+    EOFError,
+)
 PERMANENT_ERRORS = (FileNotFoundError, PermissionError)
+PERMANENT_STATUS = (401, 403, 404, 410)
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 1.0, 60.0
 # Skipped clips travel with the next batch; where none comes about they are handed over by themselves.
 MAX_UNREPORTED_SKIPS = 64
 
 
-def generator_for(*key: int | str) -> np.random.Generator:
-    """A generator that depends on the key alone, not on what was drawn before or in which process."""
-    words = [
-        part
-        if isinstance(part, int)
-        else int.from_bytes(hashlib.blake2b(part.encode(), digest_size=16).digest(), "little")
-        for part in key
-    ]
-    return np.random.default_rng(words)
-
-
 def with_retries(action: Callable[[], Any], max_retries: int, name: str) -> Any:
     """The result of `action`, called again at doubling intervals while it fails in a way that time may mend."""
-    for attempt in range(max_retries + 1):
+    retry, seconds = 0, FIRST_RETRY_SECONDS
+    while True:
         try:
             return action()
-        except PERMANENT_ERRORS:
-            raise
         except TRANSIENT_ERRORS as error:
-            if attempt == max_retries:
+            cause, retry = _cause(error), retry + 1
+            if retry > max_retries or _is_permanent(cause):
                 raise
-            seconds = min(FIRST_RETRY_SECONDS * 2**attempt, LONGEST_RETRY_SECONDS)
             logger.warning(
-                "%s failed (%s: %s); attempt %d of %d in %g s.",
-                name, type(error).__name__, error, attempt + 1, max_retries, seconds,
+                "%s failed (%s: %s); retry %d of %d in %g s.",
+                name, type(cause).__name__, cause, retry, max_retries, seconds,
             )  # fmt: skip
             time.sleep(seconds)
-    raise AssertionError("unreachable")
+            seconds = min(2 * seconds, LONGEST_RETRY_SECONDS)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """fsspec calls any file missing whose size a server would not tell; what it was stands behind that."""
+    while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _is_permanent(cause: BaseException) -> bool:
+    # aiohttp's errors have a status, those of the Hub's client a response.
+    status = getattr(cause, "status", getattr(getattr(cause, "response", None), "status_code", None))
+    return isinstance(cause, PERMANENT_ERRORS) or status in PERMANENT_STATUS
 
 
 class Rows:
@@ -122,7 +135,7 @@ class Rows:
 
 
 class Position(NamedTuple):
-    """A place in a worker's endless stream of clips: after `used` clips of the block that starts at state `rows`."""
+    """A place in a worker's stream of clips: after `used` clips of the `block` that starts at state `rows`."""
 
     epoch: int
     block: int
@@ -214,10 +227,9 @@ class ClipStream(torch.utils.data.IterableDataset):
         while True:
             rows = Rows(self.dataset_of_rank(epoch), state, self.config.max_retries, f"Reading {self.config.source}")
             is_empty = state is None
-            state = rows.state_dict()
-            draw = generator_for(self.seed, "blocks", epoch, self.rank, worker)
             # The first block is of random size, so that the borders between blocks move from epoch to epoch.
-            block = list(islice(rows, int(draw.integers(1, size + 1)) if index == 0 else size))
+            first_size = int(generator_for(self.seed, "blocks", epoch, self.rank, worker).integers(1, size + 1))
+            block = list(islice(rows, first_size if index == 0 else size))
             while block:
                 is_empty = False
                 next_state, next_block = rows.state_dict(), []
@@ -246,19 +258,17 @@ class ClipStream(torch.utils.data.IterableDataset):
         encoded, path = self.source.audio(row)
         id_ = self._id(row)
         if encoded is None and path is not None and "://" in path:
-            encoded = with_retries(
-                partial(_read_remote, path, self.config.read_timeout), self.config.max_retries, f"Reading {path}"
-            )
-        crop = self.config.crop == "random"
+            read = partial(_read_remote, path, self.config.read_timeout)
+            encoded = with_retries(read, self.config.max_retries, f"Reading {path}")
         waveform = read_waveform(
             path if encoded is None else encoded,
             extractor.sampling_rate,
             max_samples=num_samples_of(extractor, extractor.max_length),
             min_samples=num_samples_of(extractor, extractor.patch_size),
-            position=generator_for(self.seed, "crop", epoch, id_).random() if crop else 0.0,
+            position=generator_for(self.seed, "crop", epoch, id_).random() if self.config.crop == "random" else 0.0,
         )
-        clip = {"id": id_, "epoch": epoch, "waveform": waveform}
-        return clip | ({"labels": self.source.labels(row)} if self.source.label_column else {})
+        labels = self.source.labels(row) if self.source.label_column else None
+        return {"id": id_, "epoch": epoch, "waveform": waveform, "labels": labels}
 
     def _batch(self, clips: list[dict[str, Any]], skipped: list[tuple[str, str, str]]) -> dict[str, Any]:
         waveforms = [clip["waveform"] for clip in clips]
@@ -278,8 +288,13 @@ class ClipStream(torch.utils.data.IterableDataset):
 
 
 def _read_remote(url: str, read_timeout: float) -> bytes:
-    with fsspec.open(url, "rb", **http_options(read_timeout).get(url.split("://")[0], {})) as file:
-        return file.read()
+    try:
+        with fsspec.open(url, "rb", **http_options(read_timeout).get(url.split("://")[0], {})) as file:
+            return file.read()
+    except FileNotFoundError as error:
+        if _is_permanent(_cause(error)):
+            raise ClipError("missing", str(error)) from error
+        raise
 
 
 def num_samples_of(feature_extractor: SSLAMFeatureExtractor, num_frames: int) -> int:

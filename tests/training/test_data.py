@@ -1,9 +1,11 @@
 """Batches of a loader: whole epochs, exact resume, front end, crops, unusable clips."""
 
+import gc
 import itertools
 import logging
 import pickle
 import random
+import signal
 
 import numpy as np
 import psutil
@@ -204,6 +206,23 @@ def test_a_moved_folder_resumes(make_folder, extractor):
     again = take(open_loader(), 6)
     assert_same(again, expected)
     assert take(resumed, 1)[0]["ids"] == take(open_loader(), 7)[6]["ids"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_outlive_the_signal_that_ends_a_run(open_loader, number):
+    """As Ctrl-C or a scheduler sends it: to every process, while the main one still finishes its step."""
+    loader = open_loader("folder", num_workers=2)
+    batches = iter(loader)
+    first = take(batches, 1)
+    workers = psutil.Process().children()
+    assert len(workers) == 2
+    for worker in workers:
+        worker.send_signal(number)
+    assert_same(first + take(batches, 11), take(open_loader("folder", num_workers=2), 12))
+    assert {process.pid for process in workers} <= {process.pid for process in psutil.Process().children()}
+    del batches, loader
+    gc.collect()
+    assert not psutil.wait_procs(workers, timeout=20)[1]
 
 
 # -------------------------------------------------------------------------------------------------- front end, crops
