@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # The older end of the supported range, laid over the environment; it needs older versions of two of its dependencies.
-OVERLAY := .venv/transformers-4.57
+OVERLAY := $(CURDIR)/.venv/transformers-4.57
 PYTEST := -q
 
 .PHONY: help quickstart test lint clean

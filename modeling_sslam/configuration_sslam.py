@@ -75,7 +75,7 @@ class SSLAMConfig(PretrainedConfig):
         classifier_norm_eps: Epsilon of the LayerNorm in the classification head: 1e-6 in fairseq checkpoints,
             1e-5 in the published Hub layout.
         classifier_pooling: What the head classifies. "cls": the CLS token. "mean": the mean over patch tokens.
-            "lin_softmax": every patch token, pooled as sum(p^2) / sum(p) over their probabilities p.
+            "lin_softmax": the logit of sum(p^2) / sum(p) over patch tokens, p their sigmoid.
         pretraining_objective: Which of the five losses [`SSLAMForPreTraining`] sums. "ua": unmixed audio, which is
             EAT's objective and SSLAM's first stage. "pma": partially mixed audio. "ua+pma": both. "sslam": both and
             the source retention loss, SSLAM's second stage.

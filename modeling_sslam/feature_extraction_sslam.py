@@ -33,8 +33,7 @@ LOG_FLOOR = torch.finfo(torch.float32).eps
 PEAK_LIMIT = 10.0
 # Integer PCM: zero and full scale of each sample format that sound files hold.
 PCM_ZERO_AND_SCALE = {torch.uint8: (128.0, 128.0), torch.int16: (0.0, 2.0**15), torch.int32: (0.0, 2.0**31)}
-# Frames transformed at a time. On a CPU they should stay in the cache; a GPU wants few, large kernels.
-FRAMES_PER_BLOCK = {"cpu": 1024, "other": 1 << 17}
+MEL_BINS_PER_BAND = 32
 
 
 @lru_cache
@@ -42,8 +41,8 @@ def mel_filters(num_mel_bins: int, sampling_rate: int, fft_length: int) -> torch
     """Kaldi's triangular filters, equally spaced on the mel scale 1127 ln(1 + f / 700) from 20 Hz to Nyquist.
 
     Returns:
-        float32 of shape `(fft_length // 2 + 1, num_mel_bins)` on the CPU; the Nyquist row is zero. Computed in
-        float32 as published: a filter between two FFT bins is the small difference of large numbers.
+        float32 of shape `(fft_length // 2, num_mel_bins)` on the CPU; without the Nyquist bin, which no filter passes.
+        Computed in float32 as published: a filter between two FFT bins is the small difference of large numbers.
     """
 
     def mel(frequency: float) -> float:
@@ -56,14 +55,40 @@ def mel_filters(num_mel_bins: int, sampling_rate: int, fft_length: int) -> torch
     frequencies = (sampling_rate / fft_length) * torch.arange(fft_length // 2, dtype=torch.float32, device="cpu")
     mels = (1127.0 * (1.0 + frequencies / 700.0).log())[:, None]
     rising, falling = (mels - left) / (center - left), (right - mels) / (right - center)
-    return torch.nn.functional.pad(torch.minimum(rising, falling).clamp(min=0.0), (0, 0, 0, 1))
+    return torch.minimum(rising, falling).clamp(min=0.0)
 
 
-def log_mel_spectrogram(waveforms: torch.Tensor, num_mel_bins: int = 128, sampling_rate: int = 16_000) -> torch.Tensor:
+@lru_cache
+def _filter_bands(
+    num_mel_bins: int, sampling_rate: int, fft_length: int, device: torch.device
+) -> list[tuple[slice, slice, torch.Tensor]]:
+    """The filters as (FFT bins, mel bins, weights) of neighbouring mel bins: these read a narrow band of the spectrum,
+    so three quarters of the whole matrix are zeros that need no multiplication."""
+    filters = mel_filters(num_mel_bins, sampling_rate, fft_length)
+    bands = []
+    for start in range(0, num_mel_bins, MEL_BINS_PER_BAND):
+        mel_bins = slice(start, start + MEL_BINS_PER_BAND)
+        passed = filters[:, mel_bins].any(1).nonzero().flatten().tolist() or [0]
+        fft_bins = slice(passed[0], passed[-1] + 1)
+        bands.append((fft_bins, mel_bins, filters[fft_bins, mel_bins].to(device)))
+    return bands
+
+
+def frames_per_block(device: torch.device) -> int:
+    """Frames to transform at a time: on a CPU intermediate results should stay in its cache; elsewhere kernels should
+    be few, and memory still small."""
+    return 512 if device.type == "cpu" else 1 << 14
+
+
+@torch.no_grad()
+def log_mel_spectrogram(
+    waveforms: torch.Tensor, num_mel_bins: int = 128, sampling_rate: int = 16_000, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Kaldi log-mel filter bank of zero-mean waveforms: 25 ms Hann windows every 10 ms, only where they fit whole.
 
     Args:
         waveforms: float32 of shape `(batch_size, num_samples)`, on any device.
+        out: Where to put the result, if not into a new tensor.
 
     Returns:
         float32 of shape `(batch_size, num_frames, num_mel_bins)`, natural logarithm of the power, at least ln(eps).
@@ -72,26 +97,37 @@ def log_mel_spectrogram(waveforms: torch.Tensor, num_mel_bins: int = 128, sampli
     fft_length = 1 << (frame_length - 1).bit_length()
     factory: dict[str, Any] = {"dtype": torch.float32, "device": waveforms.device}
     window = torch.hann_window(frame_length, periodic=False, **factory)
-    filters = mel_filters(num_mel_bins, sampling_rate, fft_length).to(waveforms.device)
+    bands = _filter_bands(num_mel_bins, sampling_rate, fft_length, waveforms.device)
 
     frames = waveforms.unfold(-1, frame_length, frame_shift)
-    log_mel = torch.empty(*frames.shape[:2], num_mel_bins, **factory)
-    block_size = FRAMES_PER_BLOCK.get(waveforms.device.type, FRAMES_PER_BLOCK["other"])
-    step = max(1, block_size // frames.shape[0])
-    for start in range(0, frames.shape[1], step):
+    batch_size, num_frames = frames.shape[:2]
+    if out is None:
+        out = torch.empty(batch_size, num_frames, num_mel_bins, **factory)
+    step = max(1, frames_per_block(waveforms.device) // batch_size)
+    padded = torch.zeros(batch_size, step, fft_length, **factory)
+    for start in range(0, num_frames, step):
         block = frames[:, start : start + step]
         block = block - block.mean(-1, keepdim=True)
-        previous = torch.cat((block[..., :1], block[..., :-1]), dim=-1)
-        block = (block - PREEMPHASIS * previous) * window
-        spectrum = torch.view_as_real(torch.fft.rfft(block, n=fft_length))
-        energies = spectrum.square().sum(-1) @ filters
-        log_mel[:, start : start + step] = energies.clamp_(min=LOG_FLOOR).log_()
-    return log_mel
+        previous = block * PREEMPHASIS
+        # The sample before a frame's first is that first. In one long row: many rows of 399 are slow.
+        first_samples = block[..., 0] - previous[..., 0]
+        block.view(-1)[1:] -= previous.view(-1)[:-1]
+        block[..., 0] = first_samples
+        windowed = padded[:, : block.shape[1]]
+        torch.mul(block, window, out=windowed[..., :frame_length])
+        spectrum = torch.view_as_real(torch.fft.rfft(windowed)).square_()
+        power = spectrum[..., 0] + spectrum[..., 1]
+        log_mel = out[:, start : start + step]
+        with torch.autocast(waveforms.device.type, enabled=False):
+            for fft_bins, mel_bins, weights in bands:
+                log_mel[..., mel_bins] = power[..., fft_bins] @ weights
+        log_mel.clamp_(min=LOG_FLOOR).log_()
+    return out
 
 
 class SSLAMFeatureExtractor(SequenceFeatureExtractor):
-    """Turns waveforms into the `input_values` of SSLAM (SPEC of the paper's code: mean removal, Kaldi filter bank,
-    zero padding, then `(x - mean) / (2 * std)`, so that the padding becomes `-mean / (2 * std)`).
+    """Turns waveforms into the `input_values` of SSLAM as the published code does: the clip's mean removed, Kaldi's
+    filter bank, padding with zeros, then `(x - mean) / (2 * std)`, which makes the padding `-mean / (2 * std)`.
 
     Args:
         feature_size: Channels of the waveform after mixing down; always 1.
@@ -155,13 +191,18 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         return cls(**(DATASET_PRESETS[name] | overrides))
 
     @property
-    def min_samples(self) -> int:
-        """Samples of the shortest clip that gives a frame: 400 (25 ms) at 16 kHz."""
+    def frame_length(self) -> int:
+        """Samples of a frame, and so of the shortest clip: 400 (25 ms) at 16 kHz."""
         return self.sampling_rate * FRAME_LENGTH_MS // 1000
 
+    @property
+    def frame_shift(self) -> int:
+        """Samples from one frame to the next: 160 (10 ms) at 16 kHz."""
+        return self.sampling_rate * FRAME_SHIFT_MS // 1000
+
     def num_frames(self, num_samples: int) -> int:
-        """Frames of a clip of that many samples (at least `min_samples`)."""
-        return 1 + (num_samples - self.min_samples) // (self.sampling_rate * FRAME_SHIFT_MS // 1000)
+        """Frames of a clip of that many samples (at least `frame_length`)."""
+        return 1 + (num_samples - self.frame_length) // self.frame_shift
 
     def __call__(
         self,
@@ -231,20 +272,13 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
             length = -(-max(frame_counts) // self.patch_size) * self.patch_size
 
         device = clips[0].device if device is None else torch.device(device)
-        waveforms = torch.nn.utils.rnn.pad_sequence([clip.to(device) for clip in clips], batch_first=True)
-        self._check_samples(waveforms)
-        sample_counts = torch.tensor(num_samples, device=device)[:, None]
-        # The mean is the whole clip's, also of a clip that is cut below; zeros after a clip touch none of its frames.
-        waveforms = waveforms - waveforms.sum(1, keepdim=True) / sample_counts
-
-        frame_shift = self.sampling_rate * FRAME_SHIFT_MS // 1000
-        used_samples = (max(frame_counts) - 1) * frame_shift + self.min_samples
-        log_mel = log_mel_spectrogram(waveforms[:, :used_samples], self.num_mel_bins, self.sampling_rate)
-        features = torch.nn.functional.pad(log_mel, (0, 0, 0, length - log_mel.shape[1]))
-        is_frame = torch.arange(length, device=device) < torch.tensor(frame_counts, device=device)[:, None]
-        features.masked_fill_(~is_frame[..., None], self.padding_value)
-        if self.do_normalize:
-            features = features.sub_(self.mean).div_(2 * self.std)
+        clips = [clip.to(device) for clip in clips]
+        self._check_samples(clips)
+        features = torch.empty(len(clips), length, self.num_mel_bins, dtype=torch.float32, device=device)
+        step = max(1, frames_per_block(device) // max(frame_counts))
+        for start in range(0, len(clips), step):
+            part = slice(start, start + step)
+            self._extract(clips[part], frame_counts[part], features[part])
 
         outputs = {"input_values": features}
         if return_attention_mask is None:
@@ -252,24 +286,44 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         if return_attention_mask is None:
             return_attention_mask = padding != "max_length"
         if return_attention_mask:
-            outputs["attention_mask"] = is_frame.long()
+            frames, num_frames = torch.arange(length, device=device), torch.tensor(frame_counts, device=device)
+            outputs["attention_mask"] = (frames < num_frames[:, None]).long()
         if return_tensors is None:
             return BatchFeature({name: list(value.cpu().numpy()) for name, value in outputs.items()})
         if TensorType(return_tensors) is TensorType.NUMPY:
             return BatchFeature({name: value.cpu().numpy() for name, value in outputs.items()})
         return BatchFeature(outputs, tensor_type=return_tensors)
 
+    def _extract(self, clips: list[torch.Tensor], frame_counts: list[int], features: torch.Tensor) -> None:
+        """Fills `features` `(len(clips), T, num_mel_bins)` with the clips' first frames and padding."""
+        num_frames = max(frame_counts)
+        num_samples = (num_frames - 1) * self.frame_shift + self.frame_length
+        waveforms = torch.zeros(len(clips), num_samples, dtype=torch.float32, device=features.device)
+        for waveform, clip in zip(waveforms, clips, strict=True):
+            used = clip[:num_samples]
+            # The mean is the whole clip's, also of a clip that is cut. Zeros after a clip touch none of its frames.
+            torch.sub(used, clip.mean(), out=waveform[: len(used)])
+        log_mel_spectrogram(waveforms, self.num_mel_bins, self.sampling_rate, out=features[:, :num_frames])
+        for clip_features, count in zip(features, frame_counts, strict=True):
+            clip_features[count:] = self.padding_value
+        if self.do_normalize:
+            features.sub_(self.mean).div_(2 * self.std)
+
     def _to_waveform(self, clip: Any, index: int) -> torch.Tensor:
         """A clip of any accepted form as float32 of shape `(num_samples,)` at full scale 1."""
-        try:
-            clip = clip.detach() if isinstance(clip, torch.Tensor) else torch.from_numpy(np.array(clip))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"Clip {index} is not an array of samples: {error}") from error
+        if isinstance(clip, torch.Tensor):
+            clip = clip.detach()
+        else:
+            try:
+                # Contiguous and writable, as torch wants arrays; copied only if it is not.
+                clip = torch.from_numpy(np.require(clip, requirements=("C", "W")))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"Clip {index} is not an array of samples: {error}") from error
         if clip.is_floating_point():
             clip = clip.to(torch.float32)
         elif clip.dtype in PCM_ZERO_AND_SCALE:
             zero, scale = PCM_ZERO_AND_SCALE[clip.dtype]
-            clip = (clip.to(torch.float32) - zero) / scale
+            clip = clip.to(torch.float32).sub_(zero).div_(scale)
         elif clip.numel():
             raise ValueError(
                 f"Clip {index} has {clip.dtype} samples, whose full scale is unknown. Convert them to floats in "
@@ -282,16 +336,17 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
                 f"Clip {index} has shape {tuple(clip.shape)}; a clip is (num_samples,) or, in a list, (channels, "
                 "num_samples). Transpose audio that has its channels last."
             )
-        if len(clip) < self.min_samples:
+        if len(clip) < self.frame_length:
             raise ValueError(
-                f"Clip {index} has {len(clip)} samples, less than one frame of {self.min_samples} "
+                f"Clip {index} has {len(clip)} samples, less than one frame of {self.frame_length} "
                 f"({FRAME_LENGTH_MS} ms at {self.sampling_rate} Hz). Drop it or pad it with zeros; if it is "
                 "(num_samples, channels), transpose it."
             )
         return clip
 
-    def _check_samples(self, waveforms: torch.Tensor) -> None:
-        peaks = waveforms.abs().amax(1).tolist()
+    @staticmethod
+    def _check_samples(clips: list[torch.Tensor]) -> None:
+        peaks = torch.stack([torch.stack(torch.aminmax(clip)).abs().amax() for clip in clips]).tolist()
         for index, peak in enumerate(peaks):
             if not math.isfinite(peak):
                 raise ValueError(f"Clip {index} has NaN or infinite samples; repair or drop it.")
@@ -312,8 +367,8 @@ def _as_clips(raw_speech: Any) -> list:
             )
         clips = [raw_speech] if raw_speech.ndim == 1 else list(raw_speech)
     elif isinstance(raw_speech, (list, tuple)):
-        is_batch = len(raw_speech) > 0 and isinstance(raw_speech[0], (np.ndarray, torch.Tensor, list, tuple))
-        is_batch = is_batch and np.ndim(raw_speech[0]) > 0
+        first = raw_speech[0] if len(raw_speech) else 0.0
+        is_batch = isinstance(first, (list, tuple)) or getattr(first, "ndim", 0) > 0
         clips = list(raw_speech) if is_batch else [raw_speech]
     else:
         raise ValueError(f"Audio must be an array, a tensor or a list, not {type(raw_speech).__name__}.")

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
@@ -107,7 +108,7 @@ class SSLAMAttention(nn.Module):
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, output_attentions: bool
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | BlockMask | None, output_attentions: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         qkv = self.qkv(hidden_states).unflatten(-1, (3, -1, self.head_dim))
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -161,7 +162,7 @@ class SSLAMLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | BlockMask | None = None,
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Returns the block's output, its MLP's output m (which the teacher's targets are made of) and, if asked for,
@@ -239,17 +240,31 @@ def _attention_implementation(config: SSLAMConfig, output_attentions: bool) -> s
     return "eager" if output_attentions else config._attn_implementation or "eager"
 
 
-def _attention_mask(token_mask: torch.Tensor, dtype: torch.dtype, implementation: str) -> torch.Tensor | None:
-    """The mask as the attention function wants it: flash attention takes the tokens' own `(batch_size, length)`, the
-    others a bias that is added to the scores."""
+def _attention_mask(
+    token_mask: torch.Tensor, dtype: torch.dtype, implementation: str
+) -> torch.Tensor | BlockMask | None:
+    """The mask as the attention function wants it: flash attention takes the tokens' own `(batch_size, length)`, flex
+    attention a block mask, the others a bias that is added to the scores."""
     # Attention is faster without a mask. A compiled graph cannot depend on what the mask holds.
     if not torch.compiler.is_compiling() and token_mask.all():
         return None
     if "flash" in implementation:
         return token_mask
+    batch_size, length = token_mask.shape
+    if implementation == "flex_attention":
+        # Flex attention reads the mask up to the end of its last block of 128 keys.
+        whole_blocks = nn.functional.pad(token_mask, (0, -length % 128))
+        return create_block_mask(
+            lambda batch, head, query, key: whole_blocks[batch, key],
+            batch_size,
+            None,
+            length,
+            length,
+            device=token_mask.device,
+        )
     bias = torch.zeros(token_mask.shape, dtype=dtype, device=token_mask.device)
     bias = bias.masked_fill(~token_mask, torch.finfo(dtype).min)
-    return bias[:, None, None, :].expand(-1, 1, token_mask.shape[1], -1)
+    return bias[:, None, None, :].expand(-1, 1, length, -1)
 
 
 def patch_mask_from_frames(attention_mask: torch.Tensor, config: SSLAMConfig) -> torch.Tensor:
@@ -394,11 +409,12 @@ class SSLAMClassifier(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, patch_mask: torch.Tensor | None = None) -> torch.Tensor:
         if self.pooling == "cls":
-            return self.dense(self.layernorm(hidden_states[:, 0]))
-        patches = hidden_states[:, 1:]
-        if self.pooling == "mean":
-            return self.dense(self.layernorm(_masked_mean(patches, patch_mask)))
-        return linear_softmax_pooling(self.dense(self.layernorm(patches)), patch_mask)
+            pooled = hidden_states[:, 0]
+        elif self.pooling == "mean":
+            pooled = _masked_mean(hidden_states[:, 1:], patch_mask)
+        else:
+            pooled = linear_softmax_pooling(hidden_states[:, 1:], patch_mask)
+        return self.dense(self.layernorm(pooled))
 
 
 def _masked_mean(patches: torch.Tensor, patch_mask: torch.Tensor | None) -> torch.Tensor:
@@ -409,16 +425,16 @@ def _masked_mean(patches: torch.Tensor, patch_mask: torch.Tensor | None) -> torc
     return (total / patch_mask.sum(1, keepdim=True)).to(patches.dtype)
 
 
-def linear_softmax_pooling(logits: torch.Tensor, patch_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """The logits of sum(p^2) / sum(p) over the patches, p the sigmoid of their logits (Wang et al., ICASSP 2019):
-    `(batch_size, N, num_labels)` to `(batch_size, num_labels)`, computed in the log domain in float32."""
-    log_p = nn.functional.logsigmoid(logits.float())
+def linear_softmax_pooling(states: torch.Tensor, patch_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The logits of sum(p^2) / sum(p) over the patches, p the sigmoid of their states (Wang et al., ICASSP 2019):
+    `(batch_size, N, hidden_size)` to `(batch_size, hidden_size)`, computed in the log domain in float32."""
+    log_p = nn.functional.logsigmoid(states.float())
     if patch_mask is not None:
         log_p = log_p.masked_fill(~patch_mask[..., None], -torch.inf)
-    log_pooled = torch.logsumexp(2 * log_p, dim=1) - torch.logsumexp(log_p, dim=1)
-    # A pooled probability that rounds to 1 would have an infinite logit.
+    # The published code's margin from a probability of 1, whose logit is infinite.
+    log_pooled = torch.logsumexp(2 * log_p, dim=1) - torch.logsumexp(log_p, dim=1) - 1e-6
     log_pooled = log_pooled.clamp(max=-torch.finfo(torch.float32).eps)
-    return (log_pooled - torch.log(-torch.expm1(log_pooled))).to(logits.dtype)
+    return (log_pooled - torch.log(-torch.expm1(log_pooled))).to(states.dtype)
 
 
 class SSLAMForAudioClassification(SSLAMPreTrainedModel):
@@ -462,8 +478,12 @@ class SSLAMForAudioClassification(SSLAMPreTrainedModel):
         logits = self.classifier(outputs.last_hidden_state, patch_mask)
         loss = None
         if labels is not None:
-            if self.config.problem_type == "multi_label_classification":
-                labels = labels.to(logits.dtype)  # the binary cross-entropy takes no integers
+            problem_type = self.config.problem_type
+            if problem_type is None and self.num_labels > 1 and labels.dtype in (torch.long, torch.int):
+                problem_type = "single_label_classification"
+            if problem_type != "single_label_classification":
+                # Gradients of the other losses need targets of the logits' own dtype.
+                labels = labels.to(logits.dtype)
             loss = self.loss_function(labels, logits, self.config)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions

@@ -87,4 +87,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("Parity with the published code")
     terminalreporter.line(f"{'name':{width}}  max abs error  tolerance")
     for name, error, tolerance in sorted(map(tuple, rows)):
-        terminalreporter.line(f"{name:{width}}  {error:13.2e}  {tolerance:9.0e}")
+        terminalreporter.line(f"{name:{width}}  {error:13.2e}  {tolerance:9.1e}")

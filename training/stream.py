@@ -300,7 +300,7 @@ def _read_remote(url: str, read_timeout: float) -> bytes:
 def num_samples_of(feature_extractor: SSLAMFeatureExtractor, num_frames: int) -> int:
     """Samples that so many frames reach over."""
     frame_shift = feature_extractor.sampling_rate * FRAME_SHIFT_MS // 1000
-    return feature_extractor.min_samples + (num_frames - 1) * frame_shift
+    return feature_extractor.frame_length + (num_frames - 1) * frame_shift
 
 
 def input_values_of(

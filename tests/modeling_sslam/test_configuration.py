@@ -4,7 +4,6 @@ import pickle
 import warnings
 
 import pytest
-import transformers
 
 from modeling_sslam import SSLAMConfig, SSLAMForAudioClassification, SSLAMModel
 
@@ -116,11 +115,9 @@ def test_labels(make_config):
     assert SSLAMForAudioClassification(config).classifier.dense.out_features == 3
 
 
-def test_max_length_is_not_taken_for_a_generation_parameter(tmp_path, make_config, caplog):
-    transformers.utils.logging.enable_propagation()
+def test_max_length_is_not_taken_for_a_generation_parameter(tmp_path, make_config, transformers_log):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_config(max_length=32).save_pretrained(tmp_path)
-    transformers.utils.logging.disable_propagation()
-    assert not caplog.records
+    assert not transformers_log.records
     assert SSLAMConfig.from_pretrained(tmp_path).max_length == 32

@@ -1,0 +1,149 @@
+"""The model card: what a reader of the converted checkpoint wants to know, taken from it and from nowhere else."""
+
+import hashlib
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel, SSLAMPreTrainedModel
+
+from .configuration import Settings, lookup
+from .reader import Checkpoint
+
+# Facts of the run that fairseq wrote down and no configuration here keeps.
+RUN_FACTS = (
+    ("Updates", "optimization.max_update"),
+    ("Learning rate", "optimization.lr"),
+    ("Gradient norm clipped to", "optimization.clip_norm"),
+)
+HEADS = {
+    "SSLAMModel": (
+        "feature-extraction",
+        "AutoModel",
+        "outputs = model(**inputs)\n"
+        "outputs.last_hidden_state  # (batch_size, 1 + patches, hidden_size), the CLS token first\n"
+        "outputs.pooler_output  # (batch_size, hidden_size): the clip's embedding",
+    ),
+    "SSLAMForAudioClassification": (
+        "audio-classification",
+        "AutoModelForAudioClassification",
+        "logits = model(**inputs).logits  # (batch_size, num_labels)",
+    ),
+    "SSLAMForPreTraining": (
+        "feature-extraction",
+        "AutoModelForPreTraining",
+        "loss = model(**inputs).loss  # of the masked clips; takes a batch of two or more",
+    ),
+}
+
+
+def model_card(
+    model: SSLAMPreTrainedModel,
+    extractor: SSLAMFeatureExtractor,
+    checkpoint: Checkpoint,
+    provenance: dict[str, str],
+    notes: list[str],
+) -> str:
+    """The README.md of a converted model, with its metadata for the Hub.
+
+    Args:
+        checkpoint: What it was converted from.
+        provenance: Rows about where it comes from and what was kept of it.
+        notes: What was assumed.
+    """
+    config = model.config
+    task, auto_class, use = HEADS[type(model).__name__]
+    license_name = checkpoint.license
+    data = ModelCardData(
+        library_name="transformers", pipeline_tag=task, license=license_name, tags=["audio", "sslam", "eat"]
+    )
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    facts = provenance | {f"SHA-256 of {file.name}": f"`{_sha256(file)}`" for file in checkpoint.files}
+    facts |= {
+        "Model": f"{type(model).__name__}, {num_parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}",
+        "Encoder": f"{config.num_hidden_layers} blocks of {config.hidden_size} channels, {config.num_attention_heads} "
+        "heads",
+        "Input": f"{extractor.sampling_rate} Hz mono, {extractor.num_mel_bins} log-mel bins, "
+        f"{extractor.max_length} frames of 10 ms",
+        "Normalisation": f"(x - mean) / (2 * std) with mean {extractor.mean}, std {extractor.std}",
+        "Longest input": f"{config.max_position_embeddings * config.patch_size} frames",
+    }
+    if isinstance(model, SSLAMForAudioClassification):
+        facts |= {
+            "Classes": str(config.num_labels),
+            "Labels of a clip": (config.problem_type or "not stated").replace("_", " "),
+            "Classifier": f"pooling {config.classifier_pooling}, norm epsilon {config.classifier_norm_eps}",
+        }
+    elif not isinstance(model, SSLAMModel):
+        facts["Pre-training"] = (
+            f"{config.num_clones} clones, mask {config.mask_prob}, decoder of {config.decoder_num_layers} layers, EMA "
+            f"{config.ema_decay} to {config.ema_end_decay} over {config.ema_anneal_end_step} updates"
+        )
+    settings = Settings(checkpoint.settings)
+    if settings.is_fairseq:
+        facts |= {
+            f"{name} ({'fine-tuning' if run is settings.all and settings.is_fine_tuned else 'pre-training'})": str(
+                value
+            )
+            for run in (settings.pretraining, settings.all)
+            for name, path in RUN_FACTS
+            if (value := lookup(run, path)) is not None
+        }
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    remarks = "\n".join(f"- {note}" for note in notes) or "- Nothing had to be assumed."
+    terms = (
+        f"`{license_name}`, as its source states."
+        if license_name
+        else "The checkpoint states none; its authors' terms apply. Ask them before you publish it."
+    )
+    return f"""---
+{data.to_yaml()}
+---
+
+# SSLAM audio encoder
+
+Self-supervised audio model of the SSLAM and EAT architecture ([paper](https://arxiv.org/abs/2506.12222)), converted to
+transformers. What follows was read from the checkpoint or measured on it.
+
+| | |
+|---|---|
+{rows}
+
+## Use
+
+```python
+from transformers import AutoFeatureExtractor, {auto_class}
+
+extractor = AutoFeatureExtractor.from_pretrained(PATH_OR_NAME, trust_remote_code=True)
+model = {auto_class}.from_pretrained(PATH_OR_NAME, trust_remote_code=True)
+inputs = extractor(waveform, sampling_rate={extractor.sampling_rate}, return_tensors="pt")  # floats in [-1, 1]
+{use}
+```
+
+## Assumptions
+
+{remarks}
+
+## License
+
+{terms}
+
+## Citation
+
+```bibtex
+@inproceedings{{alex2025sslam,
+  title = {{{{SSLAM}}: Enhancing Self-Supervised Models with Audio Mixtures for Polyphonic Soundscapes}},
+  author = {{Alex, Tony and Atito, Sara and Mustafa, Armin and Awais, Muhammad and Jackson, Philip J B}},
+  booktitle = {{International Conference on Learning Representations}},
+  year = {{2025}},
+}}
+```
+"""
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

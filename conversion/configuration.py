@@ -1,0 +1,285 @@
+"""Tells from a checkpoint what model it is: the shapes of its weights first, then its settings, then convention.
+
+Three fields decide nothing about shapes and are easily got wrong in silence: the number of heads, the epsilon of the
+classifier's norm and its pooling. Where a checkpoint does not say, the assumption made is among the notes.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from modeling_sslam import DATASET_PRESETS, SSLAMConfig, SSLAMFeatureExtractor
+
+from . import ConversionError
+from .labels import AUDIOSET_NUM_LABELS, audioset_labels
+from .layouts import (
+    CLASSIFIER_NORM_EPS,
+    FAIRSEQ_ENCODER_CONSTANTS,
+    FAIRSEQ_POOLINGS,
+    FAIRSEQ_PRETRAINING_CONSTANTS,
+    FAIRSEQ_SETTINGS,
+    HUB_CONSTANTS,
+    HUB_SETTINGS,
+    POSITIONS,
+    Layout,
+)
+from .reader import Checkpoint
+
+HEAD_SIZE = 64
+
+
+class Settings:
+    """What the settings beside the weights say, whichever program wrote them."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.all = settings
+        self.is_sslam = settings.get("model_type") == SSLAMConfig.model_type
+        self.is_fairseq = isinstance(settings.get("model"), dict)
+        self.is_hub = not self.is_sslam and "embed_dim" in settings
+        fine_tuned_from = lookup(settings, "model.pretrained_model_args") if self.is_fairseq else None
+        self.pretraining = fine_tuned_from if isinstance(fine_tuned_from, dict) else settings
+        self.is_fine_tuned = self.is_fairseq and self.pretraining is not settings
+
+    @cached_property
+    def fields(self) -> dict[str, Any]:
+        """Our fields, as far as the settings name them."""
+        if self.is_sslam:
+            return {name: value for name, value in self.all.items() if name in SSLAMConfig.__annotations__}
+        pairs = FAIRSEQ_SETTINGS if self.is_fairseq else HUB_SETTINGS if self.is_hub else ()
+        # Of several places for one field the first has the say.
+        said = ((ours, lookup(self.pretraining, path)) for ours, path in reversed(pairs))
+        return {ours: value for ours, value in said if value is not None}
+
+    @property
+    def max_length(self) -> int | None:
+        """Frames of the clips that the model was trained on."""
+        if self.is_fairseq:
+            paths = ("model.target_length", "model.modalities.image.target_length", "task.target_length")
+            return next((value for path in paths if (value := lookup(self.all, path)) is not None), None)
+        if self.is_hub:
+            return (self.all.get("img_size") or [None])[0]
+        return self.fields.get("max_length")
+
+    @property
+    def dataset(self) -> str:
+        """The dataset whose statistics the inputs were normalised by."""
+        if self.is_fine_tuned and lookup(self.all, "model.esc50_eval"):
+            return "esc50"
+        if self.is_fine_tuned and lookup(self.all, "model.spcv2_eval"):
+            return "speech_commands"
+        return "audioset"
+
+    @property
+    def problem_type(self) -> str | None:
+        if self.is_sslam:
+            return self.all.get("problem_type")
+        if self.is_fine_tuned:
+            multi_label = lookup(self.all, "model.audio_mae") and self.dataset == "audioset"
+            return "multi_label_classification" if multi_label else "single_label_classification"
+        return None
+
+    @property
+    def pooling(self) -> str | None:
+        if not self.is_fine_tuned:
+            return self.fields.get("classifier_pooling")
+        mode = lookup(self.all, "model.prediction_mode")
+        if mode is not None and mode not in FAIRSEQ_POOLINGS:
+            raise ConversionError(
+                f"The checkpoint's prediction_mode is {mode!r}. Those that have a counterpart here are "
+                f"{', '.join(name for name in FAIRSEQ_POOLINGS if isinstance(name, str))}."
+            )
+        return FAIRSEQ_POOLINGS.get(mode)
+
+    def check_constants(self, pretraining: bool) -> None:
+        """Refuses a checkpoint of a model that computes something else than SSLAM."""
+        constants = FAIRSEQ_ENCODER_CONSTANTS if self.is_fairseq else HUB_CONSTANTS if self.is_hub else {}
+        if self.is_fairseq and pretraining:
+            constants = constants | FAIRSEQ_PRETRAINING_CONSTANTS
+        for path, expected in constants.items():
+            value = lookup(self.pretraining, path)
+            if value is not None and value != expected:
+                raise ConversionError(
+                    f"The checkpoint's settings say {path}={value!r}; SSLAM and EAT have {expected!r} there, and "
+                    "this model would compute something else."
+                )
+        if self.is_hub and self.all.get("stride", self.all.get("patch_size")) != self.all.get("patch_size"):
+            raise ConversionError(f"The checkpoint's patches overlap (stride={self.all['stride']}); SSLAM's do not.")
+
+
+def lookup(settings: dict[str, Any], path: str) -> Any:
+    """The value at a dotted path, None if there is none; omegaconf's `${other.path}` is followed."""
+    seen: list[str] = []
+    while path not in seen:
+        seen.append(path)
+        value: Any = settings
+        for part in path.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        reference = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
+        if reference is None:
+            return value
+        path = reference[1]
+    raise ConversionError(f"The checkpoint's settings refer in a circle: {' to '.join([*seen, path])}.")
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the user says of the model, where None leaves it to the checkpoint."""
+
+    num_attention_heads: int | None = None
+    pooling: str | None = None
+    problem_type: str | None = None
+    dataset: str | None = None
+    labels: list[str] | None = None
+
+
+def describe(
+    tensors: dict[str, torch.Tensor],
+    checkpoint: Checkpoint,
+    layout: Layout,
+    choices: Choices,
+    pretraining: bool,
+) -> tuple[SSLAMConfig, SSLAMFeatureExtractor, list[str]]:
+    """Configuration and feature extractor of the model that has `tensors` (the checkpoint's, or some of them, under
+    our names), and notes: what was assumed, and where the settings contradict the weights.
+
+    Raises:
+        ConversionError: If weights and settings describe no model of SSLAM's, or not all of one.
+    """
+    try:
+        return _describe(tensors, checkpoint, layout, choices, pretraining)
+    except ConversionError:
+        raise
+    # Settings are anyone's: where a number should be there may be a list.
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise ConversionError(f"The checkpoint's settings describe no valid model. {error}") from error
+
+
+def _describe(
+    tensors: dict[str, torch.Tensor], checkpoint: Checkpoint, layout: Layout, choices: Choices, pretraining: bool
+) -> tuple[SSLAMConfig, SSLAMFeatureExtractor, list[str]]:
+    settings = Settings(checkpoint.settings)
+    settings.check_constants(pretraining)
+    notes: list[str] = []
+    shown = _fields_from_shapes(tensors, settings.fields.get("num_mel_bins", SSLAMConfig.num_mel_bins))
+    for name, value in shown.items():
+        if name in settings.fields and settings.fields[name] != value:
+            notes.append(
+                f"The settings say {name}={settings.fields[name]}, the weights {value}; the weights are right."
+            )
+    fields = settings.fields | shown
+
+    if choices.num_attention_heads is not None:
+        fields["num_attention_heads"] = choices.num_attention_heads
+    elif "num_attention_heads" not in fields:
+        if fields["hidden_size"] % HEAD_SIZE:
+            raise ConversionError(
+                "The number of attention heads is not in the checkpoint, and the convention of "
+                f"{HEAD_SIZE} channels per head does not fit hidden_size={fields['hidden_size']}; pass "
+                "--num-attention-heads."
+            )
+        fields["num_attention_heads"] = fields["hidden_size"] // HEAD_SIZE
+        notes.append(
+            f"The checkpoint does not say how many attention heads it has; {fields['num_attention_heads']} of "
+            f"{HEAD_SIZE} channels are assumed, as in the base and large models."
+        )
+    for name in ("num_target_layers", "num_global_target_layers"):
+        if fields.get(name) == fields["num_hidden_layers"]:
+            fields[name] = None
+
+    front_end = _front_end(checkpoint.preprocessor, settings, choices.dataset, notes)
+    fields["max_length"] = front_end["max_length"]
+
+    if "num_labels" in shown:
+        num_labels = fields.pop("num_labels")
+        fields |= _classification_fields(num_labels, settings, layout, choices, notes)
+    elif choices.labels is not None:
+        raise ConversionError("--labels names classes, but the checkpoint has no classifier.")
+    config = SSLAMConfig(**fields)
+    front_end |= {"num_mel_bins": config.num_mel_bins, "patch_size": config.patch_size}
+    return config, SSLAMFeatureExtractor.from_dict(front_end), notes
+
+
+def _front_end(
+    preprocessor: dict[str, Any], settings: Settings, dataset: str | None, notes: list[str]
+) -> dict[str, Any]:
+    if dataset is not None:
+        return dict(DATASET_PRESETS[dataset])
+    if settings.is_sslam and "max_length" in preprocessor:
+        return dict(preprocessor)
+    front_end = dict(DATASET_PRESETS[settings.dataset])
+    if settings.max_length is not None:
+        front_end["max_length"] = settings.max_length
+    if not settings.is_fine_tuned:
+        clips = "" if settings.max_length is not None else f" and clips of {front_end['max_length']} frames"
+        notes.append(
+            f"The checkpoint does not say how its inputs were normalised; AudioSet's mean and deviation{clips} are "
+            "assumed (--dataset-preset)."
+        )
+    return front_end
+
+
+def _classification_fields(
+    num_labels: int, settings: Settings, layout: Layout, choices: Choices, notes: list[str]
+) -> dict[str, Any]:
+    problem_type = choices.problem_type or settings.problem_type
+    if problem_type is None and num_labels == AUDIOSET_NUM_LABELS:
+        problem_type = "multi_label_classification"
+    if problem_type is None:
+        notes.append(
+            "The checkpoint does not say whether a clip has one label or several; problem_type is left open, which "
+            "pipelines take for one (--problem-type)."
+        )
+    if choices.labels is not None:
+        labels = choices.labels
+        if len(labels) != num_labels:
+            raise ConversionError(f"--labels names {len(labels)} classes, but the classifier has {num_labels}.")
+    elif settings.is_sslam and "id2label" in settings.all:
+        labels = [settings.all["id2label"][str(index)] for index in range(num_labels)]
+    elif num_labels == AUDIOSET_NUM_LABELS:
+        labels = audioset_labels()
+    else:
+        labels = [f"LABEL_{index}" for index in range(num_labels)]
+        notes.append(f"The checkpoint does not name its {num_labels} classes (--labels).")
+    fields: dict[str, Any] = {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+        "problem_type": problem_type,
+        "classifier_pooling": choices.pooling or settings.pooling or "cls",
+    }
+    if "classifier_norm_eps" not in settings.fields:
+        fields["classifier_norm_eps"] = CLASSIFIER_NORM_EPS.get(layout.family, 1e-6)
+    return fields
+
+
+def _fields_from_shapes(tensors: dict[str, torch.Tensor], num_mel_bins: int) -> dict[str, Any]:
+    if "sslam.patch_embeddings.projection.weight" not in tensors:
+        raise ConversionError("The weights asked for have no patch projection; they are not a whole encoder's.")
+    projection = tensors["sslam.patch_embeddings.projection.weight"].shape
+    if len(projection) != 4 or projection[1] != 1 or projection[2] != projection[3]:
+        raise ConversionError(
+            f"The patch projection has shape {tuple(projection)}; SSLAM's is (hidden_size, 1, patch_size, patch_size)."
+        )
+    blocks = [int(match[1]) for name in tensors if (match := re.match(r"sslam\.encoder\.layers\.(\d+)\.", name))]
+    fields: dict[str, Any] = {
+        "hidden_size": projection[0],
+        "patch_size": projection[2],
+        "num_hidden_layers": 1 + max(blocks, default=0),
+        "qkv_bias": "sslam.encoder.layers.0.attention.qkv.bias" in tensors,
+    }
+    if (fc1 := tensors.get("sslam.encoder.layers.0.mlp.fc1.weight")) is not None:
+        fields["intermediate_size"] = fc1.shape[0]
+    if (positions := tensors.get(f"sslam.{POSITIONS}")) is not None:
+        fields["max_position_embeddings"] = positions.shape[-2] * projection[2] // num_mel_bins
+    if (dense := tensors.get("classifier.dense.weight")) is not None:
+        fields["num_labels"] = dense.shape[0]
+    convolutions = [name for name in tensors if re.fullmatch(r"decoder\.layers\.\d+\.weight", name)]
+    if convolutions:
+        shape = tensors[convolutions[0]].shape
+        fields["decoder_num_layers"] = len(convolutions)
+        if len(shape) == 4:
+            fields["decoder_kernel_size"] = shape[2]
+            fields["decoder_groups"] = shape[0] // max(shape[1], 1)
+    return fields

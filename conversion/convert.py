@@ -1,0 +1,239 @@
+"""One conversion from start to end."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import reduce
+from pathlib import Path
+
+import torch
+
+from modeling_sslam import (
+    SSLAMConfig,
+    SSLAMForAudioClassification,
+    SSLAMForPreTraining,
+    SSLAMModel,
+    SSLAMPreTrainedModel,
+)
+from modeling_sslam.modeling_sslam import sincos_position_table
+
+from . import ConversionError
+from .card import model_card
+from .configuration import Choices, describe
+from .layouts import CLASSIFIER_NORM_EPS, POSITIONS, Layout, recognise, to_theirs
+from .placing import replacing
+from .reader import read_checkpoint
+from .writer import WRITERS, Written, check
+
+# The parts of a model under our names, by head.
+HEAD_PARTS = {
+    "encoder": ("sslam",),
+    "classification": ("sslam", "classifier"),
+    "pretraining": ("sslam", "decoder", "teacher"),
+}
+MODEL_CLASSES = {
+    "encoder": SSLAMModel,
+    "classification": SSLAMForAudioClassification,
+    "pretraining": SSLAMForPreTraining,
+}
+# What the code that reads a layout can make something of.
+HEADS = {
+    "transformers": tuple(HEAD_PARTS),
+    "fairseq": ("classification", "pretraining"),
+    "hub-eat": ("encoder", "classification"),
+}
+# The last bit of a sine may differ from one machine to another.
+POSITION_TOLERANCE = 1e-6
+AS_THE_CHECKPOINT_SAYS = Choices()
+
+Tensors = dict[str, torch.Tensor]
+
+
+def convert(
+    source: Path,
+    out: Path,
+    *,
+    head: str = "auto",
+    weights: str = "student",
+    to: str = "transformers",
+    choices: Choices = AS_THE_CHECKPOINT_SAYS,
+    overwrite: bool = False,
+    title: str | None = None,
+    report: Callable[[str], None] = print,
+) -> None:
+    """Converts the checkpoint at `source` and puts the result at `out`, checked, or leaves `out` as it was.
+
+    Args:
+        source: A file or folder; see [`read_checkpoint`].
+        out: The folder to write (with `to="fairseq"` the file).
+        head: "encoder", "classification", "pretraining", or "auto": the classifier of a fine-tuned checkpoint, else
+            the encoder; for fairseq, whose code needs them, its decoder and teacher too.
+        weights: "student", or "teacher" for the moving average that pre-training kept of it.
+        to: The layout to write, a key of [`WRITERS`].
+        choices: What the user says of the model in the checkpoint's place.
+        overwrite: Whether `out` may be replaced.
+        title: What to call the source; its file name by default.
+        report: Takes each line of the account of what was found and done.
+
+    Raises:
+        ConversionError: If the checkpoint is not one of SSLAM or EAT, is damaged, or lacks what was asked for.
+    """
+    with replacing(out, overwrite) as place:
+        # In a function of its own, at whose end the source's weights leave memory before the result's come into it.
+        model_class, written, summary = _convert(
+            source, place, head, weights, to, choices, title or source.name, report
+        )
+        check(place, model_class, written)
+    report(f"{out}: {summary}; read back and found equal")
+
+
+def _convert(
+    source: Path,
+    place: Path,
+    head: str,
+    weights: str,
+    to: str,
+    choices: Choices,
+    title: str,
+    report: Callable[[str], None],
+) -> tuple[type[SSLAMPreTrainedModel], Written, str]:
+    checkpoint = read_checkpoint(source)
+    layout, tensors = _under_our_names(checkpoint.tensors, title)
+    found = Counter(_part(name) for name in tensors)
+    report(f"{title}: {layout.title}; {_enumerate(found)}")
+
+    head = _resolve_head(head, weights, to, found)
+    if weights == "teacher":
+        tensors = {name.replace("teacher", "sslam", 1): tensors[name] for name in tensors if _part(name) == "teacher"}
+    tensors = {name: tensor for name, tensor in tensors.items() if _part(name) in HEAD_PARTS[head]}
+    config, extractor, notes = describe(tensors, checkpoint, layout, choices, head == "pretraining")
+    notes += _check_positions(tensors, config, layout)
+
+    def theirs(name: str) -> str:
+        """The name in the source of a parameter of the model."""
+        name = f"sslam.{name}" if head == "encoder" else name
+        return to_theirs(name.replace("sslam", "teacher", 1) if weights == "teacher" else name, layout)
+
+    weights_alone = {name: tensors[name] for name in tensors if not name.endswith(POSITIONS)}
+    model = _build(weights_alone, config, MODEL_CLASSES[head], theirs)
+    eps = CLASSIFIER_NORM_EPS.get(to, config.classifier_norm_eps)
+    if head == "classification" and eps != config.classifier_norm_eps:
+        notes.append(
+            f"The classifier's norm has an epsilon of {config.classifier_norm_eps} here, but {eps} in the code that "
+            "reads this layout, so its logits will differ slightly."
+        )
+    kept = ", ".join([weights, *HEAD_PARTS[head][1:]] if "teacher" in found else map(_title, HEAD_PARTS[head]))
+    report(f"kept: {kept}")
+    for note in notes:
+        report(f"note: {note}")
+
+    written = WRITERS[to](model, extractor, place)
+    if to == "transformers":
+        origin = {"Converted from": title, "Its layout": f"{layout.title}: {_enumerate(found)}", "Kept of it": kept}
+        card = model_card(model, extractor, checkpoint, origin, notes)
+        (place / "README.md").write_text(card, encoding="utf-8")
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return type(model), written, f"{type(model).__name__}, {num_parameters / 1e6:.2f} M parameters"
+
+
+def _under_our_names(tensors: Tensors, title: str) -> tuple[Layout, Tensors]:
+    layout, names = recognise(tensors)
+    unknown = [key for key, name in names.items() if name is None]
+    renamed = {name: tensors[key] for key, name in names.items() if name is not None}
+    stem = ("sslam.patch_embeddings.projection.weight", "sslam.encoder.cls_token")
+    missing = [to_theirs(name, layout) for name in stem if name not in renamed]
+    if unknown or missing:
+        lacks = f" It lacks {', '.join(missing)}." if missing else ""
+        raise ConversionError(
+            f"{title} is not a checkpoint of SSLAM or EAT: {len(unknown)} of its {len(names)} tensors have no place "
+            f"in one{': ' if unknown else ''}{_list(unknown)}.{lacks}"
+        )
+    if len(renamed) < len(names):
+        twice = Counter(names.values())
+        raise ConversionError(f"{title} holds tensors twice: {_list(key for key in names if twice[names[key]] > 1)}.")
+    return layout, renamed
+
+
+def _resolve_head(head: str, weights: str, to: str, found: Iterable[str]) -> str:
+    if head == "auto":
+        head = "classification" if "classifier" in found else "pretraining" if to == "fairseq" else "encoder"
+    if weights == "teacher" and "teacher" not in found:
+        raise ConversionError(
+            "The checkpoint holds no teacher; only pre-training checkpoints do. Use --weights student."
+        )
+    if weights == "teacher" and head != "encoder":
+        raise ConversionError(
+            f"--weights teacher goes with --head encoder, not {head}: the teacher is an encoder alone."
+        )
+    lacking = [part for part in HEAD_PARTS[head] if part not in found]
+    if lacking:
+        raise ConversionError(
+            f"The checkpoint has no {' and no '.join(lacking)}, which {head} needs. Use --head encoder"
+            + (", and transformers to put a new classifier on it." if head == "classification" else ".")
+        )
+    if head not in HEADS[to]:
+        raise ConversionError(f"--to {to} has no place for --head {head}; use {' or '.join(HEADS[to])}.")
+    return head
+
+
+def _check_positions(tensors: Tensors, config: SSLAMConfig, layout: Layout) -> list[str]:
+    tables = {name: tensor for name, tensor in tensors.items() if name.endswith(POSITIONS)}
+    if not tables and layout.family != "transformers":
+        return ["The checkpoint stores no position table; ours is assumed."]
+    expected = sincos_position_table(config)
+    for name, table in tables.items():
+        if table.squeeze(0).shape != expected.shape:
+            raise ConversionError(
+                f"{name} has shape {tuple(table.shape)}; expected (1, {', '.join(map(str, expected.shape))})."
+            )
+        error = (table.squeeze(0).float() - expected.to(table.dtype).float()).abs().max().item()
+        if not error <= POSITION_TOLERANCE:
+            raise ConversionError(
+                f"The position table {name} differs from the fixed sines and cosines of SSLAM by up to {error:.3g}; "
+                "the converted model would compute something else."
+            )
+    return []
+
+
+def _build(
+    tensors: Tensors, config: SSLAMConfig, model_class: type[SSLAMPreTrainedModel], theirs: Callable[[str], str]
+) -> SSLAMPreTrainedModel:
+    """The model with these weights, which are not copied; every one has its place, and every place has one."""
+    if model_class is SSLAMModel:
+        tensors = {name.removeprefix("sslam."): tensor for name, tensor in tensors.items()}
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in model_class(config).state_dict().items()}
+    if missing := expected.keys() - tensors.keys():
+        raise ConversionError(f"The checkpoint lacks {_list(sorted(map(theirs, missing)))}.")
+    if extra := tensors.keys() - expected.keys():
+        raise ConversionError(f"The checkpoint has more than its model: {_list(sorted(map(theirs, extra)))}.")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name]:
+            raise ConversionError(
+                f"{theirs(name)} has shape {tuple(tensor.shape)}, but the rest of the weights makes it "
+                f"{tuple(expected[name])}."
+            )
+        if not tensor.is_floating_point():
+            raise ConversionError(f"{theirs(name)} holds {tensor.dtype} values; weights are floating-point.")
+        if not tensor.isfinite().all():
+            raise ConversionError(f"{theirs(name)} holds NaN or infinite values: the training run had diverged.")
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+    return model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+
+
+def _part(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _title(part: str) -> str:
+    return "encoder" if part == "sslam" else part
+
+
+def _enumerate(counts: Counter) -> str:
+    return ", ".join(f"{_title(part)} ({count} tensors)" for part, count in counts.items())
+
+
+def _list(names: Iterable[str], at_most: int = 8) -> str:
+    names = list(names)
+    rest = len(names) - at_most
+    return ", ".join(names[:at_most]) + (f" and {rest} more" if rest > 0 else "")

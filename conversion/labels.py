@@ -1,0 +1,49 @@
+"""Names of classes, from a user's file or AudioSet's own."""
+
+import csv
+from functools import lru_cache
+from pathlib import Path
+
+from . import ConversionError
+
+AUDIOSET_NUM_LABELS = 527
+# As AudioSet publishes it: index, machine id, display name.
+AUDIOSET_LABELS = Path(__file__).with_name("audioset_labels.csv")
+
+
+def read_labels(path: Path) -> list[str]:
+    """Class names in the order of the classifier's outputs, from a file with a line for each class: `index,mid,name`
+    (as AudioSet's), `index,name`, or just `name`. A header line is optional.
+
+    Raises:
+        ConversionError: If the indices are not 0, 1, ... or a name is empty or comes twice.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file, skipinitialspace=True) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConversionError(f"The labels in {path} cannot be read: {error}") from error
+    if rows and rows[0][0].lower() == "index":
+        rows = rows[1:]
+    if rows and all(row[0].isdecimal() and 2 <= len(row) <= 3 for row in rows):
+        rows.sort(key=lambda row: int(row[0]))
+        for position, row in enumerate(rows):
+            if int(row[0]) != position:
+                raise ConversionError(
+                    f"{path}: class {position} is missing or comes twice; the next index is {row[0]}."
+                )
+        names = [row[-1] for row in rows]
+    elif all(len(row) == 1 for row in rows):
+        names = [row[0] for row in rows]
+    else:
+        raise ConversionError(f'{path} is neither `index,mid,"name"`, nor `index,name`, nor a name a line.')
+    for position, name in enumerate(names):
+        if not name or name in names[:position]:
+            raise ConversionError(f"{path}: class {position} is named {name!r}, which is empty or taken.")
+    return names
+
+
+@lru_cache
+def audioset_labels() -> list[str]:
+    """AudioSet's 527 display names in the order of the published classifiers."""
+    return read_labels(AUDIOSET_LABELS)

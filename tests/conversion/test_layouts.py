@@ -1,0 +1,47 @@
+"""The tables of names are one to one and know every parameter."""
+
+import pytest
+
+from conversion.layouts import (
+    FAIRSEQ_CLASSIFICATION,
+    FAIRSEQ_PRETRAINING,
+    HUB_EAT,
+    LAYOUTS,
+    TRANSFORMERS,
+    recognise,
+    to_ours,
+    to_theirs,
+)
+from modeling_sslam import SSLAMForAudioClassification, SSLAMForPreTraining
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.title)
+def test_names_are_one_to_one(layout):
+    pairs = [(part + ours, prefix + theirs) for part, prefix, names in layout.parts for ours, theirs in names]
+    assert len({ours for ours, _ in pairs}) == len(pairs) == len({theirs for _, theirs in pairs})
+
+
+@pytest.mark.parametrize(
+    ("layout", "model_class"),
+    [
+        (FAIRSEQ_PRETRAINING, SSLAMForPreTraining),
+        (FAIRSEQ_CLASSIFICATION, SSLAMForAudioClassification),
+        (HUB_EAT, SSLAMForAudioClassification),
+        (TRANSFORMERS, SSLAMForPreTraining),
+        (TRANSFORMERS, SSLAMForAudioClassification),
+    ],
+)
+def test_every_parameter_goes_there_and_back(layout, model_class, make_config):
+    ours = list(model_class(make_config(num_hidden_layers=11)).state_dict())
+    theirs = {to_theirs(name, layout): name for name in ours}
+    assert None not in theirs
+    assert len(theirs) == len(ours)
+    assert to_ours(theirs, layout) == theirs
+    assert recognise(theirs) == (layout, theirs)
+
+
+@pytest.mark.parametrize(
+    "key", ["", ".", "blocks", "blocks.x.norm1.weight", "blocks.0.norm1.gamma", "model.", "0.weight"]
+)
+def test_unknown_keys_have_no_name(key):
+    assert recognise([key])[1] == {key: None}

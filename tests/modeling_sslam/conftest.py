@@ -1,0 +1,56 @@
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from modeling_sslam import SSLAMConfig, SSLAMForAudioClassification
+
+# From the published names to this package's, a substring at a time.
+RENAMED = {
+    "model.": "sslam.",
+    "local_encoder.proj.": "patch_embeddings.projection.",
+    "extra_tokens": "encoder.cls_token",
+    "pre_norm.": "encoder.layernorm.",
+    "blocks.": "encoder.layers.",
+    "attn.qkv.": "attention.qkv.",
+    "attn.proj.": "attention.output.",
+    "norm1.": "attention_layernorm.",
+    "norm2.": "mlp_layernorm.",
+    "sslam.fc_norm.": "classifier.layernorm.",
+    "sslam.head.": "classifier.dense.",
+}
+PUBLISHED_POSITIONS = "model.fixed_positional_encoder.positions"
+
+
+@pytest.fixture(scope="session")
+def load_published(golden_dir: Path) -> Callable[..., tuple[SSLAMForAudioClassification, torch.Tensor]]:
+    """`load_published("hub_finetuned", **config)`: a model with the weights of a published checkpoint, in eval mode,
+    and that checkpoint's own position table."""
+
+    def load(name: str, **config) -> tuple[SSLAMForAudioClassification, torch.Tensor]:
+        published = load_file(golden_dir / name / "model.safetensors")
+        positions = published.pop(PUBLISHED_POSITIONS)
+        weights = {}
+        for key, value in published.items():
+            for old, new in RENAMED.items():
+                key = key.replace(old, new)
+            weights[key] = value
+        size = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+        model = SSLAMForAudioClassification(SSLAMConfig(num_labels=12, **(size | config))).eval()
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        assert not unexpected
+        assert all(key.startswith("classifier.") for key in missing)
+        return model, positions
+
+    return load
+
+
+@pytest.fixture
+def transformers_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What transformers logs, which it hides from the root logger otherwise."""
+    transformers.utils.logging.enable_propagation()
+    yield caplog
+    transformers.utils.logging.disable_propagation()
