@@ -242,8 +242,8 @@ class IntervalTimer:
 class StopRequest:
     """Within its context SIGTERM and SIGINT are a request that the loop reads; a second SIGINT interrupts as usual.
 
-    Processes forked within it, such as data workers, heed these signals from their parent alone: terminals and launchers
-    send them to all processes of a run, but the update that is to be finished still wants its data.
+    Processes forked within it, such as data workers, heed these signals from their parent alone: terminals and
+    launchers send them to all processes of a run, but the update that is to be finished still wants its data.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
