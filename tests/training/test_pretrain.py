@@ -1,0 +1,419 @@
+"""The trainer as its users start it, on generated soundscapes and a tiny model: what it learns, that it resumes
+exactly whatever kills it, and that it stops for what it should."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraining
+from training import pretrain
+from training.arguments import parse
+from training.checkpointing import list_checkpoints
+from training.data import AudioLoader
+from training.metrics import read_metrics
+from training.soundscapes import make_row
+
+SETTINGS = {
+    "max_updates": 8,
+    "batch_size": 4,
+    "data": {"num_workers": 0, "shuffle_buffer": 8},
+    "model": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "num_mel_bins": 32,
+        "max_length": 64,
+        "max_position_embeddings": 8,
+        "num_clones": 2,
+        "decoder_num_layers": 2,
+        "ema_anneal_end_step": 10,
+    },
+    "optimizer": {"learning_rate": 2e-3, "warmup_updates": 4},
+    "checkpoint": {"every": 3},
+    "watch": {"every": 2, "tracker": "none"},
+}
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory) -> Path:
+    """A folder of 24 short soundscapes."""
+    folder = tmp_path_factory.mktemp("clips")
+    for i in range(24):
+        row = make_row(("train", i), seed=0, duration=0.8, rate=16_000, max_sources=2)
+        (folder / f"clip{i:02d}.flac").write_bytes(row["audio"]["bytes"])
+    return folder
+
+
+@pytest.fixture
+def arguments(clips, tmp_path):
+    """A command line for a run in `tmp_path / name`, with settings changed by their dotted keys."""
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(yaml.safe_dump(SETTINGS))
+
+    def arguments(name: str = "run", **changes) -> list[str]:
+        changes = {"output_dir": tmp_path / name, "data.source": clips} | changes
+        return ["--config", str(settings), *(f"--{key}={value}" for key, value in changes.items())]
+
+    return arguments
+
+
+@pytest.fixture
+def train(arguments, tmp_path):
+    """Runs the program in this process and gives the folder of the run."""
+
+    def train(name: str = "run", **changes) -> Path:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        pretrain.main(arguments(name, **changes))
+        return tmp_path / name
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Starts the program in processes of its own, forked from a server that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.pretrain"])
+    before, os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS"), "1"
+    started = []
+    # The method by which it was started itself would have its data workers import everything anew.
+    program = "multiprocessing.set_start_method('fork', force=True); pretrain.main(argv)"
+
+    def start(argv: list[str]) -> multiprocessing.Process:
+        code = f"import multiprocessing; from training import pretrain; {program}"
+        started.append(context.Process(target=exec, args=(code, {"argv": argv})))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+    os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
+
+
+def assert_identical(found, wanted) -> None:
+    if isinstance(wanted, dict):
+        assert found.keys() == wanted.keys()
+        for key in wanted:
+            assert_identical(found[key], wanted[key])
+    elif isinstance(wanted, (list, tuple)):
+        for part, wanted_part in zip(found, wanted, strict=True):
+            assert_identical(part, wanted_part)
+    elif isinstance(wanted, torch.Tensor):
+        assert torch.equal(found, wanted)
+    else:
+        assert found == wanted
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """To the last bit the same weights, optimiser, random numbers and clips."""
+    for path in (one, other):
+        assert not list(path.rglob(".tmp-*"))
+    last, expected = list_checkpoints(one)[-1], list_checkpoints(other)[-1]
+    assert last.name == expected.name
+    weights, expected_weights = (load_file(path / "model.safetensors") for path in (last, expected))
+    assert weights.keys() == expected_weights.keys()
+    assert all(torch.equal(weights[name], expected_weights[name]) for name in weights)
+    for name in ("optimizer.pt", "rank-00000.pt"):
+        found, wanted = (torch.load(path / name, weights_only=True) for path in (last, expected))
+        assert_identical(found, wanted)
+    timings = ("clips_per_second", "data_wait_fraction", "memory_gib")
+    rows, expected_rows = (
+        [
+            {key: value for key, value in row.items() if key not in timings}
+            for row in read_metrics(path / "metrics.jsonl")
+        ]
+        for path in (one, other)
+    )
+    assert rows == expected_rows
+
+
+# What it leaves, and what it learns
+
+
+def test_a_run_leaves_what_others_read(train):
+    run = train(**{"watch.tracker": "tensorboard"})
+    assert [path.name for path in list_checkpoints(run)] == ["step-00000006", "step-00000008"]
+    rows = read_metrics(run / "metrics.jsonl")
+    assert [row["update"] for row in rows] == [2, 4, 6, 8]
+    for row in rows:
+        terms = [row[name] for name in pretrain.LOSS_TERMS]
+        assert row["loss"] == pytest.approx(sum(terms), rel=1e-5)
+    assert [row["learning_rate"] for row in rows] == pytest.approx([1e-3, 2e-3, 1e-3, 0.0])
+    assert rows[-1]["clips"] == 32
+    assert rows[-1]["epoch"] == 1
+    assert list((run / "tensorboard").rglob("events.out.tfevents.*"))
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert yaml.safe_load((run / "config.yaml").read_text())["optimizer"]["learning_rate"] == 2e-3
+
+    card = (run / "model" / "README.md").read_text()
+    assert f"{rows[-1]['loss']:.4g}" in card
+    assert "8 of 8" in card
+    model = SSLAMForPreTraining.from_pretrained(run / "model")
+    encoder = AutoModel.from_pretrained(run / "model", trust_remote_code=True)
+    for name, tensor in model.sslam.state_dict().items():
+        assert torch.equal(encoder.state_dict()[name], tensor)
+    assert SSLAMFeatureExtractor.from_pretrained(run / "model").max_length == 64
+
+
+def test_loss_falls(train):
+    run = train(max_updates=60, batch_size=8, **{"watch.every": 10, "optimizer.warmup_updates": 10})
+    losses = [row["loss"] for row in read_metrics(run / "metrics.jsonl")]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_second_stage_starts_from_student_and_teacher_of_the_first(train):
+    first = train("first", **{"model.pretraining_objective": "ua", "model.num_clones": 4, "model.ema_decay": 0.9})
+    changes = {"model.pretraining_objective": "sslam", "optimizer.warmup_updates": 0}
+    second = train("second", init_from=first / "model", max_updates=1, **changes)
+    before = SSLAMForPreTraining.from_pretrained(first / "model")
+    after = SSLAMForPreTraining.from_pretrained(second / "model")
+    assert (before.config.pretraining_objective, after.config.pretraining_objective) == ("ua", "sslam")
+    assert after.config.num_clones == 2
+    # The only update had the learning rate 0, since it is the last: student and decoder are as they were.
+    for part in ("sslam", "decoder"):
+        for name, tensor in getattr(before, part).state_dict().items():
+            assert torch.equal(getattr(after, part).state_dict()[name], tensor)
+    decay = before.ema_decay(1)
+    for (name, teacher), student in zip(before.teacher.named_parameters(), before.sslam.parameters(), strict=True):
+        assert not torch.equal(teacher, student)
+        expected = decay * teacher + (1 - decay) * student
+        torch.testing.assert_close(after.teacher.get_parameter(name), expected)
+    (row,) = read_metrics(second / "metrics.jsonl")
+    assert row["update"] == 1
+
+
+def test_bf16_trains(train):
+    run = train(mixed_precision="bf16")
+    assert load_file(list_checkpoints(run)[-1] / "model.safetensors")["sslam.encoder.cls_token"].dtype == torch.float32
+    losses = [row["loss"] for row in read_metrics(run / "metrics.jsonl")]
+    assert losses[-1] < losses[0]
+
+
+# Going on
+
+
+def test_killed_at_any_moment_it_ends_as_if_it_never_was(arguments, processes, tmp_path):
+    changes = {
+        "max_updates": 60,
+        "checkpoint.every": 2,
+        "watch.every": 3,
+        "gradient_accumulation_steps": 2,
+        "data.num_workers": 2,
+        "resume": "auto",
+    }
+    calm = processes(arguments("calm", **changes))
+    calm.join()
+    assert calm.exitcode == 0
+
+    argv, checkpoints = arguments("killed", **changes), tmp_path / "killed" / "checkpoints"
+    chance, num_kills, num_in_save = random.Random(0), 0, 0
+
+    def newest() -> str:
+        return max((path.name for path in checkpoints.glob("step-*")), default="")
+
+    while num_kills < 6 or not num_in_save:
+        process, first = processes(argv), newest()
+        while newest() == first and process.is_alive():  # some progress first
+            time.sleep(0.001)
+        if num_kills % 2:
+            time.sleep(chance.uniform(0, 0.3))
+        else:
+            while process.is_alive() and not list(checkpoints.glob(".tmp-*")):
+                time.sleep(0.0005)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "the run was over before it could be killed: make it longer"
+        num_kills += 1
+        num_in_save += bool(list(checkpoints.glob(".tmp-*")))
+
+    process = processes(argv)
+    process.join()
+    assert process.exitcode == 0
+    assert_same_run(tmp_path / "killed", tmp_path / "calm")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_goes_on_later(number, arguments, processes, tmp_path):
+    changes = {"max_updates": 30, "checkpoint.every": 1000, "data.num_workers": 2, "watch.every": 1, "resume": "auto"}
+    metrics = tmp_path / "stopped" / "metrics.jsonl"
+    process = processes(arguments("stopped", **changes))
+    while not read_metrics(metrics):
+        time.sleep(0.005)
+    # As terminals and launchers do it: to the workers as well.
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        os.kill(int(child), number)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 0
+    (checkpoint,) = list_checkpoints(tmp_path / "stopped")
+    update = json.loads((checkpoint / "trainer.json").read_text())["progress"]["update"]
+    assert update < 30
+    assert read_metrics(metrics)[-1]["update"] == update
+
+    for name in ("stopped", "calm"):
+        process = processes(arguments(name, **changes))
+        process.join()
+        assert process.exitcode == 0
+    assert_same_run(tmp_path / "stopped", tmp_path / "calm")
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(train, caplog):
+    straight, run = train("straight"), train()
+    last = list_checkpoints(run)[-1]
+    (last / "optimizer.pt").write_bytes(b"damaged")
+    train(resume="auto")
+    assert "optimizer.pt has 7 bytes" in caplog.text
+    assert_same_run(run, straight)
+
+
+def test_only_the_same_run_is_resumed(train, capsys):
+    train(max_updates=3)
+
+    def refusal(**changes) -> str:
+        with pytest.raises(SystemExit) as stop:
+            train(**changes)
+        return str(stop.value)
+
+    assert "holds a run" in refusal(max_updates=3)
+    message = refusal(max_updates=6, resume="auto", **{"optimizer.betas": "0.8,0.9", "watch.every": 1})
+    assert "max_updates (3 before, 6 now)" in message
+    assert "optimizer.betas ([0.9, 0.95] before, [0.8, 0.9] now)" in message
+    assert "watch" not in message
+    assert "precision=no" in refusal(max_updates=3, resume="auto", mixed_precision="bf16")
+    run = train(max_updates=6, resume="auto", allow_changed_config="true")
+    assert list_checkpoints(run)[-1].name == "step-00000006"
+
+
+# Stopping
+
+
+def test_a_loss_that_is_not_finite_reaches_nothing(train, monkeypatch, caplog):
+    honest = AudioLoader.input_values
+
+    def with_a_bad_clip(self, batch, device):
+        input_values = honest(self, batch, device)
+        bad = [id_.endswith("clip05.flac") for id_ in batch["ids"]]
+        return input_values.masked_fill(torch.tensor(bad)[:, None, None], float("nan"))
+
+    monkeypatch.setattr(AudioLoader, "input_values", with_a_bad_clip)
+    run = train(max_updates=8)
+    last = read_metrics(run / "metrics.jsonl")[-1]
+    assert last["dropped_updates"] >= 1
+    assert last["clips"] == (8 + last["dropped_updates"]) * 4
+    messages = [record.message for record in caplog.records if "Dropped an update" in record.message]
+    assert len(messages) == last["dropped_updates"]
+    assert all("clip05.flac" in message for message in messages)
+    assert all(tensor.isfinite().all() for tensor in load_file(run / "model" / "model.safetensors").values())
+
+
+def test_too_many_dropped_updates_in_a_row_stop_the_run(train, monkeypatch, tmp_path):
+    honest = AudioLoader.input_values
+    monkeypatch.setattr(
+        AudioLoader,
+        "input_values",
+        lambda self, batch, device: honest(self, batch, device) * (float("inf") if self.num_clips > 20 else 1.0),
+    )
+    with pytest.raises(SystemExit) as stop:
+        train(max_updates=40, **{"watch.max_dropped": 3})
+    assert "3 updates in a row" in str(stop.value)
+    assert str(stop.value).count(".flac") == 3 * 4
+    (checkpoint,) = list_checkpoints(tmp_path / "run")
+    assert checkpoint.name == "step-00000003"
+
+
+def test_collapse_stops_the_run(train):
+    with pytest.raises(SystemExit, match=r"target_var=.*less than watch\.min_target_var=5\.0 at update 4"):
+        train(**{"watch.min_target_var": 5, "watch.collapse_after": 3})
+
+
+def test_a_full_disk_stops_with_the_last_checkpoint_whole(train, monkeypatch, tmp_path):
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    honest = pretrain.save_optimizer
+
+    def fill_up(folder, *arguments):
+        if folder.name.endswith("6"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+        honest(folder, *arguments)
+
+    monkeypatch.setattr(pretrain, "save_optimizer", fill_up)
+    try:
+        with pytest.raises(SystemExit, match="step-00000006 could not be written"):
+            train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+    monkeypatch.undo()
+    assert_same_run(train(resume="auto"), train("straight"))
+
+
+@pytest.mark.filterwarnings("ignore:`log_with=comet_ml`")
+def test_impossible_runs_are_refused(train):
+    with pytest.raises(SystemExit, match=r"data\.source='/nowhere/at/all'"):
+        train(**{"data.source": "/nowhere/at/all"})
+    with pytest.raises(SystemExit, match="fp16 needs a GPU"):
+        train(mixed_precision="fp16")
+    with pytest.raises(SystemExit, match=r"batch_size=1.*needs at least 2"):
+        train(batch_size=1)
+    with pytest.raises(SystemExit, match=r"watch\.tracker='comet_ml' is not installed"):
+        train(**{"watch.tracker": "comet_ml"})
+
+
+def test_an_overflow_in_fp16_lowers_the_loss_scale_and_nothing_else(train, monkeypatch):
+    class WithScaler(pretrain.Accelerator):
+        """fp16's loss scaling, on the CPU too."""
+
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22)
+            self.native_amp = True
+            self.state._mixed_precision = "fp16"
+
+    straight = train("straight", max_updates=4)
+    monkeypatch.setattr(pretrain, "Accelerator", WithScaler)
+    run = train(max_updates=4)
+    row = read_metrics(run / "metrics.jsonl")[-1]
+    assert row["dropped_updates"] > 0
+    assert row["loss_scale"] == 2.0 ** (22 - row["dropped_updates"])
+    assert row["learning_rate"] == read_metrics(straight / "metrics.jsonl")[-1]["learning_rate"]
+    assert row["ema_decay"] == read_metrics(straight / "metrics.jsonl")[-1]["ema_decay"]
+    state = json.loads((list_checkpoints(run)[-1] / "trainer.json").read_text())
+    assert state["scaler"]["scale"] == row["loss_scale"]
+    train(max_updates=6, resume="auto", allow_changed_config="true")
+    assert read_metrics(run / "metrics.jsonl")[-1]["dropped_updates"] == row["dropped_updates"]
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(pretrain.__file__).parent.glob("configs/*.yaml")), ids=lambda path: path.stem
+)
+def test_shipped_configurations_are_whole(path):
+    config = parse(pretrain.PretrainConfig, ["--config", str(path)])
+    overrides = {key: value for key, value in asdict(config.model).items() if value is not None}
+    model_config = SSLAMConfig(**overrides)
+    if "stage2" in path.stem:
+        assert (model_config.num_clones, config.optimizer.learning_rate) == (8, 5e-5)
+        assert (config.max_updates, config.optimizer.warmup_updates) == (200_000, 25_000)
+        assert config.init_from == "runs/stage1/model"
+    if "stage1" in path.stem:
+        assert (model_config.num_clones, model_config.pretraining_objective) == (16, "ua")
+        assert (config.max_updates, config.optimizer.warmup_updates) == (400_000, 53_333)
+    if "large" in path.stem:
+        large = SSLAMConfig.large(pretraining_objective="ua", num_clones=16)
+        assert model_config.to_dict() == large.to_dict()
+        assert config.optimizer.learning_rate == 4e-4

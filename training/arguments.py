@@ -1,0 +1,260 @@
+"""Dataclasses to settings of a run: defaults, then a YAML file, then `--section.key value` on the command line.
+
+    config = parse(PretrainConfig)    # reads sys.argv
+
+A field that is itself a dataclass is a section. Types are checked, whichever way a value came, and a key that does not
+exist is refused with the nearest one that does: a misspelt setting that silently stays at its default costs a training
+run. A field's `metadata["help"]` is its line in `--help`.
+"""
+
+import argparse
+import difflib
+import inspect
+import re
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+T = TypeVar("T")
+
+
+class Setting(NamedTuple):
+    """One key: where it is, what it takes and what holds if it is not given."""
+
+    key: str
+    type: Any
+    default: Any  # MISSING if it must be given
+    help: str
+    metadata: dict[str, Any]
+
+
+def settings(config_class: type, prefix: str = "", defaults: Any = None) -> Iterator[Setting]:
+    """All keys of a configuration class, those of its sections by their dotted names.
+
+    Args:
+        defaults: An instance whose values stand in for the class's defaults.
+    """
+    hints = get_type_hints(config_class)
+    for item in fields(config_class):
+        default, hint = _default(item, defaults), hints[item.name]
+        if is_dataclass(hint):
+            yield from settings(hint, f"{prefix}{item.name}.", None if default is MISSING else default)
+        else:
+            yield Setting(prefix + item.name, hint, default, item.metadata.get("help", ""), dict(item.metadata))
+
+
+def parse(config_class: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
+    """The configuration that the command line asks for; `--config FILE` names a YAML file to start from.
+
+    Ends the program with a message, as argparse does, if a key or a value is wrong.
+
+    Args:
+        argv: Arguments without the program's name; `sys.argv[1:]` if not given.
+        description: Opens the `--help`.
+    """
+    known = {setting.key: setting for setting in settings(config_class)}
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--config FILE] [--key value] [--section.key value] ...",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the keys below, sections nested.")
+    groups: dict[str, Any] = {"": parser}
+    for setting in known.values():
+        section = setting.key.rpartition(".")[0]
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section)
+        if setting.default is MISSING:
+            state = "required"
+        else:
+            default = "null" if setting.default is None else setting.default
+            state = f"default: {setting.metadata.get('default', default)}"
+        groups[section].add_argument(
+            f"--{setting.key}",
+            metavar=_name(setting.type),
+            default=argparse.SUPPRESS,
+            help=f"{setting.help} [{state}]".strip().replace("%", "%%"),
+        )
+    given, unknown = parser.parse_known_args(argv)
+    try:
+        if unknown:
+            name = unknown[0].split("=")[0]
+            raise ValueError(f"unknown argument {name!r}{_nearest(name.lstrip('-'), known)}")
+        values = read_yaml(given.config, config_class) if given.config else {}
+        for key, text in vars(given).items():
+            if key != "config":
+                values[key] = convert(text, known[key].type, f"--{key}")
+        return build(config_class, values)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def read_yaml(path: str | Path, config_class: type) -> dict[str, Any]:
+    """The values of a YAML file by their dotted keys, checked and converted.
+
+    Raises:
+        ValueError: If the file cannot be read, or a key is unknown or a value of the wrong type, naming it.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    known = {setting.key: setting for setting in settings(config_class)}
+    sections = {key[:end] for key in known for end in range(len(key)) if key[end] == "."}
+
+    def walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        if not isinstance(node, dict):
+            where = f"section {prefix.rstrip('.')!r}" if prefix else "the file"
+            raise ValueError(f"{path}: {where} must hold keys and values, not {node!r}")
+        for name, value in node.items():
+            key = f"{prefix}{name}"
+            if key in sections:
+                yield from walk({} if value is None else value, f"{key}.")
+            elif key in known:
+                yield key, convert(value, known[key].type, f"{path}: {key}")
+            else:
+                raise ValueError(f"{path}: unknown key {key!r}{_nearest(key, known)}")
+
+    return dict(walk({} if content is None else content, ""))
+
+
+def build(config_class: type[T], values: dict[str, Any]) -> T:
+    """An instance out of values by their dotted keys; the others are at their defaults.
+
+    Raises:
+        ValueError: If a key without default is missing, or the class itself refuses the values.
+    """
+
+    def make(cls: type, prefix: str, defaults: Any) -> Any:
+        hints, arguments = get_type_hints(cls), {}
+        for item in fields(cls):
+            key, default = prefix + item.name, _default(item, defaults)
+            if is_dataclass(hints[item.name]):
+                arguments[item.name] = make(hints[item.name], f"{key}.", None if default is MISSING else default)
+            elif key in values:
+                arguments[item.name] = values[key]
+            elif default is MISSING:
+                raise ValueError(f"{key} is not set: give --{key} or put it into the YAML file")
+            else:
+                arguments[item.name] = default
+        try:
+            return cls(**arguments)
+        except ValueError as error:
+            raise ValueError(f"{prefix.rstrip('.')}: {error}" if prefix else str(error)) from error
+
+    return make(config_class, "", None)
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of a configuration by their dotted keys."""
+    flat: dict[str, Any] = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        flat |= flatten(value, f"{prefix}{item.name}.") if is_dataclass(value) else {prefix + item.name: value}
+    return flat
+
+
+def to_yaml(config: Any) -> str:
+    """A file that `--config` reads back to the same configuration. What is `None` is left out."""
+    nested: dict[str, Any] = {}
+    for key, value in flatten(config).items():
+        if value is not None:
+            *path, name = key.split(".")
+            node = nested
+            for part in path:
+                node = node.setdefault(part, {})
+            node[name] = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+    return yaml.safe_dump(nested, sort_keys=False, allow_unicode=True)
+
+
+def optional_section(name: str, source: type) -> type:
+    """A dataclass of the fields that `source` annotates, all of them `None` by default and helped by its docstring's
+    "Args": for settings that only say what to change in an object that has its own values."""
+    described = dict(
+        re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.cleandoc(source.__doc__ or ""), re.MULTILINE)
+    )
+
+    def unset(key: str) -> Any:
+        text = " ".join(described.get(key, "").split())
+        return field(default=None, metadata={"help": text, "default": f"as it was, a new one {getattr(source, key)}"})
+
+    hints = inspect.get_annotations(source, eval_str=True)
+    return make_dataclass(name, [(key, hint | None, unset(key)) for key, hint in hints.items()])
+
+
+def convert(value: Any, hint: Any, where: str) -> Any:
+    """A value out of YAML, or a text from the command line, as the type that the annotation `hint` names.
+
+    Raises:
+        ValueError: If it is none, naming `where`.
+    """
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("null", "none")):
+            return None
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return convert(value, inner, where)
+    if origin is Literal:
+        # To YAML 1.1 a bare `no` is not a word.
+        word = "no" if value is False else value
+        if word in arguments:
+            return word
+    elif origin in (list, tuple):
+        if isinstance(value, str):
+            value = yaml.safe_load(value) if value.lstrip().startswith("[") else value.split(",")
+        if isinstance(value, (list, tuple)) and (origin is list or len(value) == len(arguments)):
+            hints = arguments if origin is tuple else arguments * len(value)
+            return origin(convert(part, part_hint, where) for part, part_hint in zip(value, hints, strict=True))
+    elif hint is bool:
+        truth = {"true": True, "false": False}.get(str(value).lower())
+        if truth is not None:
+            return truth
+    elif hint in (int, float) and not isinstance(value, bool) and isinstance(value, (int, float, str)):
+        # PyYAML reads 5e-4 as a text: YAML 1.1 wants a dot in it.
+        try:
+            number = hint(value)
+        except (ValueError, OverflowError):
+            number = None
+        if number is not None and (isinstance(value, str) or number == value):
+            return number
+    elif (hint in (str, Path) and isinstance(value, (str, Path))) or (hint is str and isinstance(value, (int, float))):
+        return hint(value)
+    raise ValueError(f"{where} takes {_name(hint)}, not {value!r}")
+
+
+def _default(item: Field, defaults: Any) -> Any:
+    """A field's value if it is not given; MISSING if it must be."""
+    if defaults is not None:
+        return getattr(defaults, item.name)
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+def _name(hint: Any) -> str:
+    """A type as `--help` and errors call it."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return "|".join("null" if argument is type(None) else _name(argument) for argument in arguments)
+    if origin is Literal:
+        return "{" + ",".join(map(str, arguments)) + "}"
+    if origin is list:
+        return f"[{_name(arguments[0])},...]"
+    if origin is tuple:
+        return "[" + ",".join(map(_name, arguments)) + "]"
+    return hint.__name__.lower()
+
+
+def _nearest(key: str, known: dict[str, Setting]) -> str:
+    """Names the known key that was meant, most likely: by its whole name or, in a wrong section, by its last part."""
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not close:
+        by_name = {name.rpartition(".")[2]: name for name in known}
+        close = [by_name[name] for name in difflib.get_close_matches(key.rpartition(".")[2], by_name, n=1, cutoff=0.6)]
+    return f"; did you mean {close[0]!r}?" if close else "; --help lists all keys"

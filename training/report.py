@@ -1,0 +1,164 @@
+"""Pictures and a model card out of a run's folder: `python -m training.report RUN_DIR`, at any time.
+
+Writes RUN_DIR/curves.png and RUN_DIR/model/, a folder for the Hub with the weights of the latest checkpoint.
+"""
+
+import argparse
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import datasets
+import torch
+import transformers
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from training.checkpointing import TEMPORARY_PREFIX, copy_model, latest_checkpoint, publish
+from training.metrics import read_metrics
+
+# One panel each: title, keys, whether the axis is logarithmic.
+PANELS = (
+    ("Loss", ("loss",), True),
+    ("Local losses, per masked patch", ("ua_local_loss", "pma_local_loss", "srl_loss"), False),
+    ("Global losses, sum over the device's clips", ("ua_global_loss", "pma_global_loss"), True),
+    ("Deviation over patches (0: collapse)", ("pred_var", "target_var"), False),
+    ("Gradient norm before clipping", ("grad_norm",), True),
+    ("Learning rate", ("learning_rate",), False),
+    ("Teacher: 1 - decay", ("ema_decay",), True),
+    ("Clips per second", ("clips_per_second",), False),
+    ("Share of time waiting for data", ("data_wait_fraction",), False),
+)
+MAX_MARKED_POINTS = 40
+
+
+def plot_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draws all curves of a run over its updates."""
+    panels = [
+        (name, [key for key in keys if key in rows[-1]], is_log)
+        for name, keys, is_log in PANELS
+        if any(key in rows[-1] for key in keys)
+    ]
+    columns = 3
+    num_rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(14, 3.2 * num_rows), layout="constrained")
+    grid = figure.subplots(num_rows, columns, squeeze=False)
+    for axes, (name, keys, is_log) in zip(grid.flat, panels, strict=False):
+        _plot_panel(axes, rows, keys, is_log)
+        axes.set_title(name, fontsize=11)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes in grid[-1]:
+        axes.set_xlabel("update")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+
+
+def _plot_panel(axes: Axes, rows: list[dict[str, Any]], keys: list[str], is_log: bool) -> None:
+    for key in keys:
+        points = [(row["update"], 1 - row[key] if key == "ema_decay" else row[key]) for row in rows if key in row]
+        marker = "." if len(points) <= MAX_MARKED_POINTS else None
+        axes.plot(*zip(*points, strict=True), label=key, marker=marker, linewidth=1.4)
+    if is_log:
+        axes.set_yscale("log")
+    if len(keys) > 1:
+        axes.legend(frameon=False, fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def model_card(run_dir: Path, rows: list[dict[str, Any]]) -> str:
+    """README.md of a run's model: what it is, how to use it, what it was made of."""
+    settings = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    last = rows[-1]
+    data = settings["data"]
+    source = " ".join(str(data[key]) for key in ("source", "config_name", "split", "revision") if data.get(key))
+    facts = {
+        "data": f"`{source}`",
+        "started from": f"`{settings['init_from']}`" if "init_from" in settings else "random weights",
+        "updates": f"{last['update']:,} of {settings['max_updates']:,}",
+        "clips seen": f"{last['clips']:,} ({last['epoch'] + 1} epochs begun), {last['skipped_clips']} skipped",
+        **{key: f"{last[key]:.4g}" for key in last if key.endswith(("loss", "_var"))},
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, accelerate "
+        f"{accelerate.__version__}, datasets {datasets.__version__}, Python {platform.python_version()}",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: feature-extraction
+tags: [audio, self-supervised, sslam, eat]
+---
+
+# {run_dir.name}
+
+A self-supervised audio encoder, pre-trained as in SSLAM (Alex et al., ICLR 2025,
+[arXiv 2506.12222](https://arxiv.org/abs/2506.12222)). The weights hold the student, which the lines below read, the
+decoder and the teacher.
+
+```python
+from transformers import AutoFeatureExtractor, AutoModel
+
+extractor = AutoFeatureExtractor.from_pretrained(FOLDER, trust_remote_code=True)
+model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True).eval()
+inputs = extractor(waveform, sampling_rate=16000, return_tensors="pt")  # mono, 16 kHz
+clip = model(**inputs).pooler_output  # (1, hidden_size)
+```
+
+| | |
+|---|---|
+{table}
+
+![Curves](curves.png)
+
+The run's settings:
+
+```yaml
+{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip()}
+```
+"""
+
+
+def write_report(run_dir: Path) -> None:
+    """Writes curves.png and model/ of a run that has logged at least once.
+
+    Raises:
+        FileNotFoundError: If the folder is not that of such a run.
+    """
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    if not rows:
+        raise FileNotFoundError(f"{run_dir} has no metrics.jsonl with a line in it: no run has logged there yet.")
+    plot_curves(rows, run_dir / "curves.png", run_dir.name)
+    checkpoint = latest_checkpoint(run_dir)
+    if checkpoint is None:
+        return
+    update = int(checkpoint.name.rpartition("-")[2])
+    temporary = run_dir / f"{TEMPORARY_PREFIX}model"
+    shutil.rmtree(temporary, ignore_errors=True)
+    copy_model(checkpoint, temporary)
+    shutil.copy(run_dir / "curves.png", temporary)
+    # The card is of the weights beside it: what the run has logged since is not theirs.
+    card = model_card(run_dir, [row for row in rows if row["update"] <= update] or rows[:1])
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+    publish(temporary, run_dir / "model")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Draw a run's curves (RUN_DIR/curves.png) and make a folder for the Hub of its latest checkpoint "
+        "(RUN_DIR/model)."
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    run_dir = parser.parse_args().run_dir
+    try:
+        write_report(run_dir)
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
+    print(*(path for path in (run_dir / "curves.png", run_dir / "model") if path.exists()), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
