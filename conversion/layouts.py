@@ -246,8 +246,12 @@ HUB_EXTRAS: dict[str, Any] = {
 
 # fairseq's names of the poolings. A pickled enumeration keeps its number alone.
 FAIRSEQ_POOLINGS = {
-    "MEAN_POOLING": "mean", "CLS_TOKEN": "cls", "LIN_SOFTMAX": "lin_softmax",
-    1: "mean", 2: "cls", 3: "lin_softmax",
+    "MEAN_POOLING": "mean",
+    "CLS_TOKEN": "cls",
+    "LIN_SOFTMAX": "lin_softmax",
+    1: "mean",
+    2: "cls",
+    3: "lin_softmax",
 }
 # The epsilon of the classifier's LayerNorm is in no settings, but in the code that reads the layout.
 CLASSIFIER_NORM_EPS = {"fairseq": 1e-6, "hub-eat": 1e-5}

@@ -65,12 +65,14 @@ def _filter_bands(
     """The filters as (FFT bins, mel bins, weights) of neighbouring mel bins: these read a narrow band of the spectrum,
     so three quarters of the whole matrix are zeros that need no multiplication."""
     filters = mel_filters(num_mel_bins, sampling_rate, fft_length)
+    # Where TF32 is allowed, a GPU would round float32 factors to 10 bits.
+    dtype = torch.float64 if device.type == "cuda" else torch.float32
     bands = []
     for start in range(0, num_mel_bins, MEL_BINS_PER_BAND):
         mel_bins = slice(start, start + MEL_BINS_PER_BAND)
         passed = filters[:, mel_bins].any(1).nonzero().flatten().tolist() or [0]
         fft_bins = slice(passed[0], passed[-1] + 1)
-        bands.append((fft_bins, mel_bins, filters[fft_bins, mel_bins].to(device)))
+        bands.append((fft_bins, mel_bins, filters[fft_bins, mel_bins].to(device, dtype)))
     return bands
 
 
@@ -120,7 +122,7 @@ def log_mel_spectrogram(
         log_mel = out[:, start : start + step]
         with torch.autocast(waveforms.device.type, enabled=False):
             for fft_bins, mel_bins, weights in bands:
-                log_mel[..., mel_bins] = power[..., fft_bins] @ weights
+                log_mel[..., mel_bins] = power[..., fft_bins].to(weights.dtype) @ weights
         log_mel.clamp_(min=LOG_FLOOR).log_()
     return out
 
@@ -171,6 +173,11 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         **kwargs: Any,
     ) -> None:
         super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
+        if feature_size != 1 or self.padding_side != "right":
+            raise ValueError(
+                f"feature_size={feature_size} and padding_side={self.padding_side!r} must be 1 and 'right': channels "
+                "are averaged, and padding follows the clip."
+            )
         if max_length <= 0 or max_length % patch_size:
             raise ValueError(f"max_length={max_length} must be a positive multiple of patch_size={patch_size}.")
         if do_normalize and not std > 0:

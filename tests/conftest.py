@@ -68,6 +68,11 @@ def parity(record_property: Callable[[str, object], None]) -> Callable[[str, flo
     return check
 
 
+def pytest_configure() -> None:
+    # Tests use tiny models, whose tensors several threads share at a loss; workers (-n) run beside each other instead.
+    torch.set_num_threads(1)
+
+
 def pytest_report_header() -> str:
     return f"transformers {transformers.__version__}, torch {torch.__version__}"
 

@@ -424,6 +424,8 @@ class TestErrors:
         [
             ({"max_length": 1000}, "max_length=1000 must be a positive multiple of patch_size=16"),
             ({"std": 0.0}, "std=0.0 must be positive; use do_normalize=False"),
+            ({"feature_size": 2}, "feature_size=2 and padding_side='right' must be 1 and 'right'"),
+            ({"padding_side": "left"}, "padding_side='left' must be 1 and 'right'"),
         ],
     )
     def test_construction(self, fields, sentence):
