@@ -315,7 +315,11 @@ def pretrain(config: PretrainConfig, stop: StopRequest) -> None:
     rank, world_size = accelerator.process_index, accelerator.num_processes
     clips_per_update = config.batch_size * config.gradient_accumulation_steps * world_size
 
-    if accelerator.is_main_process and run_dir.exists():
+    if accelerator.is_main_process:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainingError(f"output_dir={str(run_dir)!r} cannot be made: {error}") from error
         remove_leftovers(run_dir)
     accelerator.wait_for_everyone()
     checkpoint, state = find_checkpoint(config, accelerator)
@@ -324,10 +328,13 @@ def pretrain(config: PretrainConfig, stop: StopRequest) -> None:
     # --- Model: new, from another run, or from this one
     set_seed(config.seed)
     overrides = {key: value for key, value in asdict(config.model).items() if value is not None}
-    if source := checkpoint or config.init_from:
-        model = SSLAMForPreTraining.from_pretrained(source, dtype=torch.float32, **overrides)
-    else:
-        model = SSLAMForPreTraining(SSLAMConfig(**overrides))
+    try:
+        if source := checkpoint or config.init_from:
+            model = SSLAMForPreTraining.from_pretrained(source, dtype=torch.float32, **overrides)
+        else:
+            model = SSLAMForPreTraining(SSLAMConfig(**overrides))
+    except (ValueError, OSError) as error:  # fields that contradict each other; no such folder
+        raise TrainingError(f"model: {error}") from error
     model.train()
     model_config = model.config
     if model_config.pretraining_objective != "ua" and config.batch_size < 2:
@@ -386,7 +393,6 @@ def pretrain(config: PretrainConfig, stop: StopRequest) -> None:
     # --- Log
     metrics_path = run_dir / "metrics.jsonl"
     if accelerator.is_main_process:
-        run_dir.mkdir(parents=True, exist_ok=True)
         write_text(run_dir / "config.yaml", to_yaml(config))
         truncate_metrics(metrics_path, progress.update)
     accelerator.init_trackers(

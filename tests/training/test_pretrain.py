@@ -367,6 +367,12 @@ def test_a_full_disk_stops_with_the_last_checkpoint_whole(train, monkeypatch, tm
 def test_impossible_runs_are_refused(train):
     with pytest.raises(SystemExit, match=r"data\.source='/nowhere/at/all'"):
         train(**{"data.source": "/nowhere/at/all"})
+    with pytest.raises(SystemExit, match=r"model: .*nowhere"):
+        train(init_from="/nowhere/at/all")
+    with pytest.raises(SystemExit, match=r"model: .*hidden_size=30"):
+        train(**{"model.hidden_size": 30})
+    with pytest.raises(SystemExit, match=r"output_dir='/dev/null/run' cannot be made"):
+        train(output_dir="/dev/null/run")
     with pytest.raises(SystemExit, match="fp16 needs a GPU"):
         train(mixed_precision="fp16")
     with pytest.raises(SystemExit, match=r"batch_size=1.*needs at least 2"):
