@@ -10,9 +10,21 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForAudioClassification,
+    AutoModelForPreTraining,
+)
 
-from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
+from modeling_sslam import (
+    SSLAMConfig,
+    SSLAMFeatureExtractor,
+    SSLAMForAudioClassification,
+    SSLAMForPreTraining,
+    SSLAMModel,
+)
 
 SOURCES = {"configuration_sslam.py", "feature_extraction_sslam.py", "modeling_sslam.py"}
 
@@ -188,3 +200,32 @@ except ValueError as error:
     print("refused")
 """
     assert run_isolated(script, saved, tmp_path) == "refused\n"
+
+
+def test_pretraining_loads_without_this_package(tmp_path, make_config):
+    folder = tmp_path / "saved"
+    model = SSLAMForPreTraining(make_config(mask_noise_std=0.0)).train()
+    model.update_teacher(0.5)
+    model.save_pretrained(folder)
+    assert type(AutoModelForPreTraining.from_pretrained(folder)) is SSLAMForPreTraining
+    assert {path.name for path in folder.glob("*.py")} == {
+        "configuration_sslam.py",
+        "modeling_sslam.py",
+        "modeling_sslam_pretraining.py",
+    }
+    script = """
+import torch
+from transformers import AutoModel, AutoModelForPreTraining
+
+model = AutoModelForPreTraining.from_pretrained(sys.argv[1], trust_remote_code=True).train()
+assert type(model).__module__.startswith("transformers_modules."), type(model)
+encoder = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert torch.equal(encoder.encoder.cls_token, model.sslam.encoder.cls_token)
+clips = torch.arange(2 * 64 * 32).view(2, 64, 32).sin()
+output = model(clips, generator=torch.Generator().manual_seed(0))
+output.loss.backward()
+print(repr(output.loss.item()))
+"""
+    loss = float(run_isolated(script, folder, tmp_path))
+    clips = torch.arange(2 * 64 * 32).view(2, 64, 32).sin()
+    assert loss == pytest.approx(model(clips, generator=torch.Generator().manual_seed(0)).loss.item(), rel=1e-5)
