@@ -12,6 +12,7 @@ import pickletools
 import re
 import warnings
 import zipfile
+import zlib
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -107,6 +108,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         AssertionError,
         EOFError,
         zipfile.BadZipFile,
+        zlib.error,
         safetensors.SafetensorError,
     ) as error:
         reason = re.split(r"\.\s|\n", str(error))[0] or type(error).__name__
@@ -212,8 +214,7 @@ def _named_globals(stream: BinaryIO, num_pickles: int) -> Iterator[str]:
                     memo.append(texts[-1])
                 elif opcode.name in ("BINGET", "LONG_BINGET") and argument < len(memo):
                     texts.append(memo[argument])
-        except Exception:
-            # pickletools raises whatever an opcode's own reader does. Whatever it is, the pickles end here.
+        except ValueError:  # no opcode, or none of a pickle's any more: the pickles end here
             return
 
 

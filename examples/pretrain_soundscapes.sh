@@ -1,6 +1,6 @@
 #!/bin/sh
 # Both stages on generated soundscapes with the tiny configuration, and what a linear probe makes of the frozen encoders.
-# From the root of the repository, on a CPU (about 20 minutes on two busy cores) or a GPU:
+# From the root of the repository, on a CPU (10 minutes on two cores) or a GPU:
 #     sh examples/pretrain_soundscapes.sh [OUT]
 set -e
 out=${1:-runs/soundscapes}
