@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+from conversion.convert import convert
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraining
 from training import pretrain
 from training.arguments import parse
@@ -195,6 +196,25 @@ def test_second_stage_starts_from_student_and_teacher_of_the_first(train):
         torch.testing.assert_close(after.teacher.get_parameter(name), expected)
     (row,) = read_metrics(second / "metrics.jsonl")
     assert row["update"] == 1
+
+
+def test_second_stage_starts_from_a_converted_checkpoint(train, golden_dir, tmp_path):
+    convert(golden_dir / "sslam_pretrained.pt", tmp_path / "converted", head="pretraining")
+    changes = {
+        "model.num_hidden_layers": 3,
+        "model.intermediate_size": 128,
+        "model.num_mel_bins": 128,
+        "model.max_position_embeddings": 768,
+        "model.decoder_num_layers": 3,
+    }
+    run = train(init_from=tmp_path / "converted", max_updates=1, **{"optimizer.warmup_updates": 0}, **changes)
+    before = SSLAMForPreTraining.from_pretrained(tmp_path / "converted")
+    after = SSLAMForPreTraining.from_pretrained(run / "model")
+    assert (after.config.pretraining_objective, after.config.max_length) == ("sslam", 64)
+    decay = after.ema_decay(1)
+    for (name, teacher), student in zip(before.teacher.named_parameters(), before.sslam.parameters(), strict=True):
+        assert torch.equal(after.sslam.get_parameter(name), student)
+        torch.testing.assert_close(after.teacher.get_parameter(name), decay * teacher + (1 - decay) * student)
 
 
 def test_bf16_trains(train):
