@@ -489,9 +489,9 @@ def pretrain(config: PretrainConfig, stop: StopRequest) -> None:
                 plain_model.update_teacher(decay)
                 timer.count_update()
                 bar.update()
-                bar.set_postfix(
-                    loss=f"{values['loss']:.4g}", clips_per_s=f"{timer.updates_per_second * clips_per_update:.1f}"
-                )
+                losses = {name.removesuffix("_loss"): values[name] for name in ("loss", *LOSS_TERMS) if name in values}
+                speed = timer.updates_per_second * clips_per_update
+                bar.set_postfix_str(" ".join(f"{k}={v:.3g}" for k, v in losses.items()) + f", {speed:.1f} clips/s")
 
                 if progress.update % config.watch.every == 0 or progress.update == config.max_updates:
                     skipped = sum(map(Counter, gather_object([dict(loader.skipped)])), Counter())
