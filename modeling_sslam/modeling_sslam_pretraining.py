@@ -154,9 +154,15 @@ def _global_loss(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tens
     return (predictions.float() - targets[:, None]).square().sum() / math.sqrt(targets.shape[-1])
 
 
-def _mean_deviation(moments: torch.Tensor) -> torch.Tensor:
-    """Mean over channels of the standard deviation of all ranks' tokens, given each rank's number of tokens, sums and
-    sums of squares, the rows of float64 `(3, hidden_size)`."""
+def _mean_deviation(count: int, mean: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+    """Mean over channels of the standard deviation of all ranks' tokens, given this rank's number of tokens, their
+    mean and the sum of squares around it, both float32 `(hidden_size,)`.
+
+    Around the mean, not around 0: when all tokens become alike, which is what this is watched for, the difference of
+    two large sums would be rounding, of either sign.
+    """
+    mean, squares = mean.double(), squares.double()
+    moments = torch.stack((torch.full_like(mean, count), count * mean, squares + count * mean.square()))
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(moments)
     count, total, total_squares = moments
@@ -167,11 +173,10 @@ def _mean_deviation(moments: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def prediction_deviation(predictions: torch.Tensor) -> torch.Tensor:
     """pred_var of predictions `(batch_size, num_clones, num_masked, hidden_size)`."""
-    moments = torch.zeros(3, predictions.shape[-1], dtype=torch.float64, device=predictions.device)
-    for tokens in predictions.unbind(1):
-        tokens = tokens.flatten(0, 1).float()
-        moments += torch.stack((torch.full_like(tokens[0], len(tokens)), tokens.sum(0), tokens.square().sum(0)))
-    return _mean_deviation(moments)
+    mean = predictions.mean((0, 1, 2), dtype=torch.float32)
+    # Clone by clone, so that there is never a float32 copy of all.
+    squares = sum((clone.float() - mean).square().sum((0, 1)) for clone in predictions.unbind(1))
+    return _mean_deviation(predictions[..., 0].numel(), mean, squares)
 
 
 @torch.no_grad()
@@ -181,8 +186,8 @@ def target_deviation(targets: torch.Tensor, masked: torch.Tensor) -> torch.Tenso
     counts = torch.zeros(targets.shape[:2], device=targets.device)
     counts = counts.scatter_add_(1, index, torch.ones_like(index, dtype=counts.dtype)).flatten()
     tokens = targets.flatten(0, 1)
-    total = torch.full_like(tokens[0], index.numel())
-    return _mean_deviation(torch.stack((total, counts @ tokens, counts @ tokens.square())).double())
+    mean = counts @ tokens / index.numel()
+    return _mean_deviation(index.numel(), mean, counts @ (tokens - mean).square())
 
 
 @dataclass

@@ -24,6 +24,8 @@ from modeling_sslam import (
 from modeling_sslam.modeling_sslam_pretraining import (
     draw_unmixed_starts,
     inverse_block_masks,
+    prediction_deviation,
+    target_deviation,
     unmixed_window_width,
 )
 
@@ -312,6 +314,16 @@ def test_deviations_are_those_of_all_masked_tokens(make_model):
     torch.testing.assert_close(output.target_var, (tokens.var(0) + 1e-6).sqrt().mean(), rtol=1e-5, atol=0)
     assert output.num_masked_tokens == masks.sum()
     assert output.masked_fraction == masks.float().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deviations_of_a_collapsed_model_are_numbers(dtype):
+    # All alike and far from 0, where sums of squares around 0 would give rounding for a variance, or NaN for its root.
+    value = torch.linspace(-300.0, 300.0, 8)
+    predictions = value.to(dtype).expand(3, 2, 50, 8)
+    masked = torch.arange(50).expand(3, 2, 50)
+    assert prediction_deviation(predictions).item() == pytest.approx(1e-3, rel=0.2)
+    assert target_deviation(value.expand(3, 64, 8), masked).item() == pytest.approx(1e-3, rel=0.2)
 
 
 def test_masks_and_windows_are_drawn_from_the_generator(make_model):
