@@ -1,6 +1,8 @@
 """Sources on the Hugging Face Hub, and results to it."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
@@ -25,14 +27,11 @@ def fetch(source: str, revision: str | None = None) -> tuple[Path, str]:
             raise ConversionError(f"--revision goes with a repository on the Hub; {source} is a path.")
         return path, path.name
     api = huggingface_hub.HfApi()
-    try:
+    with _explaining(f"{source} is no path here and cannot be had from the Hub"):
         info = api.model_info(source, revision=revision)
         files = [file.rfilename for file in info.siblings if "/" not in file.rfilename]
         weights = next((found for suffixes in WEIGHT_FORMATS if (found := _ending(files, suffixes))), [])
         folder = api.snapshot_download(source, revision=info.sha, allow_patterns=[*DESCRIPTIONS, *weights])
-    # By version, huggingface_hub lets through the errors of one HTTP library or another.
-    except Exception as error:
-        raise ConversionError(f"{source} is no path here and cannot be had from the Hub: {_reason(error)}") from error
     return Path(folder), f"{source} (revision {info.sha})"
 
 
@@ -43,11 +42,9 @@ def push(folder: Path, name: str, private: bool) -> str:
         ConversionError: If the Hub does not take it.
     """
     api = huggingface_hub.HfApi()
-    try:
+    with _explaining(f"{folder} is written, but was not uploaded to {name}"):
         address = api.create_repo(name, private=private or None, exist_ok=True)
         api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Add converted checkpoint")
-    except Exception as error:
-        raise ConversionError(f"{folder} is written, but was not uploaded to {name}: {_reason(error)}") from error
     return str(address)
 
 
@@ -55,5 +52,11 @@ def _ending(files: list[str], suffixes: tuple[str, ...]) -> list[str]:
     return [name for name in files if name.endswith(suffixes)]
 
 
-def _reason(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+@contextmanager
+def _explaining(failure: str) -> Iterator[None]:
+    try:
+        yield
+    # Not by type: with its version huggingface_hub lets through the errors of one HTTP library or another.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConversionError(f"{failure}: {reason}") from error

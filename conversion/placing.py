@@ -30,7 +30,7 @@ def replacing(out: Path, overwrite: bool) -> Iterator[Path]:
     try:
         yield result
         for path in (result, *result.rglob("*"), workplace):
-            _sync(path)
+            force_to_disk(path)
         if out.exists():
             out.rename(previous)
         try:
@@ -39,12 +39,13 @@ def replacing(out: Path, overwrite: bool) -> Iterator[Path]:
             if previous.exists():
                 previous.rename(out)
             raise
-        _sync(out.parent)
+        force_to_disk(out.parent)
     finally:
         shutil.rmtree(workplace)
 
 
-def _sync(path: Path) -> None:
+def force_to_disk(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, would outlive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

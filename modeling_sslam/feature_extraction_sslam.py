@@ -211,6 +211,10 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         """Frames of a clip of that many samples (at least `frame_length`)."""
         return 1 + (num_samples - self.frame_length) // self.frame_shift
 
+    def num_samples(self, num_frames: int) -> int:
+        """Samples that so many frames reach over: the shortest clip that has them."""
+        return (num_frames - 1) * self.frame_shift + self.frame_length
+
     def __call__(
         self,
         raw_speech: np.ndarray | torch.Tensor | Sequence,
@@ -304,7 +308,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
     def _extract(self, clips: list[torch.Tensor], frame_counts: list[int], features: torch.Tensor) -> None:
         """Fills `features` `(len(clips), T, num_mel_bins)` with the clips' first frames and padding."""
         num_frames = max(frame_counts)
-        num_samples = (num_frames - 1) * self.frame_shift + self.frame_length
+        num_samples = self.num_samples(num_frames)
         waveforms = torch.zeros(len(clips), num_samples, dtype=torch.float32, device=features.device)
         for waveform, clip in zip(waveforms, clips, strict=True):
             used = clip[:num_samples]

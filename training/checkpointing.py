@@ -16,7 +16,6 @@ damage that came later. Nothing is unpickled but tensors and plain values (`weig
 
 import json
 import logging
-import os
 import random
 import shutil
 import zlib
@@ -36,6 +35,8 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+
+from conversion.placing import force_to_disk
 
 logger = logging.getLogger(__name__)
 
@@ -194,29 +195,21 @@ def write_text(path: Path, text: str) -> None:
     """Replaces a file, or leaves it as it was."""
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
     temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
+    force_to_disk(temporary)
     temporary.rename(path)
-    _flush(path.parent)
+    force_to_disk(path.parent)
 
 
 def publish(temporary: Path, target: Path) -> None:
     """Forces a folder to disk and gives it its name, in place of what has it now."""
     for path in (*temporary.rglob("*"), temporary):
-        _flush(path)
+        force_to_disk(path)
     aside = target.with_name(f"{TEMPORARY_PREFIX}old-{target.name}")
     if target.exists():
         target.rename(aside)
     temporary.rename(target)
-    _flush(target.parent)
+    force_to_disk(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _checksum(path: Path) -> int:

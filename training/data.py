@@ -131,6 +131,10 @@ class DataConfig:
             raise ValueError(f"max_skipped_fraction={self.max_skipped_fraction} must be at least 0 and less than 1.")
 
 
+class DataError(RuntimeError):
+    """The data cannot carry a run on; the message says why and what to do."""
+
+
 class AudioLoader:
     """Batches of one rank; see [`make_loader`].
 
@@ -175,7 +179,7 @@ class AudioLoader:
                 self.epoch = max(self.epoch, *batch["epochs"])
                 yield batch
         if self.stream.repeat:
-            raise RuntimeError(
+            raise DataError(
                 f"{self.stream.config.source} has no clip for rank {self.stream.rank} of {self.stream.world_size}."
             )
 
@@ -226,7 +230,7 @@ class AudioLoader:
         fraction = self.skipped.total() / max(1, total)
         if total >= MIN_CLIPS_FOR_FRACTION and fraction > self.stream.config.max_skipped_fraction:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
-            raise RuntimeError(
+            raise DataError(
                 f"{self.skipped.total()} of {total} clips of {self.stream.config.source} are unusable ({reasons}), "
                 f"more than max_skipped_fraction={self.stream.config.max_skipped_fraction}. The log names each. Mend "
                 "the data, or raise the fraction."
@@ -268,7 +272,7 @@ def make_loader(
 
     Raises:
         ValueError, FileNotFoundError: If the source cannot be opened (see [`training.sources.open_source`]).
-        RuntimeError: While iterating, if too many clips are unusable.
+        DataError: While iterating, if too many clips are unusable.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
@@ -282,4 +286,4 @@ def make_loader(
     return AudioLoader(stream, num_workers=min(config.num_workers, num_shards))
 
 
-__all__ = ["AudioLoader", "DataConfig", "input_values_of", "make_loader"]
+__all__ = ["AudioLoader", "DataConfig", "DataError", "input_values_of", "make_loader"]

@@ -73,7 +73,7 @@ from training.checkpointing import (
     write_folder,
     write_text,
 )
-from training.data import DataConfig, make_loader
+from training.data import DataConfig, DataError, make_loader
 from training.metrics import append_metrics, truncate_metrics
 from training.optimization import OptimizerConfig, learning_rate, make_optimizer
 from training.report import write_report
@@ -284,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with StopRequest() as stop:
             pretrain(config, stop)
-    except (TrainingError, CheckpointError) as error:
+    except (TrainingError, CheckpointError, DataError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -383,7 +383,10 @@ def pretrain(config: PretrainConfig, stop: StopRequest) -> None:
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         own = torch.load(checkpoint / f"rank-{rank:05d}.pt", map_location="cpu", weights_only=True)
-        loader.load_state_dict(own["data"])
+        try:
+            loader.load_state_dict(own["data"])
+        except ValueError as error:
+            raise TrainingError(f"data.source={config.data.source!r}: {error}") from error
         mask_generator.set_state(own["mask_generator"])
         clips_digest = own["clips_digest"]
     batches = iter(loader)

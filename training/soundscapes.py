@@ -35,6 +35,7 @@ import soundfile
 from numpy.random import Generator
 from tqdm import tqdm
 
+from conversion.placing import force_to_disk
 from training.seeding import generator_for
 
 CLIPS_PER_SHARD = 250
@@ -656,9 +657,7 @@ def main(argv: list[str] | None = None) -> None:
             unfinished / "soundscapes.png",
         )
     for path in [*unfinished.rglob("*"), unfinished]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        force_to_disk(path)
     unfinished.rename(arguments.output)
     print(f"Wrote {sum(arguments.splits.values())} clips to {arguments.output}.")
 

@@ -27,7 +27,6 @@ from huggingface_hub.utils import httpx
 from torch.utils.data import get_worker_info
 
 from modeling_sslam import SSLAMFeatureExtractor
-from modeling_sslam.feature_extraction_sslam import FRAME_SHIFT_MS
 from training.audio import ClipError, read_waveform
 from training.seeding import generator_for
 from training.sources import Source, http_options
@@ -263,8 +262,8 @@ class ClipStream(torch.utils.data.IterableDataset):
         waveform = read_waveform(
             path if encoded is None else encoded,
             extractor.sampling_rate,
-            max_samples=num_samples_of(extractor, extractor.max_length),
-            min_samples=num_samples_of(extractor, extractor.patch_size),
+            max_samples=extractor.num_samples(extractor.max_length),
+            min_samples=extractor.num_samples(extractor.patch_size),
             position=generator_for(self.seed, "crop", epoch, id_).random() if self.config.crop == "random" else 0.0,
         )
         labels = self.source.labels(row) if self.source.label_column else None
@@ -295,12 +294,6 @@ def _read_remote(url: str, read_timeout: float) -> bytes:
         if _is_permanent(_cause(error)):
             raise ClipError("missing", str(error)) from error
         raise
-
-
-def num_samples_of(feature_extractor: SSLAMFeatureExtractor, num_frames: int) -> int:
-    """Samples that so many frames reach over."""
-    frame_shift = feature_extractor.sampling_rate * FRAME_SHIFT_MS // 1000
-    return feature_extractor.frame_length + (num_frames - 1) * frame_shift
 
 
 def input_values_of(

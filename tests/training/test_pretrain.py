@@ -356,6 +356,14 @@ def test_too_many_dropped_updates_in_a_row_stop_the_run(train, monkeypatch, tmp_
     assert checkpoint.name == "step-00000003"
 
 
+def test_data_of_nothing_but_unusable_clips_stops_the_run(train, tmp_path):
+    (tmp_path / "broken").mkdir()
+    for i in range(8):
+        (tmp_path / "broken" / f"{i}.flac").write_bytes(b"no sound")
+    with pytest.raises(SystemExit, match="clips of .* are unusable .*undecodable.*Mend the data"):
+        train(**{"data.source": tmp_path / "broken"})
+
+
 def test_collapse_stops_the_run(train):
     with pytest.raises(SystemExit, match=r"target_var=.*less than watch\.min_target_var=5\.0 at update 4"):
         train(**{"watch.min_target_var": 5, "watch.collapse_after": 3})
