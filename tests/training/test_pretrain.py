@@ -360,7 +360,7 @@ def test_data_of_nothing_but_unusable_clips_stops_the_run(train, tmp_path):
     (tmp_path / "broken").mkdir()
     for i in range(8):
         (tmp_path / "broken" / f"{i}.flac").write_bytes(b"no sound")
-    with pytest.raises(SystemExit, match="clips of .* are unusable .*undecodable.*Mend the data"):
+    with pytest.raises(SystemExit, match=r"clips of .* are unusable .*undecodable.*Mend the data"):
         train(**{"data.source": tmp_path / "broken"})
 
 
