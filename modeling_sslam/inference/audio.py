@@ -18,7 +18,8 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import soundfile
@@ -26,6 +27,7 @@ import torch
 import torchaudio
 
 from ..feature_extraction_sslam import PEAK_LIMIT
+from .errors import InferenceError
 
 if TYPE_CHECKING:
     from torchcodec import AudioSamples
@@ -135,6 +137,49 @@ def stream_blocks(
     block = resampler.finish()
     if len(block):
         yield block
+
+
+def waveform_blocks(
+    audio: "bytes | str | Path | dict[str, Any] | np.ndarray | torch.Tensor", sampling_rate: int
+) -> Iterator[torch.Tensor]:
+    """[`stream_blocks`] for a recording in any of the forms that transformers' pipelines take.
+
+    Args:
+        audio: A path; encoded bytes; `{"array": samples, "sampling_rate": Hz}` ("raw" will do for "array"); samples
+            at `sampling_rate`; or torchcodec's AudioDecoder, as `datasets` gives it. Samples are floats of shape
+            `(num_samples,)` or `(channels, num_samples)`.
+        sampling_rate: Sampling rate in Hz to return.
+
+    Raises:
+        ClipError: See [`stream_blocks`].
+        InferenceError: If it is none of these.
+    """
+    if isinstance(audio, (bytes, str, Path)):
+        yield from stream_blocks(audio if isinstance(audio, bytes) else str(audio), sampling_rate)
+        return
+    rate = sampling_rate
+    if hasattr(audio, "get_all_samples"):
+        samples = audio.get_all_samples()
+        audio, rate = samples.data, samples.sample_rate
+    elif isinstance(audio, dict):
+        samples = audio.get("raw") if audio.get("array") is None else audio["array"]
+        if samples is None or "sampling_rate" not in audio:
+            raise InferenceError(f'Audio of keys {sorted(audio)}; pass {{"array": samples, "sampling_rate": Hz}}.')
+        audio, rate = samples, audio["sampling_rate"]
+    if not isinstance(audio, (np.ndarray, torch.Tensor, list, tuple)):
+        raise InferenceError(f"Audio must be a path, bytes, samples or a dictionary, not {type(audio).__name__}.")
+    waveform = torch.as_tensor(audio)
+    if not waveform.is_floating_point() or waveform.ndim not in (1, 2):
+        raise InferenceError(
+            f"Samples of {waveform.dtype} and shape {tuple(waveform.shape)}; pass floats in [-1, 1] of shape "
+            "(num_samples,) or (channels, num_samples)."
+        )
+    if not waveform.numel():
+        raise ClipError("empty", "the recording has no samples")
+    waveform = waveform.detach().float()
+    waveform = waveform.mean(0) if waveform.ndim == 2 else waveform
+    _check_samples(waveform)
+    yield resample(waveform, rate, sampling_rate)
 
 
 def duration_seconds(audio: bytes | str) -> float | None:
