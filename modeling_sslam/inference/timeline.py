@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=seconds,
         default=0.0,
         metavar="S",
-        help="join events of a class no further apart (default: 0)",
+        help="join a class's events no further apart (default: 0)",
     )
     events.add_argument(
         "--min-duration", type=seconds, default=0.0, metavar="S", help="drop shorter events (default: 0)"
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         if args.plot:
             from .plots import TimelinePicture
 
-            picture = TimelinePicture(tagger)
+            picture = TimelinePicture(tagger.feature_extractor.sampling_rate, tagger.frame_seconds)
         write_scores = (
             stack.enter_context(_score_table(files[args.scores], tagger, args.window)) if args.scores else None
         )
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         def on_scores(start: float, scores: np.ndarray) -> None:
             progress.update(start + args.hop - progress.n)
             if picture is not None:
-                picture.add_scores(scores)
+                picture.add_scores(start, scores)
             if write_scores is not None:
                 write_scores(start, scores)
 
@@ -142,10 +142,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _score_table(path: Path, tagger: SSLAMTagger, window: float) -> Iterator[Callable[[float, np.ndarray], None]]:
+def _score_table(path: Path, labels: list[str], window: float) -> Iterator[Callable[[float, np.ndarray], None]]:
     with open(path, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(("start", "end", *tagger.labels))
+        rows.writerow(("start", "end", *labels))
         yield lambda start, scores: rows.writerow(
             (f"{start:.3f}", f"{start + window:.3f}", *(f"{score:.5f}" for score in scores))
         )
