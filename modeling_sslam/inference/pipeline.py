@@ -1,4 +1,4 @@
-"""`pipeline("long-audio-classification")`: what sounds when in recordings of any length, as transformers' pipelines go."""
+"""`pipeline("long-audio-classification")`: what sounds when in recordings of any length, as transformers has it."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -152,8 +152,8 @@ def _hop(chunk_length_s: float, stride_length_s: float | tuple[float, float] | N
         )
     if left < 0 or 2 * left >= chunk_length_s:
         raise InferenceError(
-            f"stride_length_s={left:g} on each side leaves nothing of chunk_length_s={chunk_length_s:g}; take less than "
-            "half of it, or 0 for windows side by side."
+            f"stride_length_s={left:g} on each side leaves nothing of chunk_length_s={chunk_length_s:g}; take less "
+            "than half of it, or 0 for windows side by side."
         )
     return chunk_length_s - left - right
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ..feature_extraction_sslam import LOWEST_FREQUENCY
+from .errors import InferenceError
 from .events import Event
 from .formats import clock
 from .timelines import Timeline
@@ -143,6 +144,15 @@ class TimelinePicture:
         axes.axhline(timeline.settings.threshold, color="0.5", linewidth=0.8, linestyle="--")
         axes.set_ylim(0, 1.02)
         axes.set_ylabel("score")
+
+
+def check_picture_format(path: Path) -> None:
+    """Raises InferenceError unless a picture can be written in the format of the path's suffix."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.lower().removeprefix(".") not in formats:
+        raise InferenceError(f"{path} is no picture; end its name in one of .{', .'.join(formats)}.")
 
 
 def _draw_bars(axes: "Axes", events: list[Event], colors: dict[str, tuple]) -> None:

@@ -277,7 +277,7 @@ class SSLAMTagger:
         audio: Audio,
         window: float = 2.0,
         hop: float = 0.5,
-        settings: EventSettings = EventSettings(),
+        settings: EventSettings | None = None,
         keep_scores: bool = True,
         on_frames: Callable[[torch.Tensor], None] | None = None,
         on_scores: Callable[[float, np.ndarray], None] | None = None,
@@ -292,7 +292,7 @@ class SSLAMTagger:
             audio: See [`tag`].
             window: Length of the windows in seconds. They are padded to the clips of the training.
             hop: Seconds from one window to the next, rounded to 10 ms.
-            settings: How events are read off the scores.
+            settings: How events are read off the scores; by default as [`EventSettings`] stands.
             keep_scores: Whether to return the scores of all windows; without, memory does not grow with the
                 recording.
             on_frames: Called with each block of log-mel frames `(num_frames, num_mel_bins)`, not normalised, on the
@@ -303,6 +303,7 @@ class SSLAMTagger:
             ClipError: If the recording cannot be used.
             InferenceError: If the model takes no such windows.
         """
+        settings = settings or EventSettings()
         num_window, num_hop = self.num_window_frames(window), self.num_hop_frames(hop, window)
         blocks = CountedBlocks(waveform_blocks(audio, self.feature_extractor.sampling_rate))
 

@@ -16,14 +16,15 @@ from .errors import InferenceError
 from .events import EventSettings
 from .files import replacing
 from .formats import FORMATS, SUFFIXES, format_of
+from .plots import TimelinePicture, check_picture_format
 from .tagger import SSLAMTagger
 
 DESCRIPTION = f"""\
 Goes through a recording of any length in bounded memory, window by window, and says from when to when each class
 sounds. What is written goes by the file name: {", ".join(f"{suffix} ({name})" for suffix, name in SUFFIXES.items())}.
 
-A window tells whether a class sounds anywhere in it, so onsets and offsets are uncertain by half its length. Windows are
-padded to the clips of the training: short ones tell the time better, and the class worse.
+A window tells whether a class sounds anywhere in it, so onsets and offsets are uncertain by half its length. Windows
+are padded to the clips of the training: short ones tell the time better, and the class worse.
 """
 EXAMPLES = """\
 examples:
@@ -96,6 +97,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     settings = EventSettings(args.threshold, args.release, args.median, args.max_gap, args.min_duration)
     formats = {path: format_of(path) for path in args.out}
+    if args.plot:
+        check_picture_format(args.plot)
     tagger = SSLAMTagger.from_pretrained(args.model, args.device, args.dtype, args.batch_size, args.revision)
     total = duration_seconds(args.recording)
     with ExitStack() as stack:
@@ -105,12 +108,10 @@ def run(args: argparse.Namespace) -> int:
         )
         picture = None
         if args.plot:
-            from .plots import TimelinePicture
-
             picture = TimelinePicture(tagger.feature_extractor.sampling_rate, tagger.frame_seconds)
-        write_scores = (
-            stack.enter_context(_score_table(files[args.scores], tagger, args.window)) if args.scores else None
-        )
+        write_scores = None
+        if args.scores:
+            write_scores = stack.enter_context(_score_table(files[args.scores], tagger.labels, args.window))
 
         def on_scores(start: float, scores: np.ndarray) -> None:
             progress.update(start + args.hop - progress.n)

@@ -23,9 +23,7 @@ def test_blocks_joined_are_the_resampled_whole(write_sound, rate, block_seconds)
     path = write_sound("sound.wav", seconds=1.37, rate=rate, channels=2)
     samples = torch.from_numpy(soundfile.read(path, dtype="float32")[0]).mean(1)
     # Where the rates' ratio is simple, torchaudio's own function takes it.
-    whole = (
-        resample(samples, rate, 16_000) if rate == 11_127 else torchaudio.functional.resample(samples, rate, 16_000)
-    )
+    whole = (resample if rate == 11_127 else torchaudio.functional.resample)(samples, rate, 16_000)
     joined = torch.cat(list(stream_blocks(str(path), 16_000, block_seconds)))
     assert joined.dtype == torch.float32
     torch.testing.assert_close(joined, whole, rtol=0, atol=1e-6)

@@ -195,10 +195,10 @@ def test_loading_says_what_is_wrong(tmp_path, config, golden_dir):
     SSLAMFeatureExtractor().save_pretrained(tmp_path / "encoder")
     with pytest.raises(InferenceError, match=r"only an encoder \(no weights for classifier\.dense\.bias"):
         SSLAMTagger.from_pretrained(tmp_path / "encoder")
-    with pytest.raises(InferenceError, match="type 'eat', not 'sslam'.*python -m conversion"):
+    with pytest.raises(InferenceError, match=r"type 'eat', not 'sslam'.*python -m conversion"):
         SSLAMTagger.from_pretrained(golden_dir / "hub_finetuned")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InferenceError, match="empty has no config.json"):
+    with pytest.raises(InferenceError, match=r"empty has no config\.json"):
         SSLAMTagger.from_pretrained(tmp_path / "empty")
 
 

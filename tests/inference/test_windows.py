@@ -35,8 +35,8 @@ def test_blocks_joined_are_one_pass(recording, block, tolerance):
 @pytest.mark.parametrize("offset", [0.0, 0.01, 0.3])
 @pytest.mark.parametrize("seconds", [1.0, 2.0])
 def test_windows_equal_separate_clips(recording, offset, seconds):
-    """But for the mean of the clip, which the extractor removes before that of each frame: rounding, which shows where a
-    mel bin is nearly empty beside a loud sound."""
+    """But for the mean of the clip, which the extractor removes before that of each frame: rounding, which shows where
+    a mel bin is nearly empty beside a loud sound."""
     waveform = recording * 0.5 + offset
     num_samples = round(seconds * 16_000)
     num_frames = EXTRACTOR.num_frames(num_samples)
