@@ -1,0 +1,275 @@
+"""Recordings of any length to scores of the classes: the Python interface behind `sslam tag` and `sslam timeline`."""
+
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from ..configuration_sslam import SSLAMConfig
+from ..feature_extraction_sslam import SSLAMFeatureExtractor
+from ..modeling_sslam import SSLAMForAudioClassification
+from .audio import ClipError, waveform_blocks
+from .devices import choose_batch_size, compute_in_parts, resolve_device, resolve_dtype
+from .errors import InferenceError
+from .windows import cut_windows, pad_and_normalize, stream_log_mel
+
+Key = TypeVar("Key")
+# A path, encoded bytes, {"array": ..., "sampling_rate": ...} as `datasets` gives it, or samples at the model's rate.
+Audio = str | Path | bytes | dict[str, Any] | np.ndarray | torch.Tensor
+
+
+class SSLAMTagger:
+    """A classifier with its feature extractor, applied to windows of recordings of any length.
+
+    A recording is decoded, resampled and goes through the filter bank once, in blocks; windows of it are padded as in
+    training and classified in batches. Scores are the sigmoid of the logits of a multi-label model and the softmax of
+    any other, as in transformers' pipeline.
+
+    Args:
+        model: The classifier, on the device to compute on.
+        feature_extractor: That of the model.
+        batch_size: Windows at a time. "auto" goes by the device's memory, and halves when it is not enough after all.
+
+    Example:
+
+    ```python
+    >>> from modeling_sslam.inference import SSLAMTagger
+
+    >>> tagger = SSLAMTagger.from_pretrained("outputs/quickstart")
+    >>> tagger.tag("tests/fixtures/audio/misc_crow.flac", top_k=2)
+    [{'label': 'LABEL_11', 'score': 0.99...}, {'label': 'LABEL_3', 'score': 0.99...}]
+    >>> timeline = tagger.timeline("tests/fixtures/audio/guit_e_slide.flac", window=2.0, hop=0.5)
+    >>> timeline.scores.shape
+    (6, 12)
+    ```
+    """
+
+    def __init__(
+        self,
+        model: SSLAMForAudioClassification,
+        feature_extractor: SSLAMFeatureExtractor,
+        batch_size: int | str = "auto",
+    ) -> None:
+        if model.config.problem_type == "regression":
+            raise InferenceError("This model gives values, not scores of classes (problem_type='regression').")
+        self.model = model.eval()
+        self.feature_extractor = feature_extractor
+        self.batch_size = batch_size
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        batch_size: int | str = "auto",
+        revision: str | None = None,
+    ) -> "SSLAMTagger":
+        """Loads a folder or Hub repository that `save_pretrained` or `python -m conversion` wrote. No code from it is
+        run.
+
+        Args:
+            model: Folder, or OWNER/NAME.
+            device: "auto" takes the accelerator of this machine, or else the CPU.
+            dtype: "auto" is what the weights were saved in.
+            batch_size: See the class.
+            revision: Branch, tag or commit on the Hub.
+
+        Raises:
+            InferenceError: If there is no SSLAM classifier there, or no such device.
+        """
+        device = resolve_device(device)
+        try:
+            # Transformers would take any model for this class, and make up weights that are not there.
+            settings, _ = SSLAMConfig.get_config_dict(model, revision=revision)
+            if settings.get("model_type") != SSLAMConfig.model_type:
+                raise InferenceError(
+                    f"{model} holds a model of type {settings.get('model_type')!r}, not 'sslam'. Published "
+                    "checkpoints of SSLAM and EAT are converted first: python -m conversion."
+                )
+            extractor = SSLAMFeatureExtractor.from_pretrained(model, revision=revision)
+            classifier, loading = SSLAMForAudioClassification.from_pretrained(
+                model, revision=revision, dtype=resolve_dtype(dtype), output_loading_info=True
+            )
+        except (OSError, ValueError) as error:
+            raise InferenceError(f"{model} cannot be loaded as a classifier: {error}") from error
+        if loading["missing_keys"]:
+            raise InferenceError(
+                f"{model} has no classifier, only an encoder (no weights for "
+                f"{', '.join(sorted(loading['missing_keys']))}). Fine-tune it first, or convert a fine-tuned checkpoint."
+            )
+        return cls(classifier.to(device), extractor, batch_size)
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the classes, in the order of the scores."""
+        return [self.model.config.id2label[index] for index in range(self.model.config.num_labels)]
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether classes are scored independently, so that several can be present at a time."""
+        return self.model.config.problem_type == "multi_label_classification"
+
+    def num_window_frames(self, seconds: float) -> int:
+        """Frames of a window of so many seconds.
+
+        Raises:
+            InferenceError: If that is shorter than a frame or longer than the model's position table.
+        """
+        extractor, config = self.feature_extractor, self.model.config
+        num_samples = round(seconds * extractor.sampling_rate)
+        if num_samples < extractor.frame_length:
+            raise InferenceError(
+                f"A window of {seconds:g} s is shorter than one frame; take at least "
+                f"{extractor.frame_length / extractor.sampling_rate:g} s."
+            )
+        num_frames = extractor.num_frames(num_samples)
+        longest = config.max_position_embeddings * config.patch_size
+        if num_frames > longest:
+            raise InferenceError(
+                f"A window of {seconds:g} s has {num_frames} frames, but the model's position table ends at {longest}; "
+                f"take at most {extractor.num_samples(longest) / extractor.sampling_rate:.2f} s."
+            )
+        return num_frames
+
+    def num_hop_frames(self, seconds: float, window: float) -> int:
+        """Frames from one window to the next.
+
+        Raises:
+            InferenceError: If windows would not advance, or would leave gaps.
+        """
+        num_frames = round(seconds * self.feature_extractor.sampling_rate / self.feature_extractor.frame_shift)
+        if num_frames < 1 or seconds > window:
+            shift = self.feature_extractor.frame_shift / self.feature_extractor.sampling_rate
+            raise InferenceError(
+                f"A hop of {seconds:g} s must be at least one frame of {shift:g} s and at most the window of "
+                f"{window:g} s."
+            )
+        return num_frames
+
+    def log_mel(self, audio: Audio) -> Iterator[torch.Tensor]:
+        """The recording's log-mel frames, block by block on the model's device: `(num_frames, num_mel_bins)` each.
+
+        Raises:
+            ClipError: Where the recording turns out to be unusable.
+        """
+        blocks = waveform_blocks(audio, self.feature_extractor.sampling_rate)
+        return stream_log_mel((block.to(self.model.device) for block in blocks), self.feature_extractor)
+
+    def score(self, windows: Iterable[tuple[Key, torch.Tensor | None]]) -> Iterator[tuple[Key, np.ndarray | None]]:
+        """Scores of windows, of one recording or of several, batched as they come.
+
+        Args:
+            windows: Pairs of anything that tells windows apart, and log-mel frames `(num_frames, num_mel_bins)` or
+                `None`: such a pair is passed on in its place.
+
+        Yields:
+            In the same order, the key and its scores: float32 of shape `(num_labels,)`.
+        """
+        waiting: list[tuple[Key, torch.Tensor | None]] = []
+        size, count = None if self.batch_size == "auto" else self.batch_size, 0
+        for key, frames in windows:
+            waiting.append((key, frames))
+            count += frames is not None
+            if size is None and count:
+                size = choose_batch_size(self.model.config, self._padded(frames), self.model.device, self.model.dtype)
+            if count == size or not count:
+                size = yield from self._score_batch(waiting, size)
+                waiting, count = [], 0
+        yield from self._score_batch(waiting, size)
+
+    def _score_batch(
+        self, pairs: list[tuple[Key, torch.Tensor | None]], size: int | None
+    ) -> Generator[tuple[Key, np.ndarray | None], None, int | None]:
+        windows = [frames for _, frames in pairs if frames is not None]
+        scores = iter(())
+        if windows and self.batch_size == "auto":
+            parts, size = compute_in_parts(self._classify, windows, size)
+            scores = iter(torch.cat(parts).numpy())
+        elif windows:
+            scores = iter(self._classify(windows).numpy())
+        for key, frames in pairs:
+            yield key, None if frames is None else next(scores)
+        return size
+
+    @torch.inference_mode()
+    def _classify(self, windows: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Scores on the CPU, float32 of shape `(len(windows), num_labels)`."""
+        length = max(map(self._padded, windows))
+        inputs = {"input_values": pad_and_normalize(windows, length, self.feature_extractor)}
+        if self.feature_extractor.return_attention_mask:
+            counts = torch.tensor([len(frames) for frames in windows], device=self.model.device)
+            inputs["attention_mask"] = (torch.arange(length, device=counts.device) < counts[:, None]).long()
+        return activate(self.model(**inputs).logits.float(), self.model.config).cpu()
+
+    def _padded(self, frames: torch.Tensor) -> int:
+        """Frames of a window after padding: the extractor's `max_length`, or whole patches if it is longer."""
+        patch_size = self.feature_extractor.patch_size
+        return max(self.feature_extractor.max_length, -(-len(frames) // patch_size) * patch_size)
+
+    def tag(self, audio: Audio, top_k: int | None = 10, threshold: float = 0.0) -> list[dict[str, Any]]:
+        """The classes of a whole recording.
+
+        What is longer than the `max_length` of the feature extractor is cut into windows of that length, the last
+        ending with the recording. A class gets its highest score of any window, or with a single-label model the mean
+        of its scores.
+
+        Args:
+            audio: A path, encoded bytes, `{"array": samples, "sampling_rate": Hz}`, or samples at the model's rate.
+            top_k: Number of classes to return at most; `None` returns all.
+            threshold: Lowest score to return.
+
+        Returns:
+            `[{"label": name, "score": score}, ...]`, the highest score first.
+
+        Raises:
+            ClipError: If the recording cannot be used.
+        """
+        (result,) = self.tag_each([audio], top_k, threshold)
+        if isinstance(result, ClipError):
+            raise result
+        return result
+
+    def tag_each(
+        self, recordings: Iterable[Audio], top_k: int | None = 10, threshold: float = 0.0
+    ) -> Iterator[list[dict[str, Any]] | ClipError]:
+        """[`tag`] for many recordings, whose windows share batches.
+
+        Yields:
+            In the same order what `tag` returns; for a recording that cannot be used, the error.
+        """
+        length = self.feature_extractor.max_length
+
+        def windows() -> Iterator[tuple[ClipError | None, torch.Tensor | None]]:
+            for audio in recordings:
+                try:
+                    for _, frames in cut_windows(self.log_mel(audio), length, length):
+                        yield None, frames
+                except ClipError as error:
+                    yield error, None
+                else:
+                    yield None, None
+
+        of_recording: list[np.ndarray] = []
+        for error, scores in self.score(windows()):
+            if scores is not None:
+                of_recording.append(scores)
+                continue
+            if error is None:
+                pooled = np.max(of_recording, 0) if self.is_multi_label else np.mean(of_recording, 0)
+            yield rank(pooled, self.labels, top_k, threshold) if error is None else error
+            of_recording = []
+
+
+def activate(logits: torch.Tensor, config: SSLAMConfig) -> torch.Tensor:
+    """Scores in [0, 1] of logits `(..., num_labels)`: their sigmoid where several classes can be present at a time,
+    otherwise their softmax."""
+    return logits.sigmoid() if config.problem_type == "multi_label_classification" else logits.softmax(-1)
+
+
+def rank(scores: np.ndarray, labels: Sequence[str], top_k: int | None, threshold: float) -> list[dict[str, Any]]:
+    """The classes of scores `(num_labels,)`, highest first, as transformers' pipelines return them."""
+    order = np.argsort(-scores, kind="stable")[:top_k]
+    return [{"label": labels[i], "score": float(scores[i])} for i in order if scores[i] >= threshold]
