@@ -8,6 +8,7 @@ OUT/failures.csv      the sounds that could not be used, which every call tries 
 import csv
 import json
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -41,7 +42,7 @@ tags:
 ---
 # Embeddings by {model}
 
-Vectors of {size} numbers ({dtype}) of {source}: pooling {pooling}, layer {layer}, a window of {window:g} s every
+Vectors of {size} numbers ({dtype_out}) of {source}: pooling {pooling}, layer {layer}, a window of {window:g} s every
 {hop:g} s. `settings.json` has every setting, `failures.csv` (where there is one) the sounds that could not be used.
 
 | column | |
@@ -148,7 +149,9 @@ def embed_to_folder(
         prefix = f"embeddings-{call:04d}-{processes.rank:05d}"
         writer = ShardWriter(out / "data", prefix, schema, key, {"sslam.settings": settings}, shard_rows)
         total = len(paths) if isinstance(sources, list) else None
-        with tqdm(total=total, unit=" sounds", desc="Embedding", disable=processes.rank != 0) as bar:
+        # One bar for all: that of the first process, whose share is like the others'.
+        disable = None if processes.rank == 0 else True
+        with tqdm(total=total, unit="sound", desc="Embedding", disable=disable, dynamic_ncols=True) as bar:
 
             def on_failure(sound: Sound, error: ClipError) -> None:
                 _record_failure(out, sound, error)
@@ -209,12 +212,13 @@ def _begin(out: Path, settings: dict[str, Any], schema: pa.Schema) -> None:
             raise InferenceError(f"{out} was begun with other settings: {changes}. Use the same, or another folder.")
     elif any((out / "data").iterdir()):
         raise InferenceError(f"{out}/data holds files, but {path} is missing; choose another folder.")
-    columns = "\n".join(f"| `{name}` | {COLUMNS[name]} |" for name in schema.names)
-    source = settings["source"].get("dataset", "sound files")
     card = CARD.format(
-        **settings | {"source": source, "columns": columns, "out": out.name, "key": schema.names[0]},
+        source=settings["source"].get("dataset", "sound files"),
+        columns="\n".join(f"| `{name}` | {COLUMNS[name]} |" for name in schema.names),
         size=schema.field("embedding").type.list_size,
-        dtype=settings["dtype_out"],
+        out=out.name,
+        key=schema.names[0],
+        **{name: settings[name] for name in ("model", "dtype_out", "pooling", "layer", "window", "hop")},
     )
     for target, text in ((out / "README.md", card), (path, json.dumps(settings, indent=2) + "\n")):
         with replacing(target) as temporary:
@@ -228,7 +232,7 @@ def _next_call(folder: Path) -> int:
 
 
 def _record_failure(out: Path, sound: Sound, error: ClipError) -> None:
-    tqdm.write(f"{sound.name}: {error}")
+    tqdm.write(f"{sound.name}: {error}", file=sys.stderr)
     path = out / "failures.csv"
     with FileLock(out / ".failures.lock"), open(path, "a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
