@@ -1,6 +1,7 @@
 """Long recordings and large collections, from Python and (`python -m modeling_sslam`) from the command line.
 
-[`SSLAMTagger`] says what sounds in recordings and when, [`embed`] gives their embeddings. Needs `pip install "modeling-sslam[inference]"`.
+[`SSLAMTagger`] says what sounds in recordings and when; [`embed`] gives their embeddings. Needs `pip install
+"modeling-sslam[inference]"`.
 """
 
 from .audio import ClipError, stream_blocks
