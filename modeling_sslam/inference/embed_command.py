@@ -1,6 +1,7 @@
 """`sslam embed`: any number of sounds to a folder of Parquet with their embeddings."""
 
 import argparse
+import os
 import signal
 import sys
 from types import FrameType
@@ -79,7 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class StopRequest:
-    """Within its context SIGINT and SIGTERM only ask to stop, which `requested` tells; a second SIGINT interrupts."""
+    """Within its context SIGINT and SIGTERM only ask to stop, which `requested` tells. A second SIGINT ends the process
+    at once, as where a decoder hangs nothing else can; the folder survives that like any other end."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -93,9 +95,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        # Launchers pass a Ctrl-C on as a SIGTERM besides: only the user's own second one interrupts.
+        # Launchers pass a Ctrl-C on as a SIGTERM besides: only the user's own second one counts.
         if number == signal.SIGINT and self.requested:
-            raise KeyboardInterrupt
+            os._exit(INTERRUPTED)
         self.requested = True
 
 
