@@ -82,9 +82,9 @@ class Processes(NamedTuple):
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls(0, 1, "auto", lambda: None, lambda value: value)
         from accelerate import PartialState
-        from accelerate.utils import broadcast_object_list
+        from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
-        state = PartialState(timeout=PATIENCE)
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
         return cls(
             state.process_index,
             state.num_processes,

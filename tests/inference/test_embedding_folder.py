@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ import soundfile
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMModel
 from modeling_sslam.__main__ import main
 from modeling_sslam.inference import Embedder, InferenceError, embed
+from modeling_sslam.inference.dataset import AudioDataset
 from modeling_sslam.inference.embedding_folder import Processes, embed_to_folder
 from modeling_sslam.inference.shards import read_progress
 
@@ -59,7 +61,7 @@ def run_embed(sources, model, out, *options):
 
 
 def start_embed(*args, launcher=()):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "modeling_sslam", *arguments(*args)],
         env=environment,
@@ -244,8 +246,12 @@ def test_asked_to_stop(model_folder, recordings, tmp_path, number):
 def test_two_processes(model_folder, recordings, tmp_path):
     out, expected = tmp_path / "out", tmp_path / "expected"
     (recordings / "5.wav").write_bytes(b"no sound")
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # By itself `accelerate launch --cpu --num_processes 2` starts one process, unless there is MPI.
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
     process = start_embed([recordings], model_folder, out, launcher=launcher)
     printed, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 1, printed
@@ -337,8 +343,6 @@ def test_a_data_set_by_several_processes(model_folder, recordings, tmp_path, wri
         for rank in range(count):
             share = lambda plan: plans.append(plan) or plan if plan else plans[0]  # noqa: E731
             embedder = Embedder.from_pretrained(model_folder, device="cpu", batch_size=3)
-            from modeling_sslam.inference.dataset import AudioDataset
-
             embed_to_folder(
                 AudioDataset(str(folder)),
                 out,
