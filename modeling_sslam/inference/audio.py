@@ -2,11 +2,12 @@
 
 - libsndfile (soundfile) decodes from bytes or a path, so nothing needs a system FFmpeg. What it cannot read (m4a,
   webm) goes to torchcodec where that is installed.
-- [`stream_blocks`] goes through a recording of any length in bounded memory. Its blocks joined are the resampled whole:
-  the resampler carries its state from block to block. What libsndfile cannot read, the program `ffmpeg` streams;
-  torchcodec can only give it whole, since it starts from the beginning for every range that it is asked for.
-- [`read_waveform`] takes a crop *before* resampling, and libsndfile reads no more than the crop: an hour-long recording
-  costs as much as a clip. A resampled crop differs from the crop of a resampled file in its outermost few samples.
+- [`stream_blocks`] goes through a recording of any length in bounded memory. Its blocks joined are the resampled
+  whole: the resampler carries its state from block to block. What libsndfile cannot read, the program `ffmpeg`
+  streams; torchcodec can only give it whole, since it starts from the beginning for every range that is asked for.
+- [`read_waveform`] takes a crop *before* resampling, and libsndfile reads no more than the crop: an hour-long
+  recording costs as much as a clip. A resampled crop differs from the crop of a resampled file in its outermost few
+  samples.
 - A file that cannot give sound raises [`ClipError`], whose `reason` is one word to count by.
 """
 

@@ -1,6 +1,6 @@
 """Recordings of any length to scores of the classes: the Python interface behind `sslam tag` and `sslam timeline`."""
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +13,8 @@ from ..modeling_sslam import SSLAMForAudioClassification
 from .audio import ClipError, waveform_blocks
 from .devices import choose_batch_size, compute_in_parts, resolve_device, resolve_dtype
 from .errors import InferenceError
+from .events import EventDetector, EventSettings
+from .timelines import Timeline, make_timeline
 from .windows import cut_windows, pad_and_normalize, stream_log_mel
 
 Key = TypeVar("Key")
@@ -98,7 +100,7 @@ class SSLAMTagger:
         if loading["missing_keys"]:
             raise InferenceError(
                 f"{model} has no classifier, only an encoder (no weights for "
-                f"{', '.join(sorted(loading['missing_keys']))}). Fine-tune it first, or convert a fine-tuned checkpoint."
+                f"{', '.join(sorted(loading['missing_keys']))}). Fine-tune it, or convert a fine-tuned checkpoint."
             )
         return cls(classifier.to(device), extractor, batch_size)
 
@@ -129,8 +131,8 @@ class SSLAMTagger:
         longest = config.max_position_embeddings * config.patch_size
         if num_frames > longest:
             raise InferenceError(
-                f"A window of {seconds:g} s has {num_frames} frames, but the model's position table ends at {longest}; "
-                f"take at most {extractor.num_samples(longest) / extractor.sampling_rate:.2f} s."
+                f"A window of {seconds:g} s has {num_frames} frames, but the model's position table ends at "
+                f"{longest}; take at most {extractor.num_samples(longest) / extractor.sampling_rate:.2f} s."
             )
         return num_frames
 
@@ -140,22 +142,21 @@ class SSLAMTagger:
         Raises:
             InferenceError: If windows would not advance, or would leave gaps.
         """
-        num_frames = round(seconds * self.feature_extractor.sampling_rate / self.feature_extractor.frame_shift)
+        num_frames = round(seconds / self.frame_seconds)
         if num_frames < 1 or seconds > window:
-            shift = self.feature_extractor.frame_shift / self.feature_extractor.sampling_rate
             raise InferenceError(
-                f"A hop of {seconds:g} s must be at least one frame of {shift:g} s and at most the window of "
-                f"{window:g} s."
+                f"A hop of {seconds:g} s must be at least one frame of {self.frame_seconds:g} s and at most the "
+                f"window of {window:g} s."
             )
         return num_frames
 
-    def log_mel(self, audio: Audio) -> Iterator[torch.Tensor]:
-        """The recording's log-mel frames, block by block on the model's device: `(num_frames, num_mel_bins)` each.
+    @property
+    def frame_seconds(self) -> float:
+        """Seconds from one log-mel frame to the next."""
+        return self.feature_extractor.frame_shift / self.feature_extractor.sampling_rate
 
-        Raises:
-            ClipError: Where the recording turns out to be unusable.
-        """
-        blocks = waveform_blocks(audio, self.feature_extractor.sampling_rate)
+    def log_mel(self, blocks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Log-mel frames of a recording's blocks of samples, on the model's device; see [`stream_log_mel`]."""
         return stream_log_mel((block.to(self.model.device) for block in blocks), self.feature_extractor)
 
     def score(self, windows: Iterable[tuple[Key, torch.Tensor | None]]) -> Iterator[tuple[Key, np.ndarray | None]]:
@@ -204,6 +205,9 @@ class SSLAMTagger:
             inputs["attention_mask"] = (torch.arange(length, device=counts.device) < counts[:, None]).long()
         return activate(self.model(**inputs).logits.float(), self.model.config).cpu()
 
+    def _blocks(self, audio: Audio) -> Iterator[torch.Tensor]:
+        return waveform_blocks(audio, self.feature_extractor.sampling_rate)
+
     def _padded(self, frames: torch.Tensor) -> int:
         """Frames of a window after padding: the extractor's `max_length`, or whole patches if it is longer."""
         patch_size = self.feature_extractor.patch_size
@@ -245,7 +249,7 @@ class SSLAMTagger:
         def windows() -> Iterator[tuple[ClipError | None, torch.Tensor | None]]:
             for audio in recordings:
                 try:
-                    for _, frames in cut_windows(self.log_mel(audio), length, length):
+                    for _, frames in cut_windows(self.log_mel(self._blocks(audio)), length, length):
                         yield None, frames
                 except ClipError as error:
                     yield error, None
@@ -261,6 +265,71 @@ class SSLAMTagger:
                 pooled = np.max(of_recording, 0) if self.is_multi_label else np.mean(of_recording, 0)
             yield rank(pooled, self.labels, top_k, threshold) if error is None else error
             of_recording = []
+
+    def timeline(
+        self,
+        audio: Audio,
+        window: float = 2.0,
+        hop: float = 0.5,
+        settings: EventSettings = EventSettings(),
+        keep_scores: bool = True,
+        on_frames: Callable[[torch.Tensor], None] | None = None,
+        on_scores: Callable[[float, np.ndarray], None] | None = None,
+    ) -> Timeline:
+        """What sounds when in a recording of any length.
+
+        A window says whether a class sounds anywhere in it, so onsets and offsets are uncertain by half its length;
+        but the shorter it is beside the clips of the training, the less the model knows of it. (Scores of single
+        patches would not help: the classifier was trained on whole clips, and on patches it says nothing.)
+
+        Args:
+            audio: See [`tag`].
+            window: Length of the windows in seconds. They are padded to the clips of the training.
+            hop: Seconds from one window to the next, rounded to 10 ms.
+            settings: How events are read off the scores.
+            keep_scores: Whether to return the scores of all windows; without, memory does not grow with the
+                recording.
+            on_frames: Called with each block of log-mel frames `(num_frames, num_mel_bins)`, not normalised, on the
+                model's device.
+            on_scores: Called with the start of each window in seconds and its scores `(num_labels,)`.
+
+        Raises:
+            ClipError: If the recording cannot be used.
+            InferenceError: If the model takes no such windows.
+        """
+        num_window, num_hop = self.num_window_frames(window), self.num_hop_frames(hop, window)
+        num_samples, scores, starts, detector = 0, [], [], EventDetector(settings)
+
+        def counted() -> Iterator[torch.Tensor]:
+            nonlocal num_samples
+            for block in self._blocks(audio):
+                num_samples += len(block)
+                yield block
+
+        def tapped() -> Iterator[torch.Tensor]:
+            for frames in self.log_mel(counted()):
+                if on_frames is not None:
+                    on_frames(frames)
+                yield frames
+
+        for start, row in self.score(cut_windows(tapped(), num_window, num_hop)):
+            starts.append(start)
+            detector.push(row[None])
+            if keep_scores:
+                scores.append(row)
+            if on_scores is not None:
+                on_scores(start * self.frame_seconds, row)
+        return make_timeline(
+            detector.finish(),
+            starts=np.array(starts) * self.frame_seconds,
+            scores=np.stack(scores) if keep_scores else None,
+            labels=self.labels,
+            duration=num_samples / self.feature_extractor.sampling_rate,
+            window=window,
+            hop=num_hop * self.frame_seconds,
+            settings=settings,
+            path=str(audio) if isinstance(audio, (str, Path)) else None,
+        )
 
 
 def activate(logits: torch.Tensor, config: SSLAMConfig) -> torch.Tensor:

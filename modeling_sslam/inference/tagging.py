@@ -16,8 +16,8 @@ from .files import find_recordings
 from .tagger import SSLAMTagger
 
 DESCRIPTION = """\
-Prints the labels of sound files, the most probable first. A file longer than the clips that the model was trained on is
-cut into windows of that length: a class gets its highest score of any, or with a single-label model the mean.
+Prints the labels of sound files, the most probable first. A file longer than the clips that the model was trained on
+is cut into windows of that length: a class gets its highest score of any, or with a single-label model the mean.
 A file that cannot be used is reported and left out; the exit status is then 1.
 """
 EXAMPLES = """\
