@@ -4,8 +4,9 @@
     python -m benchmarks.embed --memory              # peak memory for a minute and for ten hours, by a tiny model
 
 The throughput is that of the whole: reading, decoding, resampling, filter bank, model, pooling, Parquet on disk. The
-rival is the model alone, called on ready batches of the same size, as many in number. Rounds of both take turns, so that
-what else the machine does meets both; the ratio is of their medians.
+rival is the model alone, called on ready batches of the same size, as many in number. Rounds of both take turns, so
+that what else the machine does meets both. Ratios are of the medians: of wall-clock time, and of processor time, which
+hardly depends on other programs.
 """
 
 import argparse
@@ -17,7 +18,10 @@ import sys
 import tempfile
 import time
 import wave
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -38,11 +42,16 @@ def write_clips(folder: Path, count: int) -> None:
 
 
 @torch.inference_mode()
-def time_bare_model(model: SSLAMModel, input_values: torch.Tensor, num_batches: int) -> float:
-    start = time.perf_counter()
+def run_bare_model(model: SSLAMModel, input_values: torch.Tensor, num_batches: int) -> None:
     for _ in range(num_batches):
         model(input_values).pooler_output.cpu()
-    return time.perf_counter() - start
+
+
+def seconds(function: Callable[[], Any]) -> tuple[float, float]:
+    """Wall-clock and processor time of a call, the latter over all threads."""
+    wall, processor = time.perf_counter(), time.process_time()
+    function()
+    return time.perf_counter() - wall, time.process_time() - processor
 
 
 def measure_throughput(clips: int, batch_size: int, rounds: int, device: str, config: SSLAMConfig) -> None:
@@ -56,15 +65,16 @@ def measure_throughput(clips: int, batch_size: int, rounds: int, device: str, co
         sounds.mkdir()
         write_clips(sounds, clips)
         bare, whole = [], []
-        time_bare_model(model, input_values, 1)
+        run_bare_model(model, input_values, 1)
         for index in range(rounds):
-            bare.append(time_bare_model(model, input_values, num_batches))
-            start = time.perf_counter()
-            embed_to_folder([str(sounds)], Path(folder) / f"out{index}", embedder, "model")
-            whole.append(time.perf_counter() - start)
-            print(f"round {index + 1}: bare {clips / bare[-1]:.2f} clips/s, embed {clips / whole[-1]:.2f} clips/s")
-    ratio = statistics.median(bare) / statistics.median(whole)
-    print(f"{torch.get_num_threads()} threads, batches of {batch_size}: embed at {ratio:.3f} of the bare model")
+            out = Path(folder) / f"out{index}"
+            bare.append(seconds(partial(run_bare_model, model, input_values, num_batches)))
+            whole.append(seconds(partial(embed_to_folder, [str(sounds)], out, embedder, "model")))
+            print(f"round {index + 1}: bare {bare[-1][0]:.1f} s, embed {whole[-1][0]:.1f} s")
+    for index, kind in enumerate(("wall-clock", "processor")):
+        ratio = statistics.median(times[index] for times in bare) / statistics.median(times[index] for times in whole)
+        print(f"{kind} time: embed at {ratio:.3f} of the bare model")
+    print(f"{torch.get_num_threads()} threads, {clips} clips of {CLIP_SECONDS} s in batches of {batch_size}")
 
 
 def measure_memory(minutes: float, config: SSLAMConfig) -> None:

@@ -12,8 +12,8 @@ What sounds in recordings and when, by an SSLAM or EAT model. MODEL is everywher
 # Each command is a module of the package's `inference` with `add_arguments(parser)` and `run(args) -> exit status`.
 COMMANDS = {
     "tag": ("tagging", "labels of sound files"),
-    "embed": ("embed_command", "embeddings of any number of sounds, as Parquet"),
     "timeline": ("timeline", "what sounds when in a recording of any length"),
+    "embed": ("embed_command", "embeddings of any number of sounds, as Parquet"),
 }
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 

@@ -13,13 +13,15 @@ Embeds sound files, or a data set with an audio column, with an SSLAM or EAT enc
 datasets, pandas, DuckDB and the like read: the sound, start and end in seconds, and the vector. Recordings longer than
 a window are cut into windows.
 
-    sslam embed recordings/ more/*.flac --model MODEL --out embeddings
-    find /archive -name '*.wav' | sslam embed - --model MODEL --out embeddings --pooling mean --dtype-out float16
-    sslam embed OWNER/NAME --split test --model MODEL --out embeddings
-    accelerate launch --num-processes 4 -m modeling_sslam embed recordings/ --model MODEL --out embeddings
-
 Interrupted in whatever way, the same command goes on where it was; once done, it embeds what has been added. Sounds
 that cannot be used are listed in OUT/failures.csv, and the exit status is then 1.
+"""
+EXAMPLES = """\
+examples:
+  sslam embed recordings/ 'more/**/*.flac' --model sslam-base --out embeddings
+  find /archive -name '*.wav' | sslam embed - --model sslam-base --out embeddings --pooling mean --dtype-out float16
+  sslam embed OWNER/NAME --split test --model sslam-base --out embeddings
+  accelerate launch --num_processes 4 -m modeling_sslam embed recordings/ --model sslam-base --out embeddings
 """
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -33,11 +35,11 @@ def layer(text: str) -> int | str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = DESCRIPTION
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.add_argument(
         "sources",
         nargs="+",
-        metavar="SOURCE",
+        metavar="FILE|DIR|DATASET|-",
         help="sound files, folders of them, patterns, - for a list of files on standard input; or one data set: "
         "OWNER/NAME on the Hub, or a folder of parquet, arrow or WebDataset shards or of save_to_disk",
     )
@@ -55,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layer",
         type=layer,
         default="last",
-        help="number of a block (0: before the first), last, mean (over the blocks), or all: a row for each "
-        "(default: last)",
+        help="number of a block (0: before the first), last, mean (over the blocks), or all: a row "
+        "for each (default: last)",
     )
     what.add_argument(
         "--window", type=positive_seconds, metavar="S", help="seconds of a window (default: the model's, 10.24)"
@@ -80,8 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class StopRequest:
-    """Within its context SIGINT and SIGTERM only ask to stop, which `requested` tells. A second SIGINT ends the process
-    at once, as where a decoder hangs nothing else can; the folder survives that like any other end."""
+    """Within its context SIGINT and SIGTERM only ask to stop, which `requested` tells. A second SIGINT ends the
+    process at once, as where a decoder hangs nothing else can; the folder survives that like any other end."""
 
     def __init__(self) -> None:
         self.requested = False

@@ -71,6 +71,19 @@ def start_embed(*args, launcher=()):
     )
 
 
+def embed_in_turn(num_processes, sources, out, embedder, model):
+    """The shares of several processes, one after the other, of which each stops after a batch if it is not alone."""
+    plan = []
+
+    def broadcast(value):
+        plan.append(value)
+        return plan[0]
+
+    for rank in range(num_processes):
+        processes = Processes(rank, num_processes, "cpu", lambda: None, broadcast)
+        embed_to_folder(sources, out, embedder, model, should_stop=lambda: num_processes > 1, processes=processes)
+
+
 def read_rows(out):
     rows = pq.read_table(out / "data").to_pandas()
     columns = [name for name in ("path", "row", "start", "mel_band", "layer") if name in rows]
@@ -120,9 +133,7 @@ def test_rows_of_frames_patches_and_layers(model_folder, recordings, tmp_path):
         step = round(row["start"] / 0.16)
         assert row["start"] == pytest.approx(0.16 * step)
         assert row["end"] == pytest.approx(min(0.16 * (step + 1), clip.end))
-        np.testing.assert_allclose(
-            row["embedding"], clip.embedding[row["layer"], step, row["mel_band"]], atol=1e-5
-        )
+        np.testing.assert_allclose(row["embedding"], clip.embedding[row["layer"], step, row["mel_band"]], atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -181,14 +192,7 @@ def test_processes_that_change_in_number(model_folder, recordings, tmp_path):
     expected, out = tmp_path / "expected", tmp_path / "out"
     embed_to_folder([str(recordings)], expected, embedder, model_folder)
     for count in (3, 2, 4, 1):
-        # One after the other here, with the plan that the first makes; really at once in the test below.
-        plans = []
-        for rank in range(count):
-            share = lambda plan: plans.append(plan) or plan if plan else plans[0]  # noqa: E731
-            processes = Processes(rank, count, "cpu", lambda: None, share)
-            embed_to_folder(
-                [str(recordings)], out, embedder, model_folder, should_stop=lambda: count > 1, processes=processes
-            )
+        embed_in_turn(count, [str(recordings)], out, embedder, model_folder)
     assert_same_rows(out, expected)
 
 
@@ -338,19 +342,9 @@ def test_a_data_set_by_several_processes(model_folder, recordings, tmp_path, wri
     assert run_embed([folder], model_folder, expected) == 0
     rows = read_rows(expected)
     assert list(rows["id"].unique()) == [f"{number}.wav" for number in range(8)]
+    embedder = Embedder.from_pretrained(model_folder, device="cpu", batch_size=3)
     for count in (2, 1):
-        plans = []
-        for rank in range(count):
-            share = lambda plan: plans.append(plan) or plan if plan else plans[0]  # noqa: E731
-            embedder = Embedder.from_pretrained(model_folder, device="cpu", batch_size=3)
-            embed_to_folder(
-                AudioDataset(str(folder)),
-                out,
-                embedder,
-                model_folder,
-                should_stop=lambda: count > 1,
-                processes=Processes(rank, count, "cpu", lambda: None, share),
-            )
+        embed_in_turn(count, AudioDataset(str(folder)), out, embedder, model_folder)
     assert_same_rows(out, expected)
 
 
