@@ -47,9 +47,10 @@ def printed(make_config, tmp_path, monkeypatch):
 
 def test_classify_with_features(printed, capsys):
     printed("examples.classify_with_features")
-    summary, *classes = capsys.readouterr().out.splitlines()[-6:]
-    assert summary.startswith("mAP ")
-    assert len(classes) <= 5
+    printed_lines = capsys.readouterr().out
+    summary, *classes = printed_lines[printed_lines.index("mAP ") :].splitlines()
+    # Of 28 classes, those that the few test clips have.
+    assert 1 <= len(classes) == int(summary.split()[3]) <= 5
 
 
 def test_similarity_search(printed, capsys):
