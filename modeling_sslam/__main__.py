@@ -13,6 +13,7 @@ What sounds in recordings and when, by an SSLAM or EAT model. MODEL is everywher
 COMMANDS = {
     "tag": ("tagging", "labels of sound files"),
     "timeline": ("timeline", "what sounds when in a recording of any length"),
+    "embed": ("embed_command", "embeddings of any number of sounds, as Parquet"),
 }
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 

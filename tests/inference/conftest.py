@@ -1,15 +1,17 @@
-"""A model folder made from the tiny fine-tuned checkpoint, and recordings of one's choice."""
+"""A model folder made from the tiny fine-tuned checkpoint, and recordings and data sets of one's choice."""
 
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import soundfile
 import torch
 
 from conversion.convert import convert
-from modeling_sslam.inference import SSLAMTagger
+from modeling_sslam.inference import SSLAMTagger, stream_blocks
+from modeling_sslam.inference.dataset import EncodedAudio
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +46,23 @@ def write_sound(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def recording(audio_dir: Path) -> torch.Tensor:
     """The five recordings one after the other, with a breath between them: 10 s at 16 kHz."""
-    from modeling_sslam.inference import stream_blocks
-
     parts = [torch.cat(list(stream_blocks(str(path), 16_000))) for path in sorted(audio_dir.glob("*.flac"))]
     return torch.cat([torch.cat((part, torch.zeros(6400))) for part in parts])
+
+
+@pytest.fixture
+def write_audio_parquet(tmp_path):
+    """Sound files as a data set of parquet shards with the columns `id` and `audio`."""
+
+    def write(paths, shards=1, name="dataset"):
+        rows = [{"id": Path(p).name, "audio": {"bytes": Path(p).read_bytes(), "path": None}} for p in paths]
+        features = datasets.Features({"id": datasets.Value("string"), "audio": EncodedAudio()})
+        dataset = datasets.Dataset.from_list(rows, features=features)
+        folder = tmp_path / name / "data"
+        folder.mkdir(parents=True)
+        for index in range(shards):
+            shard = dataset.shard(shards, index, contiguous=True)
+            shard.to_parquet(str(folder / f"train-{index:05d}-of-{shards:05d}.parquet"))
+        return folder.parent
+
+    return write
