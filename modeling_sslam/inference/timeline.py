@@ -100,6 +100,14 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         check_picture_format(args.plot)
     tagger = SSLAMTagger.from_pretrained(args.model, args.device, args.dtype, args.batch_size, args.revision)
+    write_timeline(tagger, args, settings, formats)
+    return 0
+
+
+def write_timeline(
+    tagger: SSLAMTagger, args: argparse.Namespace, settings: EventSettings, formats: dict[Path, str]
+) -> None:
+    """Writes and prints all that the arguments ask for."""
     total = duration_seconds(args.recording)
     with ExitStack() as stack:
         files = {path: stack.enter_context(replacing(path)) for path in (*formats, args.scores, args.plot) if path}
@@ -139,7 +147,6 @@ def run(args: argparse.Namespace) -> int:
             picture.draw(timeline, files[args.plot])
     if args.format or not args.out:
         sys.stdout.write(FORMATS[args.format or "table"](timeline))
-    return 0
 
 
 @contextmanager
