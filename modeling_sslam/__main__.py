@@ -14,6 +14,7 @@ COMMANDS = {
     "tag": ("tagging", "labels of sound files"),
     "timeline": ("timeline", "what sounds when in a recording of any length"),
     "embed": ("embed_command", "embeddings of any number of sounds, as Parquet"),
+    "app": ("app", "a page in the browser that listens"),
 }
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
