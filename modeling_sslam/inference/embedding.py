@@ -25,6 +25,7 @@ from .audio import ClipError, waveform_blocks
 from .devices import choose_batch_size, compute_in_parts, resolve_device, resolve_dtype
 from .errors import InferenceError
 from .files import audio_suffixes, find_recordings
+from .memory import MemoryTrimmer
 from .prefetch import prefetch
 from .windows import cut_windows, pad_and_normalize, stream_log_mel
 
@@ -301,7 +302,7 @@ class Embedder:
                 else:
                     yield window
 
-        previous = None
+        previous, trim = None, MemoryTrimmer()
         with closing(prefetch(sounds, self.windows, items_ahead=2 * size)) as windows:
             windows = usable(windows)
             while batch := list(islice(windows, size)):
@@ -313,6 +314,7 @@ class Embedder:
                 if previous is not None:
                     yield previous()
                 previous = partial(self.clips, batch, states)
+                trim()
             if previous is not None:
                 yield previous()
 
