@@ -49,15 +49,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         status = args.run(args)
         sys.stdout.flush()
-    except InferenceError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader (`| head`) has had enough. What Python flushes at exit must not complain once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (InferenceError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     return status
 

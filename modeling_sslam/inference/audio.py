@@ -17,7 +17,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,6 +181,19 @@ def waveform_blocks(
     waveform = waveform.mean(0) if waveform.ndim == 2 else waveform
     _check_samples(waveform)
     yield resample(waveform, rate, sampling_rate)
+
+
+class CountedBlocks:
+    """Blocks of samples, and in `num_samples` how many have gone by."""
+
+    def __init__(self, blocks: Iterable[torch.Tensor]) -> None:
+        self._blocks = blocks
+        self.num_samples = 0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for block in self._blocks:
+            self.num_samples += len(block)
+            yield block
 
 
 def duration_seconds(audio: bytes | str) -> float | None:

@@ -10,7 +10,7 @@ import torch
 from ..configuration_sslam import SSLAMConfig
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMForAudioClassification
-from .audio import ClipError, waveform_blocks
+from .audio import ClipError, CountedBlocks, waveform_blocks
 from .devices import choose_batch_size, compute_in_parts, resolve_device, resolve_dtype
 from .errors import InferenceError
 from .events import EventDetector, EventSettings
@@ -86,6 +86,8 @@ class SSLAMTagger:
         try:
             # Transformers would take any model for this class, and make up weights that are not there.
             settings, _ = SSLAMConfig.get_config_dict(model, revision=revision)
+            if not settings:
+                raise InferenceError(f"{model} has no config.json: it is no folder of a model.")
             if settings.get("model_type") != SSLAMConfig.model_type:
                 raise InferenceError(
                     f"{model} holds a model of type {settings.get('model_type')!r}, not 'sslam'. Published "
@@ -96,7 +98,8 @@ class SSLAMTagger:
                 model, revision=revision, dtype=resolve_dtype(dtype), output_loading_info=True
             )
         except (OSError, ValueError) as error:
-            raise InferenceError(f"{model} cannot be loaded as a classifier: {error}") from error
+            where = "" if Path(model).is_dir() else " (no such folder here, so it was looked for on the Hub)"
+            raise InferenceError(f"{model} cannot be loaded as a classifier{where}: {error}") from error
         if loading["missing_keys"]:
             raise InferenceError(
                 f"{model} has no classifier, only an encoder (no weights for "
@@ -198,15 +201,18 @@ class SSLAMTagger:
     @torch.inference_mode()
     def _classify(self, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         """Scores on the CPU, float32 of shape `(len(windows), num_labels)`."""
+        logits = self.model(**self.model_inputs(windows)).logits
+        return activate(logits.float(), self.model.config).cpu()
+
+    def model_inputs(self, windows: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Windows of log-mel frames as the feature extractor would give clips to the model: `input_values` of shape
+        `(len(windows), T, num_mel_bins)`, and `attention_mask` where the extractor is set to return it."""
         length = max(map(self._padded, windows))
         inputs = {"input_values": pad_and_normalize(windows, length, self.feature_extractor)}
         if self.feature_extractor.return_attention_mask:
-            counts = torch.tensor([len(frames) for frames in windows], device=self.model.device)
+            counts = torch.tensor([len(frames) for frames in windows], device=windows[0].device)
             inputs["attention_mask"] = (torch.arange(length, device=counts.device) < counts[:, None]).long()
-        return activate(self.model(**inputs).logits.float(), self.model.config).cpu()
-
-    def _blocks(self, audio: Audio) -> Iterator[torch.Tensor]:
-        return waveform_blocks(audio, self.feature_extractor.sampling_rate)
+        return inputs
 
     def _padded(self, frames: torch.Tensor) -> int:
         """Frames of a window after padding: the extractor's `max_length`, or whole patches if it is longer."""
@@ -244,12 +250,12 @@ class SSLAMTagger:
         Yields:
             In the same order what `tag` returns; for a recording that cannot be used, the error.
         """
-        length = self.feature_extractor.max_length
+        length, sampling_rate = self.feature_extractor.max_length, self.feature_extractor.sampling_rate
 
         def windows() -> Iterator[tuple[ClipError | None, torch.Tensor | None]]:
             for audio in recordings:
                 try:
-                    for _, frames in cut_windows(self.log_mel(self._blocks(audio)), length, length):
+                    for _, frames in cut_windows(self.log_mel(waveform_blocks(audio, sampling_rate)), length, length):
                         yield None, frames
                 except ClipError as error:
                     yield error, None
@@ -271,7 +277,7 @@ class SSLAMTagger:
         audio: Audio,
         window: float = 2.0,
         hop: float = 0.5,
-        settings: EventSettings = EventSettings(),
+        settings: EventSettings | None = None,
         keep_scores: bool = True,
         on_frames: Callable[[torch.Tensor], None] | None = None,
         on_scores: Callable[[float, np.ndarray], None] | None = None,
@@ -286,7 +292,7 @@ class SSLAMTagger:
             audio: See [`tag`].
             window: Length of the windows in seconds. They are padded to the clips of the training.
             hop: Seconds from one window to the next, rounded to 10 ms.
-            settings: How events are read off the scores.
+            settings: How events are read off the scores; by default as [`EventSettings`] stands.
             keep_scores: Whether to return the scores of all windows; without, memory does not grow with the
                 recording.
             on_frames: Called with each block of log-mel frames `(num_frames, num_mel_bins)`, not normalised, on the
@@ -297,34 +303,30 @@ class SSLAMTagger:
             ClipError: If the recording cannot be used.
             InferenceError: If the model takes no such windows.
         """
+        settings = settings or EventSettings()
         num_window, num_hop = self.num_window_frames(window), self.num_hop_frames(hop, window)
-        num_samples, scores, starts, detector = 0, [], [], EventDetector(settings)
+        blocks = CountedBlocks(waveform_blocks(audio, self.feature_extractor.sampling_rate))
 
-        def counted() -> Iterator[torch.Tensor]:
-            nonlocal num_samples
-            for block in self._blocks(audio):
-                num_samples += len(block)
-                yield block
-
-        def tapped() -> Iterator[torch.Tensor]:
-            for frames in self.log_mel(counted()):
+        def all_frames() -> Iterator[torch.Tensor]:
+            for frames in self.log_mel(blocks):
                 if on_frames is not None:
                     on_frames(frames)
                 yield frames
 
-        for start, row in self.score(cut_windows(tapped(), num_window, num_hop)):
-            starts.append(start)
+        starts, scores, detector = [], [], EventDetector(settings)
+        for first, row in self.score(cut_windows(all_frames(), num_window, num_hop)):
+            starts.append(first * self.frame_seconds)
             detector.push(row[None])
             if keep_scores:
                 scores.append(row)
             if on_scores is not None:
-                on_scores(start * self.frame_seconds, row)
+                on_scores(starts[-1], row)
         return make_timeline(
             detector.finish(),
-            starts=np.array(starts) * self.frame_seconds,
+            starts=np.array(starts),
             scores=np.stack(scores) if keep_scores else None,
             labels=self.labels,
-            duration=num_samples / self.feature_extractor.sampling_rate,
+            duration=blocks.num_samples / self.feature_extractor.sampling_rate,
             window=window,
             hop=num_hop * self.frame_seconds,
             settings=settings,

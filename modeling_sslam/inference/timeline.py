@@ -16,14 +16,15 @@ from .errors import InferenceError
 from .events import EventSettings
 from .files import replacing
 from .formats import FORMATS, SUFFIXES, format_of
+from .plots import TimelinePicture, check_picture_format
 from .tagger import SSLAMTagger
 
 DESCRIPTION = f"""\
 Goes through a recording of any length in bounded memory, window by window, and says from when to when each class
 sounds. What is written goes by the file name: {", ".join(f"{suffix} ({name})" for suffix, name in SUFFIXES.items())}.
 
-A window tells whether a class sounds anywhere in it, so onsets and offsets are uncertain by half its length. Windows are
-padded to the clips of the training: short ones tell the time better, and the class worse.
+A window tells whether a class sounds anywhere in it, so onsets and offsets are uncertain by half its length. Windows
+are padded to the clips of the training: short ones tell the time better, and the class worse.
 """
 EXAMPLES = """\
 examples:
@@ -73,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=seconds,
         default=0.0,
         metavar="S",
-        help="join events of a class no further apart (default: 0)",
+        help="join a class's events no further apart (default: 0)",
     )
     events.add_argument(
         "--min-duration", type=seconds, default=0.0, metavar="S", help="drop shorter events (default: 0)"
@@ -96,6 +97,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     settings = EventSettings(args.threshold, args.release, args.median, args.max_gap, args.min_duration)
     formats = {path: format_of(path) for path in args.out}
+    if args.plot:
+        check_picture_format(args.plot)
     tagger = SSLAMTagger.from_pretrained(args.model, args.device, args.dtype, args.batch_size, args.revision)
     total = duration_seconds(args.recording)
     with ExitStack() as stack:
@@ -105,17 +108,15 @@ def run(args: argparse.Namespace) -> int:
         )
         picture = None
         if args.plot:
-            from .plots import TimelinePicture
-
-            picture = TimelinePicture(tagger)
-        write_scores = (
-            stack.enter_context(_score_table(files[args.scores], tagger, args.window)) if args.scores else None
-        )
+            picture = TimelinePicture(tagger.feature_extractor.sampling_rate, tagger.frame_seconds)
+        write_scores = None
+        if args.scores:
+            write_scores = stack.enter_context(_score_table(files[args.scores], tagger.labels, args.window))
 
         def on_scores(start: float, scores: np.ndarray) -> None:
             progress.update(start + args.hop - progress.n)
             if picture is not None:
-                picture.add_scores(scores)
+                picture.add_scores(start, scores)
             if write_scores is not None:
                 write_scores(start, scores)
 
@@ -142,10 +143,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _score_table(path: Path, tagger: SSLAMTagger, window: float) -> Iterator[Callable[[float, np.ndarray], None]]:
+def _score_table(path: Path, labels: list[str], window: float) -> Iterator[Callable[[float, np.ndarray], None]]:
     with open(path, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(("start", "end", *tagger.labels))
+        rows.writerow(("start", "end", *labels))
         yield lambda start, scores: rows.writerow(
             (f"{start:.3f}", f"{start + window:.3f}", *(f"{score:.5f}" for score in scores))
         )

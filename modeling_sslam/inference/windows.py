@@ -4,10 +4,14 @@ A frame of Kaldi's filter bank depends on its own 400 samples alone (at 16 kHz):
 begins anew in it. So the frames of a recording are computed once, block by block, with the 240 samples that a frame
 shares with the next carried over, and are the frames that [`SSLAMFeatureExtractor`] would compute in each window:
 
-- Blocks joined equal the pass over the whole recording bit for bit, at every border.
-- A window of frames k, k + 1, ... equals the extractor's result for a clip of samples 160 k on, up to rounding. The
-  extractor removes the mean of the whole clip before that of each frame, which changes the frames' last bits only: the
-  logarithm magnifies those where a mel bin is nearly empty. Windows start at whole frames, so every 10 ms.
+- Blocks joined equal the pass over the whole recording, at every border: bit for bit from 10 frames a block on.
+- A window of frames k, k + 1, ... equals the extractor's result for a clip of the samples from 160 k on, up to
+  rounding: the extractor removes the mean of the clip before that of each frame, which changes the last bits of its
+  samples and no more. The logarithm magnifies those where a mel bin is nearly empty beside a loud sound. On the tests'
+  recordings the two differ by at most 6.6e-3 and by 4e-6 on average (log-mel values, which go from -16 to 8), and each
+  is as far from the same computation in float64: 3.3e-3 the one pass, 7.7e-3 the extractor. An offset of the waveform
+  (up to 0.3 of full scale was tried) changes nothing about that.
+- Windows start at whole frames, so at multiples of 10 ms.
 - There are no other edges: no frame reaches beyond the recording, and a window has as many frames as a clip of its
   length (198 in 2 s). Resampling, however, knows what lies around a window; a clip cut out beforehand ends in silence.
 """
