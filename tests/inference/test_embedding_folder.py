@@ -174,6 +174,15 @@ def test_a_second_call_adds_only_what_is_new(model_folder, recordings, tmp_path)
     assert [row["path"] for shard in added for row in pq.read_table(shard).to_pylist()] == [str(recordings / "8.wav")]
 
 
+def test_out_may_lie_among_the_recordings(model_folder, recordings):
+    """The Parquet in it makes no data set of them."""
+    out = recordings / "embeddings"
+    assert run_embed([recordings], model_folder, out) == 0
+    add_recording(recordings, 8)
+    assert run_embed([recordings], model_folder, out) == 0
+    assert len(read_rows(out)) == 18
+
+
 def test_stopped_in_a_recording_and_continued(model_folder, recordings, tmp_path):
     """Whatever the batch it stops after, the rest follows in another call, by more processes or fewer."""
     embedder = Embedder.from_pretrained(model_folder, device="cpu", batch_size=3)
