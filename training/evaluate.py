@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs
 from huggingface_hub import EvalResult
 from safetensors import SafetensorError
@@ -33,7 +33,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
 from training.arguments import flatten, parse
-from training.data import DataConfig, DataError, make_loader
+from training.data import DataConfig, DataError, EvaluationDataConfig, make_loader
 from training.evaluation.card import TASK, read_card, write_results_to_card
 from training.evaluation.results import MAIN_METRICS, Evaluation, summary, write_results
 from training.labels import LabelSet, find_label_set
@@ -47,27 +47,12 @@ LONGEST_WAIT = timedelta(days=1)
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "numpy")
 
 
-def _default(name: str, value: Any) -> Any:
-    return field(default=value, metadata=DataConfig.__dataclass_fields__[name].metadata)
-
-
-@dataclass
-class EvaluationData(DataConfig):
-    """A labelled split, read once in its order."""
-
-    split: str = _default("split", "test")
-    label_column: str | None = _default("label_column", "auto")
-    group_column: str | None = _default("group_column", "auto")
-    crop: Literal["random", "head"] = _default("crop", "head")
-    shuffle_buffer: int = _default("shuffle_buffer", 0)
-
-
 @dataclass
 class EvaluateConfig:
     """All settings of an evaluation."""
 
     model: str = field(metadata={"help": "Folder of a classifier, or its id on the Hub."})
-    data: EvaluationData
+    data: EvaluationDataConfig
     output_dir: Path | None = field(
         default=None,
         metadata={
@@ -105,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluate(config)
     except (EvaluationError, DataError) as error:
         sys.exit(f"error: {error}")
+    PartialState().destroy_process_group()
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -176,7 +162,6 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         except OSError as error:
             raise EvaluationError(f"The results cannot be written: {error}") from error
         print(summary(evaluation, title, skipped), "", *files, sep="\n")
-    accelerator.end_training()
     return evaluation
 
 
