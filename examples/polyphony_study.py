@@ -7,7 +7,7 @@ For every seed: stage 1; from it stage 2 with each objective for the same number
 linear evaluation (frozen, mean of the patches) and fine-tuning, tested on clips with 1 to 5 sources. Each step is a
 command that is printed before it runs; what is there already is not done again, so a study can be interrupted.
 
-OUT gets results.json (every number of every seed), table.md (mean and standard deviation over the seeds) and table.png.
+OUT gets results.json (every number of every seed), table.md (mean and standard deviation over seeds) and table.png.
 """
 
 import argparse
