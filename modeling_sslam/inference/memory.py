@@ -13,7 +13,7 @@ class MemoryTrimmer:
 
     Tensors lie at aligned addresses, and glibc before 2.38 hardly ever finds a use for what such a piece leaves behind
     (its bug 14581): a process that makes and drops tensors for hours grows without holding any of them. Measured on
-    glibc 2.36: 0.7 MB for every minute of audio without this, none with it.
+    glibc 2.36 with a tiny model: 817 MB for a minute of audio; for ten hours 1111 MB without this, 895 MB with it.
     """
 
     def __init__(self) -> None:

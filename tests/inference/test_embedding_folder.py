@@ -81,7 +81,8 @@ def start_embed():
     for process in started:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+            process.wait()
+        process.stdout.close()
 
 
 def embed_in_turn(num_processes, sources, out, embedder, model):

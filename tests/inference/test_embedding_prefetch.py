@@ -1,18 +1,13 @@
 """Work ahead in threads: results in order, errors in their place, nothing left behind."""
 
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from modeling_sslam.inference.prefetch import OUTPUTS_AHEAD, prefetch
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 def test_outputs_come_in_the_order_of_the_items():
@@ -66,17 +61,11 @@ def test_errors_come_after_what_came_before_them(place):
 
 
 def test_threads_end_with_the_iteration():
-    threads, torch_threads = threading.active_count(), torch.get_num_threads()
+    threads, torch_threads = set(threading.enumerate()), torch.get_num_threads()
     outputs = prefetch(range(100), lambda item: iter(lambda: item, None), items_ahead=3)
     assert next(outputs) == 0
-    assert threading.active_count() > threads
+    # A program may also end without closing it, and must not wait for them.
+    assert {thread.daemon for thread in set(threading.enumerate()) - threads} == {True}
     outputs.close()
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) == threads
     assert torch.get_num_threads() == torch_threads
-
-
-def test_a_program_may_end_in_the_middle():
-    program = "from modeling_sslam.inference.prefetch import prefetch\n"
-    program += "outputs = prefetch(range(9), lambda item: iter(lambda: item, None), 3)\nprint(next(outputs))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
