@@ -25,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from huggingface_hub import EvalResult
@@ -109,8 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
 
 
-def evaluate(config: EvaluateConfig) -> Evaluation:
-    """One evaluation, from the model's folder to the files; returns what it found, in every process."""
+def evaluate(config: EvaluateConfig) -> Evaluation | None:
+    """One evaluation, from the model's folder to the files; what it found, in the main process."""
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)]
@@ -151,35 +152,31 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         )
         source = loader.stream.source
         labels = find_labels(config, model.config, source)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise EvaluationError(f"data.source={config.data.source!r}: {error}") from error
 
     with logging_redirect_tqdm():
         predictions = predict(model.to(accelerator.device), loader, labels, accelerator)
     skipped = skipped_clips(loader)
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return None
+
     problem_type = problem_type_of(model.config.problem_type, predictions)
     if model.config.problem_type is None:
-        logger.info(
-            "The model has no problem_type. %s: taken for %s.",
-            "Every clip has one label"
-            if problem_type == "single_label_classification"
-            else "Not every clip has one label",
-            problem_type,
-        )
+        reason = "Every clip has" if problem_type == "single_label_classification" else "Not every clip has"
+        logger.info("The model has no problem_type. %s one label: taken for %s.", reason, problem_type)
     group_column = source.group_column if config.data.group_column == "auto" else config.data.group_column
     evaluation = Evaluation.of(predictions, problem_type, labels.names, group_column)
-    if accelerator.is_main_process:
-        title = f"{'/'.join(Path(config.model).parts[-2:])} on {describe(config.data)}"
-        try:
-            files = write_results(output_dir, evaluation, title, facts(config, accelerator, evaluation, skipped))
-            if has_card:
-                results = card_results(config.data, evaluation)
-                write_results_to_card(model_dir, results, set(MAIN_METRICS[problem_type]))
-                files.append(model_dir / "README.md")
-        except OSError as error:
-            raise EvaluationError(f"The results cannot be written: {error}") from error
-        print(summary(evaluation, title, skipped), "", *files, sep="\n")
-    accelerator.end_training()
+    title = f"{'/'.join(Path(config.model).parts[-2:])} on {describe(config.data)}"
+    try:
+        files = write_results(output_dir, evaluation, title, facts(config, accelerator, evaluation, skipped))
+        if has_card:
+            write_results_to_card(model_dir, card_results(config.data, evaluation), set(MAIN_METRICS[problem_type]))
+            files.append(model_dir / "README.md")
+    except OSError as error:
+        raise EvaluationError(f"The results cannot be written: {error}") from error
+    print(summary(evaluation, title, skipped), "", *files, sep="\n")
     return evaluation
 
 
@@ -190,7 +187,9 @@ def load_classifier(model: str) -> tuple[SSLAMForAudioClassification, SSLAMFeatu
         EvaluationError: If they cannot be read, or there is no classifier among the weights.
     """
     try:
-        classifier, loading = SSLAMForAudioClassification.from_pretrained(model, output_loading_info=True)
+        classifier, loading = SSLAMForAudioClassification.from_pretrained(
+            model, dtype=torch.float32, output_loading_info=True
+        )
         feature_extractor = SSLAMFeatureExtractor.from_pretrained(model)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise EvaluationError(f"model={model!r}: {' '.join(str(error).split())}") from error
@@ -225,9 +224,8 @@ def find_labels(config: EvaluateConfig, model_config: Any, source: Source) -> La
 
 def dataset_name(data: DataConfig) -> str:
     """What people call the data: the last part of an id or a path, and the configuration."""
-    path = Path(data.source).expanduser()
-    name = path.resolve().name if path.exists() else path.name
-    return Path(name).stem + (f"-{data.config_name}" if data.config_name else "")
+    path = Path(data.source).expanduser().resolve()
+    return (path.stem if path.is_file() else path.name) + (f"-{data.config_name}" if data.config_name else "")
 
 
 def describe(data: DataConfig) -> str:
@@ -304,11 +302,11 @@ def facts(
 
 def card_results(data: DataConfig, evaluation: Evaluation) -> list[EvalResult]:
     """The means as the Hub's `model-index` has them; those that are not defined are left out."""
-    path = Path(data.source).expanduser()
+    is_local = Path(data.source).expanduser().exists()
     return [
         EvalResult(
             task_type=TASK,
-            dataset_type=path.stem if path.exists() else data.source,
+            dataset_type=dataset_name(data) if is_local else data.source,
             dataset_name=dataset_name(data),
             dataset_config=data.config_name,
             dataset_split=data.split,
