@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs
 from huggingface_hub import EvalResult
 from safetensors import SafetensorError
@@ -35,7 +35,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
 from training.arguments import parse
-from training.data import DataConfig, DataError, make_loader
+from training.data import DataConfig, DataError, EvaluationDataConfig, make_loader
 from training.evaluation.card import TASK, read_card, write_results_to_card
 from training.evaluation.results import MAIN_METRICS, Evaluation, summary, write_results
 from training.labels import LabelSet, find_label_set
@@ -50,27 +50,12 @@ LONGEST_WAIT = timedelta(days=1)
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "numpy")
 
 
-def _default(name: str, value: Any) -> Any:
-    return field(default=value, metadata=DataConfig.__dataclass_fields__[name].metadata)
-
-
-@dataclass
-class EvaluationData(DataConfig):
-    """A labelled split, read once in its order."""
-
-    split: str = _default("split", "test")
-    label_column: str | None = _default("label_column", "auto")
-    group_column: str | None = _default("group_column", "auto")
-    crop: Literal["random", "head"] = _default("crop", "head")
-    shuffle_buffer: int = _default("shuffle_buffer", 0)
-
-
 @dataclass
 class EvaluateConfig:
     """All settings of an evaluation."""
 
     model: str = field(metadata={"help": "Folder of a classifier, or its id on the Hub."})
-    data: EvaluationData
+    data: EvaluationDataConfig
     output_dir: Path | None = field(
         default=None,
         metadata={
@@ -108,10 +93,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluate(config)
     except (EvaluationError, DataError) as error:
         sys.exit(f"error: {error}")
+    PartialState().destroy_process_group()
 
 
-def evaluate(config: EvaluateConfig) -> Evaluation | None:
-    """One evaluation, from the model's folder to the files; what it found, in the main process."""
+def evaluate(config: EvaluateConfig) -> Evaluation:
+    """One evaluation, from the model's folder to the files; returns what it found, in every process."""
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)]
@@ -158,25 +144,23 @@ def evaluate(config: EvaluateConfig) -> Evaluation | None:
     with logging_redirect_tqdm():
         predictions = predict(model.to(accelerator.device), loader, labels, accelerator)
     skipped = skipped_clips(loader)
-    accelerator.end_training()
-    if not accelerator.is_main_process:
-        return None
-
     problem_type = problem_type_of(model.config.problem_type, predictions)
     if model.config.problem_type is None:
         reason = "Every clip has" if problem_type == "single_label_classification" else "Not every clip has"
         logger.info("The model has no problem_type. %s one label: taken for %s.", reason, problem_type)
     group_column = source.group_column if config.data.group_column == "auto" else config.data.group_column
     evaluation = Evaluation.of(predictions, problem_type, labels.names, group_column)
-    title = f"{'/'.join(Path(config.model).parts[-2:])} on {describe(config.data)}"
-    try:
-        files = write_results(output_dir, evaluation, title, facts(config, accelerator, evaluation, skipped))
-        if has_card:
-            write_results_to_card(model_dir, card_results(config.data, evaluation), set(MAIN_METRICS[problem_type]))
-            files.append(model_dir / "README.md")
-    except OSError as error:
-        raise EvaluationError(f"The results cannot be written: {error}") from error
-    print(summary(evaluation, title, skipped), "", *files, sep="\n")
+    if accelerator.is_main_process:
+        title = f"{'/'.join(Path(config.model).parts[-2:])} on {describe(config.data)}"
+        try:
+            files = write_results(output_dir, evaluation, title, facts(config, accelerator, evaluation, skipped))
+            if has_card:
+                results = card_results(config.data, evaluation)
+                write_results_to_card(model_dir, results, set(MAIN_METRICS[problem_type]))
+                files.append(model_dir / "README.md")
+        except OSError as error:
+            raise EvaluationError(f"The results cannot be written: {error}") from error
+        print(summary(evaluation, title, skipped), "", *files, sep="\n")
     return evaluation
 
 
@@ -228,8 +212,13 @@ def dataset_name(data: DataConfig) -> str:
     return (path.stem if path.is_file() else path.name) + (f"-{data.config_name}" if data.config_name else "")
 
 
+def split_name(data: DataConfig) -> str:
+    """The split, or which part of one that is divided."""
+    return data.split + ("-held-out" if data.held_out else "-kept" if data.hold_out else "")
+
+
 def describe(data: DataConfig) -> str:
-    return f"{dataset_name(data)}, split {data.split}"
+    return f"{dataset_name(data)}, split {split_name(data)}"
 
 
 def results_dir(config: EvaluateConfig, model_dir: Path | None) -> Path:
@@ -242,7 +231,7 @@ def results_dir(config: EvaluateConfig, model_dir: Path | None) -> Path:
             f"model={config.model!r} is not a folder that results could be put into. If it is an id on the Hub, name "
             "a folder by --output_dir."
         )
-    name = re.sub(r"[^\w.+-]+", "_", f"{dataset_name(config.data)}-{config.data.split}")
+    name = re.sub(r"[^\w.+-]+", "_", f"{dataset_name(config.data)}-{split_name(config.data)}")
     return model_dir / "evaluation" / name
 
 
@@ -270,13 +259,9 @@ def check_results_dir(folder: Path, config: EvaluateConfig) -> None:
 
 def dataset_facts(data: DataConfig) -> dict[str, Any]:
     path = Path(data.source).expanduser()
-    source = str(path.resolve()) if path.exists() else data.source
-    return {
-        "source": source,
-        "config_name": data.config_name,
-        "split": data.split,
-        "revision": data.revision,
-        "data_files": data.data_files,
+    keys = ("config_name", "split", "hold_out", "held_out", "revision", "data_files")
+    return {"source": str(path.resolve()) if path.exists() else data.source} | {
+        key: getattr(data, key) for key in keys
     }
 
 
@@ -309,7 +294,7 @@ def card_results(data: DataConfig, evaluation: Evaluation) -> list[EvalResult]:
             dataset_type=dataset_name(data) if is_local else data.source,
             dataset_name=dataset_name(data),
             dataset_config=data.config_name,
-            dataset_split=data.split,
+            dataset_split=split_name(data),
             dataset_revision=data.revision,
             metric_type=metric,
             metric_name=name,

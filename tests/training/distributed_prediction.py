@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 
-from training.data import make_loader
-from training.evaluate import EvaluateConfig, EvaluationData, evaluate, load_classifier
+from training.data import EvaluationDataConfig, make_loader
+from training.evaluate import EvaluateConfig, evaluate, load_classifier
 from training.labels import LabelSet
 from training.prediction import predict
 
@@ -19,12 +19,12 @@ def main(model_dir: str, source: str, out: Path) -> None:
     accelerator = Accelerator()
     model, extractor = load_classifier(model_dir)
     for split in ("test", "lone"):
-        data = EvaluationData(source, split=split, num_workers=0)
+        data = EvaluationDataConfig(source, split=split, num_workers=0)
         rank, world_size = accelerator.process_index, accelerator.num_processes
         loader = make_loader(data, extractor, batch_size=4, seed=0, rank=rank, world_size=world_size, repeat=False)
         ids, logits, targets, groups = predict(model, loader, LabelSet.of_model(model.config), accelerator)
         np.savez(out / f"{split}-{rank}", ids=ids, logits=logits, targets=targets, groups=groups, own=loader.num_clips)
-    data = EvaluationData(source, num_workers=0)
+    data = EvaluationDataConfig(source, num_workers=0)
     evaluate(EvaluateConfig(model_dir, data, output_dir=out / "results", batch_size=4))
 
 

@@ -16,8 +16,8 @@ from matplotlib.image import imread
 from sklearn.metrics import average_precision_score
 
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMForPreTraining, SSLAMModel
-from training.data import make_loader
-from training.evaluate import EvaluateConfig, EvaluationData, evaluate, load_classifier, main
+from training.data import EvaluationDataConfig, make_loader
+from training.evaluate import EvaluateConfig, evaluate, load_classifier, main
 from training.evaluation.card import write_results_to_card
 from training.labels import LabelSet
 from training.prediction import compute_metrics, predict
@@ -142,7 +142,7 @@ def test_two_processes_find_what_one_finds(make_model, soundscapes, launch, tmp_
     launch(__file__.replace("test_evaluate", "distributed_prediction"), model_dir, soundscapes, out)
     model, extractor = load_classifier(str(model_dir))
     for split, shares in (("test", [7, 6]), ("lone", [1, 0])):
-        data = EvaluationData(str(soundscapes), split=split, num_workers=0)
+        data = EvaluationDataConfig(str(soundscapes), split=split, num_workers=0)
         loader = make_loader(data, extractor, batch_size=4, seed=0, repeat=False)
         alone = predict(model, loader, LabelSet(NAMES), Accelerator())
         both = [np.load(out / f"{split}-{rank}.npz") for rank in range(2)]
@@ -253,6 +253,20 @@ def test_skipped_clips_are_counted(make_model, soundscapes, make_folder):
     assert sum(results["skipped"].values()) == 1
 
 
+def test_parts_of_a_split_have_results_of_their_own(make_model, soundscapes):
+    model = make_model()
+    for held_out in ("true", "false"):
+        run(model, soundscapes, "--data.hold_out", "0.4", "--data.held_out", held_out)
+    ids = [
+        pandas.read_parquet(model / "evaluation" / f"soundscapes-test-{part}" / "predictions.parquet")["id"].tolist()
+        for part in ("held-out", "kept")
+    ]
+    assert all(ids)
+    assert sorted(ids[0] + ids[1]) == [f"test-{i:06d}" for i in range(NUM_CLIPS)]
+    splits = {result.dataset_split for result in ModelCard.load(model / "README.md").data.eval_results}
+    assert splits == {"test-held-out", "test-kept"}
+
+
 def test_results_replace_their_own_files_alone(make_model, soundscapes, tmp_path):
     model, out = make_model(), tmp_path / "out"
     out.mkdir()
@@ -322,7 +336,7 @@ class TestErrors:
 
 def test_evaluating_returns_what_it_found(make_model, soundscapes, tmp_path):
     model = make_model()
-    data = EvaluationData(str(soundscapes), num_workers=0)
+    data = EvaluationDataConfig(str(soundscapes), num_workers=0)
     evaluation = evaluate(EvaluateConfig(str(model), data, output_dir=tmp_path / "out", update_card=False))
     assert len(evaluation.predictions.ids) == NUM_CLIPS
     assert evaluation.metrics["map"] == read_json(tmp_path / "out" / "results.json")["metrics"]["map"]
