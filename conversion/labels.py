@@ -12,8 +12,14 @@ AUDIOSET_LABELS = Path(__file__).with_name("audioset_labels.csv")
 
 
 def read_labels(path: Path) -> list[str]:
-    """Class names in the order of the classifier's outputs, from a file with a line for each class: `index,mid,name`
-    (as AudioSet's), `index,name`, or just `name`. A header line is optional.
+    """Class names in the order of the classifier's outputs; see [`read_label_table`]."""
+    return [name for name, _ in read_label_table(path)]
+
+
+def read_label_table(path: Path) -> list[tuple[str, str | None]]:
+    """Names of the classes and, where the file has them, their machine ids, in the order of the classifier's outputs,
+    from a file with a line for each class: `index,mid,name` (as AudioSet's), `index,name`, or just `name`. A header
+    line is optional.
 
     Raises:
         ConversionError: If the indices are not 0, 1, ... or a name is empty or comes twice.
@@ -32,15 +38,16 @@ def read_labels(path: Path) -> list[str]:
                 raise ConversionError(
                     f"{path}: class {position} is missing or comes twice; the next index is {row[0]}."
                 )
-        names = [row[-1] for row in rows]
+        table = [(row[-1], row[1] if len(row) == 3 else None) for row in rows]
     elif all(len(row) == 1 for row in rows):
-        names = [row[0] for row in rows]
+        table = [(row[0], None) for row in rows]
     else:
         raise ConversionError(f'{path} is neither `index,mid,"name"`, nor `index,name`, nor a name a line.')
+    names = [name for name, _ in table]
     for position, name in enumerate(names):
         if not name or name in names[:position]:
             raise ConversionError(f"{path}: class {position} is named {name!r}, which is empty or taken.")
-    return names
+    return table
 
 
 @lru_cache

@@ -74,8 +74,11 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, description:
         else:
             default = "null" if setting.default is None else setting.default
             state = f"default: {setting.metadata.get('default', default)}"
+        # The setting that most stand for: `--data X` for `--data.source X`.
+        names = [f"--{setting.key}"] + ([f"--{section}"] if setting.metadata.get("stands_for_section") else [])
         groups[section].add_argument(
-            f"--{setting.key}",
+            *names,
+            dest=setting.key,
             metavar=_name(setting.type),
             default=argparse.SUPPRESS,
             help=f"{setting.help} [{state}]".strip().replace("%", "%%"),

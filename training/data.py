@@ -24,7 +24,7 @@
 import logging
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -33,8 +33,9 @@ import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from modeling_sslam import SSLAMFeatureExtractor
+from training.selection import Selection, WeightedDraw
 from training.sources import open_source
-from training.stream import ClipStream, input_values_of
+from training.stream import Augmentation, ClipStream, input_values_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,14 +50,18 @@ class DataConfig:
     source: str = field(
         metadata={
             "help": "Hub dataset id, folder of sound files or of a dataset (parquet, arrow, WebDataset tar, "
-            "audiofolder, save_to_disk), .tsv manifest, or a builder of `datasets` such as parquet or webdataset "
-            "with data_files."
+            "audiofolder, save_to_disk), .tsv manifest, .csv table, or a builder of `datasets` such as parquet or "
+            "webdataset with data_files.",
+            "stands_for_section": True,
         }
     )
     config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     split: str = field(
         default="train",
-        metadata={"help": "Split to read. A plain folder and a .tsv manifest are one split in themselves."},
+        metadata={
+            "help": "Split to read, or several joined by +. A plain folder and a .tsv manifest are one split in "
+            "themselves."
+        },
     )
     revision: str | None = field(
         default=None,
@@ -84,10 +89,22 @@ class DataConfig:
     label_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column whose labels go along with the clips. For a .tsv manifest any value reads the .lbl file "
-            "beside it; for a plain folder, the names of the enclosing folders."
+            "help": "Column whose labels go along with the clips, auto for the first of the usual names. For a .tsv "
+            "manifest any value reads the .lbl file beside it; for a plain folder, the names of the enclosing folders."
         },
     )
+    group_column: str | None = field(
+        default=None,
+        metadata={"help": "Column by whose values results are reported, auto for num_sources where the data have it."},
+    )
+    sample_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "Table id,weight by which clips_per_epoch clips are drawn for each epoch, without replacement; "
+            "`python -m training.class_weights` writes it."
+        },
+    )
+    clips_per_epoch: int | None = field(default=None, metadata={"help": "How many clips sample_weights draws."})
     crop: Literal["random", "head"] = field(
         default="random",
         metadata={
@@ -127,6 +144,8 @@ class DataConfig:
         for name in ("shuffle_buffer", "num_workers", "max_retries"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+        if (self.sample_weights is None) != (self.clips_per_epoch is None):
+            raise ValueError("sample_weights and clips_per_epoch go together: give both, or neither.")
         if not 0 <= self.max_skipped_fraction < 1:
             raise ValueError(f"max_skipped_fraction={self.max_skipped_fraction} must be at least 0 and less than 1.")
 
@@ -161,6 +180,7 @@ class AudioLoader:
             "rank": stream.rank,
             "world_size": stream.world_size,
             "num_shards": stream.source.dataset.num_shards,
+            "clips_per_epoch": stream.config.clips_per_epoch,
         }
         self._loader = StatefulDataLoader(
             stream,
@@ -210,7 +230,7 @@ class AudioLoader:
             ValueError: If the loader is set up otherwise than the one that saved it: it could not give the same clips.
         """
         for name, value in self._settings.items():
-            if state["settings"][name] != value:
+            if state["settings"].get(name) != value:
                 raise ValueError(
                     f"The data position was saved with {name}={state['settings'][name]!r}, this run has "
                     f"{name}={value!r} and would see other clips. Resume with the same value, or start a new run from "
@@ -256,6 +276,8 @@ def make_loader(
     world_size: int = 1,
     repeat: bool = True,
     drop_last: bool = False,
+    selections: Sequence[Selection] = (),
+    augment: Augmentation | None = None,
 ) -> AudioLoader:
     """The batches of one rank, the same for the same arguments.
 
@@ -264,11 +286,14 @@ def make_loader(
         batch_size: Clips per batch of this rank.
         repeat: Whether epochs follow one another without end.
         drop_last: Without `repeat`, whether to drop a worker's last batch if it is short.
+        selections: Clips take part in an epoch that all of these choose; `config.sample_weights` adds one.
+        augment: Applied to every waveform after cropping.
 
     Returns:
         An iterable of dicts: `input_values` float32 `(B, T, F)`, or with `config.front_end == "device"` `waveforms`
         float32 `(B, samples)` zero-padded and `num_samples` int64 `(B,)` (see [`AudioLoader.input_values`]); `ids` and
-        `epochs`, lists of length B; and with `config.label_column` `labels`, a list of B lists of names.
+        `epochs`, lists of length B; with `config.label_column` `labels`, a list of B lists of names; with
+        `config.group_column` `groups`, a list of B values.
 
     Raises:
         ValueError, FileNotFoundError: If the source cannot be opened (see [`training.sources.open_source`]).
@@ -277,8 +302,20 @@ def make_loader(
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
     source = open_source(config, num_readers=world_size * max(1, config.num_workers), seed=seed)
+    if config.sample_weights is not None:
+        selections = (*selections, WeightedDraw(config.sample_weights, config.clips_per_epoch, seed))
     stream = ClipStream(
-        source, config, feature_extractor, batch_size, seed, rank, world_size, repeat=repeat, drop_last=drop_last
+        source,
+        config,
+        feature_extractor,
+        batch_size,
+        seed,
+        rank,
+        world_size,
+        repeat=repeat,
+        drop_last=drop_last,
+        selections=selections,
+        augment=augment,
     )
     num_shards = stream.dataset_of_rank().num_shards
     if num_shards < config.num_workers:

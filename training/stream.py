@@ -6,11 +6,10 @@ of them used since. To resume, the block is read once more, still encoded. (The 
 content instead.)
 """
 
-import hashlib
 import logging
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +28,7 @@ from torch.utils.data import get_worker_info
 from modeling_sslam import SSLAMFeatureExtractor
 from training.audio import ClipError, read_waveform
 from training.seeding import generator_for
+from training.selection import Selection
 from training.sources import Source, http_options
 
 if TYPE_CHECKING:
@@ -84,6 +84,10 @@ def _is_permanent(cause: BaseException) -> bool:
     return isinstance(cause, PERMANENT_ERRORS) or status in PERMANENT_STATUS
 
 
+# A waveform `(samples,)` and the generator to draw from, a function of seed, epoch and clip, to another waveform.
+Augmentation = Callable[[torch.Tensor, np.random.Generator], torch.Tensor]
+
+
 class Rows:
     """The rows of a dataset from a saved state on, opened again where it was if reading fails.
 
@@ -98,6 +102,7 @@ class Rows:
         self.name = name
         self.checkpoint = state
         self.rows_since_checkpoint = 0
+        self.has_given = False
         self.rows: Iterator[dict] | None = None
 
     def state_dict(self) -> dict | None:
@@ -114,6 +119,7 @@ class Rows:
         if row is None:
             raise StopIteration
         self.rows_since_checkpoint += 1
+        self.has_given = True
         return row
 
     def _read(self) -> dict | None:
@@ -156,6 +162,8 @@ class ClipStream(torch.utils.data.IterableDataset):
         world_size: int,
         repeat: bool,
         drop_last: bool,
+        selections: Sequence[Selection] = (),
+        augment: Augmentation | None = None,
     ) -> None:
         self.source = source
         self.config = config
@@ -166,6 +174,8 @@ class ClipStream(torch.utils.data.IterableDataset):
         self.world_size = world_size
         self.repeat = repeat
         self.drop_last = drop_last
+        self.selections = selections
+        self.augment = augment
         self.epoch = 0
         self._resumed: tuple[Position, int] | None = None
         self._current: tuple[Position, int] | None = None
@@ -202,7 +212,7 @@ class ClipStream(torch.utils.data.IterableDataset):
             try:
                 clips.append(self._load(row, position.epoch))
             except ClipError as error:
-                skipped.append((self._id(row), error.reason, str(error)))
+                skipped.append((self.source.id(row), error.reason, str(error)))
             if len(clips) == self.batch_size:
                 self._current = position, 0
                 yield self._batch(clips, skipped[num_reported:])
@@ -224,14 +234,15 @@ class ClipStream(torch.utils.data.IterableDataset):
         worker = info.id if (info := get_worker_info()) else 0
         size = max(1, self.config.shuffle_buffer)
         while True:
-            rows = Rows(self.dataset_of_rank(epoch), state, self.config.max_retries, f"Reading {self.config.source}")
+            source = Rows(self.dataset_of_rank(epoch), state, self.config.max_retries, f"Reading {self.config.source}")
             is_empty = state is None
+            rows = self._selected(source, epoch)
             # The first block is of random size, so that the borders between blocks move from epoch to epoch.
             first_size = int(generator_for(self.seed, "blocks", epoch, self.rank, worker).integers(1, size + 1))
             block = list(islice(rows, first_size if index == 0 else size))
             while block:
                 is_empty = False
-                next_state, next_block = rows.state_dict(), []
+                next_state, next_block = source.state_dict(), []
                 order = np.arange(len(block))
                 if self.config.shuffle_buffer:
                     order = generator_for(self.seed, "order", epoch, index, self.rank, worker).permutation(len(block))
@@ -242,20 +253,19 @@ class ClipStream(torch.utils.data.IterableDataset):
                     block[k] = None
                 next_block.extend(islice(rows, size - len(next_block)))
                 block, index, state, used = next_block, index + 1, next_state, 0
-            if not self.repeat or is_empty:
+            if not self.repeat or (is_empty and not source.has_given):
                 return
             epoch, index, state, used = epoch + 1, 0, None, 0
 
-    def _id(self, row: dict) -> str:
-        if self.source.id_column is not None:
-            return str(row[self.source.id_column])
-        encoded, path = self.source.audio(row)
-        return path or hashlib.blake2b(encoded or b"", digest_size=8).hexdigest()
+    def _selected(self, rows: Iterator[dict], epoch: int) -> Iterator[dict]:
+        if not self.selections:
+            return rows
+        return (row for row in rows if all(select(self.source.id(row), epoch) for select in self.selections))
 
     def _load(self, row: dict, epoch: int) -> dict[str, Any]:
         extractor = self.feature_extractor
         encoded, path = self.source.audio(row)
-        id_ = self._id(row)
+        id_ = self.source.id(row)
         if encoded is None and path is not None and "://" in path:
             read = partial(_read_remote, path, self.config.read_timeout)
             encoded = with_retries(read, self.config.max_retries, f"Reading {path}")
@@ -266,8 +276,14 @@ class ClipStream(torch.utils.data.IterableDataset):
             min_samples=extractor.num_samples(extractor.patch_size),
             position=generator_for(self.seed, "crop", epoch, id_).random() if self.config.crop == "random" else 0.0,
         )
-        labels = self.source.labels(row) if self.source.label_column else None
-        return {"id": id_, "epoch": epoch, "waveform": waveform, "labels": labels}
+        if self.augment is not None:
+            waveform = self.augment(waveform, generator_for(self.seed, "augment", epoch, id_))
+        clip = {"id": id_, "epoch": epoch, "waveform": waveform}
+        if self.source.label_column:
+            clip["labels"] = self.source.labels(row)
+        if self.source.group_column:
+            clip["group"] = row[self.source.group_column]
+        return clip
 
     def _batch(self, clips: list[dict[str, Any]], skipped: list[tuple[str, str, str]]) -> dict[str, Any]:
         waveforms = [clip["waveform"] for clip in clips]
@@ -280,6 +296,8 @@ class ClipStream(torch.utils.data.IterableDataset):
         }
         if self.source.label_column:
             batch["labels"] = [clip["labels"] for clip in clips]
+        if self.source.group_column:
+            batch["groups"] = [clip["group"] for clip in clips]
         if self.config.front_end == "worker":
             batch["input_values"] = input_values_of(self.feature_extractor, batch)
             del batch["waveforms"], batch["num_samples"]
