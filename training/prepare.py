@@ -29,13 +29,25 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from training.preparation import esc50
+from training.preparation import (
+    audioset,
+    desed,
+    esc50,
+    manifest,
+    spass,
+    speech_commands_v1,
+    speech_commands_v2,
+    urban_sed,
+)
 from training.preparation.folder import describe, write_folder
 from training.preparation.listing import Listing, PreparationError
 from training.shards import card_header, new_folder
 
 # Each module's docstring is the command's help, its `OPTIONS` are arguments of its `list_clips`.
-DATASETS: dict[str, ModuleType] = {"esc50": esc50}
+DATASETS: dict[str, ModuleType] = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (audioset, esc50, speech_commands_v1, speech_commands_v2, spass, urban_sed, desed, manifest)
+}
 NAMES_IN_REPORT, NAMES_ON_SCREEN = 20, 3
 
 
@@ -60,7 +72,7 @@ def prepare(name: str, source: Path, out: Path, by_path: bool = False, **options
             "dataset": name,
             "options": {
                 "by_path": by_path,
-                **{key: str(value) for key, value in options.items() if value is not None},
+                **{key: _shown(value) for key, value in options.items() if value is not None},
             },
             "clips": sum(split["clips"] for split in report["splits"].values()),
             "classes": len(listing.classes),
@@ -75,6 +87,11 @@ def prepare(name: str, source: Path, out: Path, by_path: bool = False, **options
         print(f"  {split}: {entry['clips']} clips, {min(counts)} to {max(counts)} a class")
     print(describe(listing.findings, NAMES_ON_SCREEN) or "nothing amiss")
     return report
+
+
+def _shown(value: Any) -> str:
+    """An option's value as the card shows it: no folders of this machine."""
+    return " ".join(map(str, value)) if isinstance(value, list) else value.name if isinstance(value, Path) else value
 
 
 @contextmanager
@@ -124,7 +141,8 @@ def card(report: dict[str, Any]) -> str:
         f"{DATASETS[report['dataset']].__doc__.strip()}\n\nMade by\n\n"
         f"    python -m training.prepare {report['dataset']} SOURCE OUT{options}\n\n"
         f"| split | clips |\n|---|---|\n{splits}\n\n"
-        f"{report['classes']} classes, in `labels.csv`. Amiss, with names in `report.json`:\n\n"
+        f"{report['classes']} classes, in `labels.csv`. "
+        f"{'The sounds are referred to by their paths. ' if report['options']['by_path'] else ''}Amiss, with names in `report.json`:\n\n"
         f"{findings or '- nothing'}\n"
     )
 
@@ -154,7 +172,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     try:
         prepare(**vars(parse_arguments(argv)))
-    except PreparationError as error:
+    except (PreparationError, OSError) as error:
         sys.exit(f"training.prepare: {error}")
 
 

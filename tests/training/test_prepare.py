@@ -104,11 +104,11 @@ def test_esc50(make, extractor, tmp_path, capsys):
         "clips_without_known_label": 1,
         "classes_without_clip": 44,
     }
-    assert report["findings"]["missing_files"]["first"] == ["1-7-A-5"]
+    assert report["findings"]["missing_files"]["first"] == ["audio/1-7-A-5.wav"]
     assert report["splits"]["fold1"]["clips"] == 2
     assert report["splits"]["fold1"]["classes"]["hand_saw"] == 1
     assert json.loads((folder / "report.json").read_text()) == report
-    assert "missing files (listed, but not there; left out): 1, 1-7-A-5" in capsys.readouterr().out
+    assert "missing files (listed, but not there; left out): 1, audio/1-7-A-5.wav" in capsys.readouterr().out
     assert read_labels(folder / "labels.csv") == esc50.CLASSES
 
     loaded = datasets.load_dataset(str(folder), streaming=True)

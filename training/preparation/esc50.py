@@ -27,4 +27,4 @@ def list_clips(source: Path) -> Listing:
         clips.append(Clip(Path(name).stem, f"fold{row['fold']}", source / "audio" / name, (label,)))
         if label in CLASSES and row["target"] != str(CLASSES.index(label)):
             findings.add("conflicting_rows", f"{name}: target {row['target']} is not {label}")
-    return Listing(clips, CLASSES, sound_files(source / "audio"), findings=findings)
+    return Listing(source, clips, CLASSES, sound_files(source / "audio"), findings=findings)

@@ -63,7 +63,7 @@ def write_folder(folder: Path, listing: Listing, by_path: bool) -> dict[str, Any
             size = write_shards(
                 folder,
                 split,
-                _rows([members[i] for i in order], columns, by_path, findings, counts, progress),
+                _rows([members[i] for i in order], columns, by_path, listing, counts, progress),
                 columns,
                 max_rows=MAX_SHARD_ROWS,
                 max_bytes=MAX_SHARD_BYTES,
@@ -102,7 +102,7 @@ def _rows(
     clips: Sequence[Clip],
     columns: datasets.Features,
     by_path: bool,
-    findings: Findings,
+    listing: Listing,
     counts: Counter[str],
     progress: tqdm,
 ) -> Iterator[dict[str, Any]]:
@@ -113,9 +113,9 @@ def _rows(
             audio = _audio(clip, by_path)
         except (OSError, soundfile.LibsndfileError) as error:
             if isinstance(error, OSError) or clip.path.suffix.lower() not in UNCHECKED_SUFFIXES:
-                findings.add("unreadable_files", str(clip.path))
+                listing.findings.add("unreadable_files", listing.name(clip.path))
                 continue
-            findings.add("unchecked_files", str(clip.path))
+            listing.findings.add("unchecked_files", listing.name(clip.path))
             audio = {"bytes": None if by_path else clip.path.read_bytes(), "path": _name(clip, by_path)}
         counts.update(clip.labels)
         row = {

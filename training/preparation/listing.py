@@ -9,7 +9,7 @@ import csv
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,8 @@ FINDINGS = {
     "unknown_labels": "none of the classes; not among the clip's labels",
     "clips_without_known_label": "whose every label is unknown; left out",
     "clips_without_label": "that are annotated to have none of the classes; kept",
+    "clips_without_annotation": "listed without labels; left out",
+    "replaced_clips": "of the testing list, in whose place stands --test-set; left out",
     "labels_without_clip": "labels for which no clip is listed; left out",
     "classes_without_clip": "classes that no clip has; kept in labels.csv",
     "ignored_annotations": "annotation files that do not say what is in a clip; not read",
@@ -86,12 +88,14 @@ class Listing:
     """A data set as it is annotated.
 
     Args:
+        root: Folder of the sound files, by which findings name them.
         classes: Display names in the order of a classifier's outputs.
         files: The sound files that are there, of which each is expected to be listed.
         ids: The classes' machine ids, where they have.
         has_sources: Whether a clip's labels are the sources that sound in it: then their number goes along.
     """
 
+    root: Path
     clips: list[Clip]
     classes: Sequence[str]
     files: list[Path]
@@ -99,6 +103,10 @@ class Listing:
     has_events: bool = False
     has_sources: bool = False
     findings: Findings = field(default_factory=Findings)
+
+    def name(self, path: Path) -> str:
+        """A path as findings show it."""
+        return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
 
 
 def sound_files(folder: Path) -> list[Path]:
@@ -114,23 +122,30 @@ def sound_files(folder: Path) -> list[Path]:
     return found
 
 
-def read_table(path: Path, columns: Iterable[str], delimiter: str = ",") -> Iterator[dict[str, str]]:
-    """The rows of a table with a header, which must have these columns.
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text.
 
     Raises:
-        PreparationError: If it cannot be read or lacks one of them.
+        PreparationError: If it cannot be read.
     """
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter=delimiter)
-            missing = [name for name in columns if name not in (reader.fieldnames or [])]
-            if missing:
-                raise PreparationError(
-                    f"{path} has no column {', '.join(missing)}; it has {', '.join(reader.fieldnames or ['none'])}."
-                )
-            yield from reader
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        return path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
         raise PreparationError(f"{path} cannot be read: {error}.") from error
+
+
+def read_table(path: Path, columns: Iterable[str], delimiter: str = ",") -> Iterator[dict[str, str]]:
+    """The rows of a table with a header, which must have these columns. What a short row lacks is empty.
+
+    Raises:
+        PreparationError: If it cannot be read or lacks one of the columns.
+    """
+    reader = csv.DictReader(read_lines(path), delimiter=delimiter, restval="")
+    if missing := [name for name in columns if name not in (reader.fieldnames or [])]:
+        raise PreparationError(
+            f"{path} has no column {', '.join(missing)}; it has {', '.join(reader.fieldnames or ['none'])}."
+        )
+    yield from reader
 
 
 def without_duplicates(clips: Iterable[Clip], findings: Findings) -> list[Clip]:
@@ -169,14 +184,14 @@ def with_known_labels(clips: Iterable[Clip], listing: Listing) -> list[Clip]:
         if not clip.labels:
             listing.findings.add("clips_without_label", clip.id)
         events = tuple(event._replace(label=names[event.label]) for event in clip.events if event.label in names)
-        kept.append(Clip(clip.id, clip.split, clip.path, known, events, clip.span))
+        kept.append(replace(clip, labels=known, events=events))
     return kept
 
 
 def with_files(clips: Iterable[Clip], listing: Listing) -> list[Clip]:
     """Clips whose file is there; those that are not, and files that no clip is made of, are findings."""
     clips, there = list(clips), set(listing.files)
-    listing.findings.add("missing_files", *(clip.id for clip in clips if clip.path not in there))
+    listing.findings.add("missing_files", *(listing.name(clip.path) for clip in clips if clip.path not in there))
     listed = {clip.path for clip in clips}
-    listing.findings.add("unlisted_files", *(str(path) for path in listing.files if path not in listed))
+    listing.findings.add("unlisted_files", *(listing.name(path) for path in listing.files if path not in listed))
     return [clip for clip in clips if clip.path in there]
