@@ -131,6 +131,7 @@ def card(report: dict[str, Any]) -> str:
         for key, value in report["options"].items()
         if value
     )
+    place = " The sounds are elsewhere: rows have their paths." if report["options"]["by_path"] else ""
     splits = "\n".join(f"| {split} | {entry['clips']} |" for split, entry in report["splits"].items())
     findings = "\n".join(
         f"- {entry['count']} {kind.replace('_', ' ')} ({entry['meaning']})"
@@ -141,8 +142,7 @@ def card(report: dict[str, Any]) -> str:
         f"{DATASETS[report['dataset']].__doc__.strip()}\n\nMade by\n\n"
         f"    python -m training.prepare {report['dataset']} SOURCE OUT{options}\n\n"
         f"| split | clips |\n|---|---|\n{splits}\n\n"
-        f"{report['classes']} classes, in `labels.csv`. "
-        f"{'The sounds are referred to by their paths. ' if report['options']['by_path'] else ''}Amiss, with names in `report.json`:\n\n"
+        f"{report['classes']} classes, in `labels.csv`.{place} Amiss, with names in `report.json`:\n\n"
         f"{findings or '- nothing'}\n"
     )
 

@@ -3,8 +3,8 @@
 As downloaded, DESED is a tree of tables `metadata/REST.tsv` and one of sounds `audio/REST/*.wav` (or `audio/REST_16k`,
 or one folder higher). A table has a header, and the columns `filename`, `onset`, `offset` and `event_label` with a
 line for each event (an empty label for a clip without any), or `filename` and `event_labels` with the labels of a
-clip, separated by commas. The first folder of REST gives the split: train, validation, or, for eval, test. Tables without
-labels (durations, unlabelled clips) are not read. Classes are in alphabetical order.
+clip, separated by commas. The first folder of REST gives the split: train, validation, or, for eval, test. Tables
+without labels (durations, unlabelled clips) are not read. Classes are in alphabetical order.
 
 How IDMT-DESED-FL lays out its files is not documented in public: name its tables with `--annotations
 train=train.tsv test=eval.csv` (paths in SOURCE; a `.csv` is separated by commas), and their columns if they differ. A
