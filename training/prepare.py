@@ -119,9 +119,11 @@ def unpacked(source: Path, workplace: Path) -> Iterator[Path]:
 
 
 def _innermost(folder: Path) -> Path:
-    while len(entries := [e for e in folder.iterdir() if e.name != "__MACOSX"]) == 1 and entries[0].is_dir():
+    while True:
+        entries = [entry for entry in folder.iterdir() if not entry.name.startswith((".", "__MACOSX"))]
+        if len(entries) != 1 or not entries[0].is_dir():
+            return folder
         folder = entries[0]
-    return folder
 
 
 def card(report: dict[str, Any]) -> str:
