@@ -39,7 +39,7 @@ from training.preparation import (
     speech_commands_v2,
     urban_sed,
 )
-from training.preparation.folder import describe, write_folder
+from training.preparation.folder import write_folder
 from training.preparation.listing import Listing, PreparationError
 from training.shards import card_header, new_folder
 
@@ -48,7 +48,6 @@ DATASETS: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
     for module in (audioset, esc50, speech_commands_v1, speech_commands_v2, spass, urban_sed, desed, manifest)
 }
-NAMES_IN_REPORT, NAMES_ON_SCREEN = 20, 3
 
 
 def prepare(name: str, source: Path, out: Path, by_path: bool = False, **options: Any) -> dict[str, Any]:
@@ -77,7 +76,7 @@ def prepare(name: str, source: Path, out: Path, by_path: bool = False, **options
             "clips": sum(split["clips"] for split in report["splits"].values()),
             "classes": len(listing.classes),
             **report,
-            "findings": listing.findings.summary(NAMES_IN_REPORT),
+            "findings": listing.findings.found,
         }
         (made / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (made / "README.md").write_text(card(report), encoding="utf-8")
@@ -85,7 +84,7 @@ def prepare(name: str, source: Path, out: Path, by_path: bool = False, **options
     for split, entry in report["splits"].items():
         counts = entry["classes"].values()
         print(f"  {split}: {entry['clips']} clips, {min(counts)} to {max(counts)} a class")
-    print(describe(listing.findings, NAMES_ON_SCREEN) or "nothing amiss")
+    print(listing.findings.describe() or "nothing amiss")
     return report
 
 

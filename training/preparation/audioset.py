@@ -44,7 +44,7 @@ def list_clips(source: Path) -> Listing:
     for split, name in SEGMENTS.items():
         if name in tables:
             for ytid, labels in read_segments(tables[name]):
-                clips.append(Clip(ytid, split, by_ytid.get(ytid, source / ytid), labels))
+                clips.append(Clip(ytid, split, by_ytid.get(ytid) or source / ytid, labels))
     if not clips:
         raise PreparationError(f"{source} holds none of {', '.join(SEGMENTS.values())}.")
     names, ids = zip(*classes, strict=True)

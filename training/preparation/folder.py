@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from training.preparation.listing import (
     Clip,
-    Findings,
     Listing,
     PreparationError,
     with_files,
@@ -72,7 +71,7 @@ def write_folder(folder: Path, listing: Listing, by_path: bool) -> dict[str, Any
             if size:
                 report["splits"][split] = {"clips": size, "classes": {name: counts[name] for name in listing.classes}}
     if not report["splits"]:
-        raise PreparationError(f"There is no clip to write: {describe(findings, 3) or 'nothing is listed'}")
+        raise PreparationError(f"There is no clip to write: {findings.describe() or 'nothing is listed'}")
     write_labels(folder, listing.classes, listing.ids)
     totals = sum((Counter(split["classes"]) for split in report["splits"].values()), Counter())
     findings.add("classes_without_clip", *(name for name in listing.classes if not totals[name]))
@@ -147,12 +146,3 @@ def _audio(clip: Clip, by_path: bool) -> dict[str, Any]:
     if not soundfile.info(str(clip.path) if by_path else io.BytesIO(encoded)).frames:
         raise OSError(f"{clip.path} has no samples.")
     return {"bytes": encoded, "path": _name(clip, by_path)}
-
-
-def describe(findings: Findings, num_names: int) -> str:
-    """What is amiss, a line a kind."""
-    return "\n".join(
-        f"{kind.replace('_', ' ')} ({entry['meaning']}): {entry['count']}, {', '.join(entry['first'])}"
-        + (", ..." if entry["count"] > len(entry["first"]) else "")
-        for kind, entry in findings.summary(num_names).items()
-    )

@@ -7,11 +7,10 @@ finding: counted, named, and said what became of it.
 
 import csv
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from training.sources import AUDIO_SUFFIXES
 
@@ -34,28 +33,35 @@ FINDINGS = {
     "noise_files": "background noise, which is no class of its own; left out",
 }
 
+# A download may lack a million files: their first names tell what they have in common.
+NAMES_KEPT, NAMES_SHOWN = 20, 3
+
 
 class PreparationError(Exception):
     """Data that cannot be prepared; the message says why and what to do."""
 
 
 class Findings:
-    """Names of what is amiss, by kind (see `FINDINGS`)."""
+    """What is amiss: of each of the `FINDINGS` how many, and the first names."""
 
     def __init__(self) -> None:
-        self.names: defaultdict[str, list[str]] = defaultdict(list)
+        self.found: dict[str, dict[str, Any]] = {}
 
-    def add(self, kind: str, *names: str) -> None:
-        if names:
-            self.names[kind].extend(names)
+    def add(self, kind: str, *names: Any, show: Callable[[Any], str] = str) -> None:
+        for name in names:
+            entry = self.found.setdefault(kind, {"count": 0, "meaning": FINDINGS[kind], "first": []})
+            entry["count"] += 1
+            if entry["count"] <= NAMES_KEPT:
+                entry["first"].append(show(name))
 
-    def summary(self, num_names: int) -> dict[str, dict]:
-        """Of each kind its number, what became of it and the first names."""
-        return {
-            kind: {"count": len(self.names[kind]), "meaning": meaning, "first": self.names[kind][:num_names]}
-            for kind, meaning in FINDINGS.items()
-            if self.names[kind]
-        }
+    def describe(self) -> str:
+        """A line for each kind."""
+        return "\n".join(
+            f"{kind.replace('_', ' ')} ({entry['meaning']}): {entry['count']}, "
+            + ", ".join(entry["first"][:NAMES_SHOWN])
+            + (", ..." if entry["count"] > NAMES_SHOWN else "")
+            for kind, entry in self.found.items()
+        )
 
 
 class Event(NamedTuple):
@@ -191,7 +197,7 @@ def with_known_labels(clips: Iterable[Clip], listing: Listing) -> list[Clip]:
 def with_files(clips: Iterable[Clip], listing: Listing) -> list[Clip]:
     """Clips whose file is there; those that are not, and files that no clip is made of, are findings."""
     clips, there = list(clips), set(listing.files)
-    listing.findings.add("missing_files", *(listing.name(clip.path) for clip in clips if clip.path not in there))
+    listing.findings.add("missing_files", *(clip.path for clip in clips if clip.path not in there), show=listing.name)
     listed = {clip.path for clip in clips}
-    listing.findings.add("unlisted_files", *(listing.name(path) for path in listing.files if path not in listed))
+    listing.findings.add("unlisted_files", *(path for path in listing.files if path not in listed), show=listing.name)
     return [clip for clip in clips if clip.path in there]
