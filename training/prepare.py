@@ -60,18 +60,20 @@ def prepare(name: str, source: Path, out: Path, by_path: bool = False, **options
         PreparationError: If the data cannot be prepared.
     """
     list_clips: Callable[..., Listing] = DATASETS[name].list_clips
+    known = getattr(DATASETS[name], "OPTIONS", {})
     if out.exists():
         raise PreparationError(f"{out} exists; name a folder that does not.")
     if by_path and not source.is_dir():
         raise PreparationError(f"{source} is no folder: --by-path needs one, whose files stay where they are.")
     with unpacked(source, out.absolute().parent) as folder, new_folder(out) as made:
+        print(f"Reading what {folder} lists ...", file=sys.stderr)
         listing = list_clips(folder, **options)
         report = write_folder(made, listing, by_path)
         report = {
             "dataset": name,
             "options": {
                 "by_path": by_path,
-                **{key: _shown(value) for key, value in options.items() if value is not None},
+                **{key: _shown(value) for key, value in options.items() if value != known[key].get("default")},
             },
             "clips": sum(split["clips"] for split in report["splits"].values()),
             "classes": len(listing.classes),

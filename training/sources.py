@@ -229,8 +229,10 @@ def _read_manifest(path: Path, with_labels: bool) -> dict[str, list]:
     if with_labels:
         label_file = path.with_suffix(".lbl")
         entries = [line.split("\t") for line in label_file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        stems = [Path(id_).stem for id_ in ids]
-        if [entry[0] for entry in entries] != stems:
+        # Named by the stem or, as SPASS's are, by the path without its suffix.
+        if len(entries) != len(ids) or any(
+            entry[0] not in (Path(id_).stem, os.path.splitext(id_)[0]) for entry, id_ in zip(entries, ids, strict=True)
+        ):
             raise ValueError(f"{label_file} does not list the stems of {path} in the same order.")
         columns["labels"] = [entry[1].split(",") for entry in entries]
     return columns

@@ -218,6 +218,13 @@ def test_speech_commands_v1(make, extractor, tmp_path):
 
 
 @pytest.mark.usefixtures("words")
+def test_silence_stands_in_the_folder_also_where_words_are_referred_to(make, extractor):
+    folder, _ = make("speech_commands_v1", by_path=True)
+    assert read(folder, "validation", extractor) == {"yes/b_nohash_0": ("yes",), "_silence_/hum-008": ("_silence_",)}
+    assert "The sounds are elsewhere" in (folder / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("words")
 def test_speech_commands_v1_with_the_published_test_set(make, extractor, tmp_path, encode):
     for name in ("yes", "_unknown_", "_silence_"):
         (tmp_path / "tests" / name).mkdir(parents=True)
@@ -399,9 +406,31 @@ def test_desed_of_another_layout(make, put, extractor):
     assert read(folder, "test", extractor) == {"sounds/b": ("Cat",)}
     assert counts(report) == {"classes_without_clip": 8}
     assert "--annotations train=train.csv test=eval.csv --file-column file" in (folder / "README.md").read_text()
-    for annotations, message in [(["train.csv"], "is not SPLIT=TABLE"), (None, "name the tables with --annotations")]:
-        with pytest.raises(PreparationError, match=message):
-            prepare.prepare("desed", folder.parent / "source", folder.parent / "other", annotations=annotations)
+
+    def refused(match, annotations):
+        with pytest.raises(PreparationError, match=match):
+            prepare.prepare(
+                "desed", folder.parent / "source", folder.parent / "other", annotations=annotations, **columns
+            )
+
+    refused("is not SPLIT=TABLE", ["train.csv"])
+    refused("name the tables with --annotations", None)
+    put("other_sounds/b.wav")
+    refused("which may be .*sounds/b.wav or .*other_sounds/b.wav", ["test=eval.csv"])
+
+
+def test_desed_does_not_take_a_sound_of_another_split(make, put, extractor):
+    """Synthetic clips are numbered in each split anew."""
+    for split in ("train", "validation"):
+        put(f"metadata/{split}/synthetic21_{split}/soundscapes.tsv", f"{STRONG}0.wav\t0\t1\tDog\n")
+    put("audio/validation/synthetic21_validation/soundscapes/0.wav")
+    put("metadata/train/audioset_strong.tsv", f"{STRONG}y.wav\t0\t1\tCat\n")
+    for folder in ("strong_label_real", "strong_label_real_16k"):
+        put(f"audio/train/{folder}/y.wav")
+    folder, report = make("desed")
+    assert report["findings"]["missing_files"]["first"] == ["audio/train/synthetic21_train/0.wav"]
+    assert read(folder, "train", extractor) == {"audio/train/strong_label_real/y": ("Cat",)}
+    assert list(read(folder, "validation", extractor)) == ["audio/validation/synthetic21_validation/soundscapes/0"]
 
 
 # ---------------------------------------------------------------------------------------------- AudioSet and manifests
@@ -540,9 +569,22 @@ def test_what_cannot_be_prepared_leaves_nothing_behind(put, tmp_path):
     refused("There is no clip to write: .*\nunreadable files.* 1, audio/1-8-A-6.wav", source, out)
     put("meta/esc50.csv", "filename,target,category\n")
     refused("esc50.csv has no column fold; it has filename, target, category", source, out)
+    put("meta/esc50.csv", "filename,fold,target,category\n1-1-A-0.wav,1 a,0,dog\n")
+    refused("A split cannot be called 'fold1 a'", source, out)
     (source / "meta/esc50.csv").unlink()
     refused("esc50.csv cannot be read", source, out)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_formats_that_only_torchcodec_reads_are_kept_and_counted(put, make):
+    put("meta/esc50.csv", "filename,fold,target,category\na.m4a,1,0,dog\nb.m4a,1,0,dog\nc.wav,1,0,dog\n")
+    put("audio/a.m4a", b"ftypM4A ...")
+    put("audio/b.m4a", b"")
+    put("audio/c.wav")
+    _, report = make("esc50")
+    assert report["findings"]["unchecked_files"]["first"] == ["audio/a.m4a"]
+    assert report["findings"]["unreadable_files"]["first"] == ["audio/b.m4a"]
+    assert report["clips"] == 2
 
 
 def test_rows_are_mixed_the_same_way_every_time(put, tmp_path, extractor):

@@ -6,6 +6,7 @@ annotations go class by class.
 
 import io
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -46,13 +47,17 @@ def write_folder(folder: Path, listing: Listing, by_path: bool) -> dict[str, Any
         The report: clips per split and class, and the findings.
 
     Raises:
-        PreparationError: If there is no clip to write, or one is in two splits.
+        PreparationError: If there is no clip to write, one is in two splits, or a split has a name that `datasets`
+            does not take.
     """
     findings = listing.findings
     clips = with_known_labels(with_files(without_duplicates(listing.clips, findings), listing), listing)
     splits = {
         split: [clip for clip in clips if clip.split == split] for split in dict.fromkeys(c.split for c in clips)
     }
+    for split in splits:
+        if not re.fullmatch(r"\w+", split):
+            raise PreparationError(f"A split cannot be called {split!r}: letters, digits and _ are what it may have.")
     columns = features(listing)
     report: dict[str, Any] = {"splits": {}}
     with tqdm(total=len(clips), unit="clip", desc="Clips") as progress:
@@ -142,6 +147,8 @@ def _audio(clip: Clip, by_path: bool) -> dict[str, Any]:
         file = io.BytesIO()
         soundfile.write(file, samples, rate, format="WAV", subtype="PCM_16")
         return {"bytes": file.getvalue(), "path": f"{clip.id.replace('/', '-')}.wav"}
+    if not clip.path.stat().st_size:
+        raise OSError(f"{clip.path} is empty.")
     encoded = None if by_path else clip.path.read_bytes()
     if not soundfile.info(str(clip.path) if by_path else io.BytesIO(encoded)).frames:
         raise OSError(f"{clip.path} has no samples.")
