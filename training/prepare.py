@@ -33,6 +33,7 @@ from training.preparation import (
     audioset,
     desed,
     esc50,
+    idmt_desed_fl,
     manifest,
     spass,
     speech_commands_v1,
@@ -46,7 +47,17 @@ from training.shards import card_header, new_folder
 # Each module's docstring is the command's help, its `OPTIONS` are arguments of its `list_clips`.
 DATASETS: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
-    for module in (audioset, esc50, speech_commands_v1, speech_commands_v2, spass, urban_sed, desed, manifest)
+    for module in (
+        audioset,
+        esc50,
+        speech_commands_v1,
+        speech_commands_v2,
+        spass,
+        urban_sed,
+        desed,
+        idmt_desed_fl,
+        manifest,
+    )
 }
 
 

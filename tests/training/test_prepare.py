@@ -395,13 +395,13 @@ def test_desed(make, put, extractor):
     assert len(set(desed.CLASSES)) == 10
 
 
-def test_desed_of_another_layout(make, put, extractor):
+def test_idmt_desed_fl(make, put, extractor):
     put("train.csv", "file,from,to,class\nclient1/a.wav,0,1,Dog\n")
     put("eval.csv", "file,from,to,class\nb.wav,0,1,Cat\n")
     put("sounds/client1/a.wav")
     put("sounds/b.wav")
     columns = {"file_column": "file", "label_column": "class", "onset_column": "from", "offset_column": "to"}
-    folder, report = make("desed", annotations=["train=train.csv", "test=eval.csv"], **columns)
+    folder, report = make("idmt_desed_fl", annotations=["train=train.csv", "test=eval.csv"], **columns)
     assert read(folder, "train", extractor) == {"sounds/client1/a": ("Dog",)}
     assert read(folder, "test", extractor) == {"sounds/b": ("Cat",)}
     assert counts(report) == {"classes_without_clip": 8}

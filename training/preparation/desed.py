@@ -1,4 +1,4 @@
-"""DESED and IDMT-DESED-FL: domestic soundscapes of 10 s, 10 classes (Turpault et al. 2019; Johnson et al. 2021).
+"""DESED: recorded and synthesised domestic soundscapes of 10 s, 10 classes (Turpault et al. 2019).
 
 As downloaded, DESED is a tree of tables, such as `metadata/train/weak.tsv`, and one of sounds, such as
 `audio/train/weak/*.wav`. A sound is looked for by its name below the table's folder, with `audio` for `metadata`, and
@@ -8,9 +8,8 @@ without any), or `filename` and `event_labels` with the labels of a clip, separa
 the split: train, validation, or, for eval, test. Tables without labels (durations, unlabelled clips) are not read.
 Classes are in alphabetical order.
 
-How IDMT-DESED-FL lays out its files was not to be found documented: name its tables with `--annotations
-train=train.tsv test=eval.csv` (paths in SOURCE; a `.csv` is separated by commas), and their columns if they differ.
-Clips are then looked for in all of SOURCE.
+Where the tables are elsewhere or have other columns, options name them (`--annotations train=train.tsv test=eval.csv`,
+paths in SOURCE; a `.csv` is separated by commas). Sounds are then looked for in all of SOURCE.
 """
 
 from collections import defaultdict

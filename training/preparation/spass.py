@@ -1,4 +1,4 @@
-"""SPASS: five synthesised urban soundscapes of 5000 clips of about 10 s (Viveros-Muñoz et al. 2023, Zenodo).
+"""SPASS: five synthesised urban soundscapes of 5000 clips of about 10 s (Viveros-Muñoz et al., on Zenodo).
 
 As downloaded: for each of Market, Park, Square, Street and Waterfront a folder of sounds ("Market audio files", the
 spaces may be underscores) and a table with a line for each sound in each clip ("1_MatrixLabelsMarket.csv"). The
