@@ -4,8 +4,8 @@
     python -m examples.polyphony_study runs/study --clips 40000 ...      # bigger, where there is a GPU
 
 For every seed: stage 1; from it stage 2 with each objective for the same number of updates; then of each encoder a
-linear evaluation (frozen, mean of the patches) and fine-tuning, tested on clips with 1 to 5 sources. All of it is
-commands, printed before they run; what is there already is not done again, so the study can be interrupted.
+linear evaluation (frozen, mean of the patches) and fine-tuning, tested on clips with 1 to 5 sources. Each step is a
+command that is printed before it runs; what is there already is not done again, so a study can be interrupted.
 
 OUT gets results.json (every number of every seed), table.md (mean and standard deviation over the seeds) and table.png.
 """
@@ -89,7 +89,7 @@ def main() -> None:
 def read_scores(results: Path) -> dict[str, float]:
     """mAP on the test clips by their number of sources, and on all."""
     found = json.loads(results.read_text())
-    by_sources = {str(row["num_sources"]): row["map"] for row in found["by_group"]}
+    by_sources = {str(row["group"]): row["map"] for row in found["by_group"]}
     return by_sources | {ALL: found["metrics"]["map"]}
 
 
