@@ -49,6 +49,8 @@ def test_manifest(make_folder, extractor, tmp_path):
     assert set(read_all(config_for(manifest), extractor)) == {str(file) for file in files}
     clips = read_all(config_for(manifest, label_column="labels"), extractor)
     assert clips["deeper/clip001.flac"][0] == ["/m/1", "/m/clip001"]
+    (tmp_path / "train.lbl").write_text("".join(f"{file.with_suffix('')}\t{file.stem}\n" for file in files))
+    assert read_all(config_for(manifest, label_column="labels"), extractor)["deeper/clip001.flac"][0] == ["clip001"]
 
 
 def test_a_manifest_whose_labels_are_out_of_step(make_folder, tmp_path, extractor):
