@@ -260,7 +260,7 @@ def _read_table(config: "DataConfig", path: Path) -> dict[str, list]:
         cells = [(row[label] or "").split(LABEL_SEPARATOR) for row in rows]
         columns["labels"] = [[name.strip() for name in cell if name.strip()] for cell in cells]
     if (group := _find_group(path, names, config.group_column)) is not None:
-        columns["group"] = [row[group] for row in rows]
+        columns[group] = [row[group] for row in rows]
     return columns
 
 
@@ -294,7 +294,7 @@ def _from_listing(config: "DataConfig", columns: dict[str, list], num_readers: i
         audio_column="path",
         id_column="id",
         label_column="labels" if "labels" in columns else None,
-        group_column="group" if "group" in columns else None,
+        group_column=next((name for name in columns if name not in ("id", "path", "labels")), None),
     )
 
 
@@ -326,7 +326,7 @@ def _from_audiofolder(config: "DataConfig", path: Path, num_readers: int, seed: 
     if source.label_column:
         columns["labels"] = [source.labels(row) for row in rows]
     if source.group_column:
-        columns["group"] = [row[source.group_column] for row in rows]
+        columns[source.group_column] = [row[source.group_column] for row in rows]
     return dataclasses.replace(_from_listing(config, columns, num_readers, seed), label_names=source.label_names)
 
 

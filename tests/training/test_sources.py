@@ -187,7 +187,7 @@ def test_a_table_gives_paths_labels_groups_and_splits(make_folder, extractor):
         paths[3]: ["a", "b"],
     }
     source = open_source(config, num_readers=1, seed=0)
-    assert {row["id"]: row["group"] for row in source.dataset} == {paths[1]: "1", paths[2]: "0", paths[3]: "1"}
+    assert {row["id"]: row["num_sources"] for row in source.dataset} == {paths[1]: "1", paths[2]: "0", paths[3]: "1"}
     whole = read_all(config_for(table, split="train+test"), extractor)
     assert sorted(whole) == paths
     with pytest.raises(ValueError, match="has no split 'validation'; it has test, train"):
