@@ -1,19 +1,27 @@
-"""The optimiser of pre-training: AdamW over all parameters, linear warm-up, cosine to zero."""
+"""The optimiser: AdamW, linear warm-up, cosine, and for fine-tuning a learning rate for each layer."""
 
 import math
-from collections.abc import Iterable
+import re
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from modeling_sslam import SSLAMPreTrainedModel
+
 
 @dataclass
 class OptimizerConfig:
-    """AdamW with decoupled weight decay; the defaults are the published ones."""
+    """AdamW with decoupled weight decay; the defaults are the published ones of pre-training."""
 
     learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate, reached at the end of warm-up."})
-    warmup_updates: int = field(default=53_333, metadata={"help": "Updates over which it rises linearly from 0."})
+    warmup_updates: int = field(default=53_333, metadata={"help": "Updates over which it rises linearly to that."})
+    initial_learning_rate: float = field(default=0.0, metadata={"help": "Where it rises from."})
+    final_learning_rate: float = field(default=0.0, metadata={"help": "Where half a cosine takes it in the end."})
+    layer_decay: float = field(
+        default=1.0,
+        metadata={"help": "Block i of L has the learning rate times this to the power L - i, all else has it whole."},
+    )
     betas: tuple[float, float] = field(default=(0.9, 0.95), metadata={"help": "Adam's two decays."})
     eps: float = field(default=1e-8, metadata={"help": "Adam's epsilon."})
     weight_decay: float = field(default=0.05, metadata={"help": "Decoupled weight decay."})
@@ -30,39 +38,50 @@ class OptimizerConfig:
         for name in ("learning_rate", "eps", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
-        if self.warmup_updates < 0 or self.weight_decay < 0:
-            raise ValueError("warmup_updates and weight_decay must not be negative")
+        for name in ("warmup_updates", "weight_decay", "initial_learning_rate", "final_learning_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay={self.layer_decay} must be greater than 0 and at most 1")
 
 
-def learning_rate(update: int, peak: float, warmup_updates: int, max_updates: int) -> float:
-    """The learning rate of optimiser update `update`, counted from 1: `peak * update / warmup_updates` at first, then
-    half a cosine that is 0 at `max_updates`."""
+def learning_rate(update: int, config: OptimizerConfig, max_updates: int) -> float:
+    """The learning rate of optimiser update `update`, counted from 1: linear from the initial to the peak one at
+    `warmup_updates`, then half a cosine to the final one at `max_updates`."""
+    peak, warmup_updates = config.learning_rate, config.warmup_updates
     if update < warmup_updates:
-        return peak * update / warmup_updates
+        return config.initial_learning_rate + (peak - config.initial_learning_rate) * update / warmup_updates
     progress = (update - warmup_updates) / max(max_updates - warmup_updates, 1)
-    return peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return config.final_learning_rate + (peak - config.final_learning_rate) * cosine
 
 
-def parameter_groups(
-    parameters: Iterable[nn.Parameter], weight_decay: float, decay_1d_parameters: bool = True
-) -> list[dict]:
-    """Groups for a torch optimiser out of all trainable parameters: one, or one that decays and one that does not, of
-    what has a single axis longer than 1."""
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    if decay_1d_parameters:
-        return [{"params": trainable, "weight_decay": weight_decay}]
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for parameter in trainable:
-        groups[sum(size > 1 for size in parameter.shape) > 1].append(parameter)
+def parameter_groups(model: SSLAMPreTrainedModel, config: OptimizerConfig) -> list[dict]:
+    """Groups for a torch optimiser out of all trainable parameters: those with the same weight decay and the same
+    `lr_scale`, by which their learning rate is multiplied."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        # What has a single axis longer than 1: biases, norms, the CLS token.
+        is_1d = sum(size > 1 for size in parameter.shape) <= 1
+        weight_decay = 0.0 if is_1d and not config.decay_1d_parameters else config.weight_decay
+        key = _layer_scale(name, model.config.num_hidden_layers, config.layer_decay), weight_decay
+        groups.setdefault(key, []).append(parameter)
     return [
-        {"params": groups[True], "weight_decay": weight_decay},
-        {"params": groups[False], "weight_decay": 0.0},
+        {"params": parameters, "lr_scale": lr_scale, "weight_decay": weight_decay}
+        for (lr_scale, weight_decay), parameters in groups.items()
     ]
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def _layer_scale(name: str, num_layers: int, layer_decay: float) -> float:
+    block = re.search(r"(?:^|\.)encoder\.layers\.(\d+)\.", name)
+    return 1.0 if block is None else layer_decay ** (num_layers - int(block[1]))
+
+
+def make_optimizer(model: SSLAMPreTrainedModel, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of `model`, which is on its device already. The learning rate is set before
     each update, from [`learning_rate`]."""
-    groups = parameter_groups(model.parameters(), config.weight_decay, config.decay_1d_parameters)
+    groups = parameter_groups(model, config)
     fused = all(parameter.is_cuda for group in groups for parameter in group["params"])
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)

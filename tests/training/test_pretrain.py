@@ -19,7 +19,7 @@ from transformers import AutoModel
 
 from conversion.convert import convert
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraining
-from training import pretrain
+from training import loop, pretrain
 from training.arguments import parse
 from training.checkpointing import list_checkpoints
 from training.data import AudioLoader
@@ -373,14 +373,14 @@ def test_a_full_disk_stops_with_the_last_checkpoint_whole(train, monkeypatch, tm
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    honest = pretrain.save_optimizer
+    honest = loop.save_optimizer
 
     def fill_up(folder, *arguments):
         if folder.name.endswith("6"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
         honest(folder, *arguments)
 
-    monkeypatch.setattr(pretrain, "save_optimizer", fill_up)
+    monkeypatch.setattr(loop, "save_optimizer", fill_up)
     try:
         with pytest.raises(SystemExit, match="step-00000006 could not be written"):
             train()
@@ -410,7 +410,7 @@ def test_impossible_runs_are_refused(train):
 
 
 def test_an_overflow_in_fp16_lowers_the_loss_scale_and_nothing_else(train, monkeypatch):
-    class WithScaler(pretrain.Accelerator):
+    class WithScaler(loop.Accelerator):
         """fp16's loss scaling, on the CPU too."""
 
         def __init__(self, **kwargs):
@@ -420,7 +420,7 @@ def test_an_overflow_in_fp16_lowers_the_loss_scale_and_nothing_else(train, monke
             self.state._mixed_precision = "fp16"
 
     straight = train("straight", max_updates=4)
-    monkeypatch.setattr(pretrain, "Accelerator", WithScaler)
+    monkeypatch.setattr(loop, "Accelerator", WithScaler)
     run = train(max_updates=4)
     row = read_metrics(run / "metrics.jsonl")[-1]
     assert row["dropped_updates"] > 0

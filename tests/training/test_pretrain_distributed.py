@@ -136,7 +136,7 @@ def test_two_processes_train_resume_and_share_the_clips(launch, tmp_path):
     last = list_checkpoints(tmp_path / "straight")[-1]
     ranks = [torch.load(last / f"rank-0000{i}.pt", weights_only=True) for i in range(2)]
     assert ranks[0]["clips_digest"] != ranks[1]["clips_digest"]
-    assert not torch.equal(ranks[0]["mask_generator"], ranks[1]["mask_generator"])
+    assert not torch.equal(ranks[0]["generators"]["masks"], ranks[1]["generators"]["masks"])
     assert not torch.equal(ranks[0]["rng"]["torch"], ranks[1]["rng"]["torch"])
     assert read_metrics(tmp_path / "straight" / "metrics.jsonl")[-1]["clips"] == 16
 
