@@ -1,0 +1,311 @@
+"""How good a classifier is on a labelled split, in numbers, tables and pictures.
+
+    python -m training.evaluate --model DIR --data SOURCE [--data.split test] [--any.key value]
+    accelerate launch -m training.evaluate --model DIR --data SOURCE
+
+Clips with any number of labels: mean average precision over the classes that occur (mAP), AP and AUC per class, mean
+AUC and d-prime. Clips with one label: accuracy, recall per class and the confusion matrix. Which of the two is the
+model's `problem_type`; for a model without one the data decide. Where the data say how many sources a clip has
+(`num_sources`, or another --data.group_column), everything is reported by that too.
+
+Every clip counts once, however many processes share the work. Results are written to DIR/evaluation/DATASET-SPLIT
+(see `training/evaluation/results.py` for the files), their means into the `model-index` of DIR/README.md.
+"""
+
+import json
+import logging
+import platform
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from huggingface_hub import EvalResult
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers.utils.logging import disable_progress_bar
+
+from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
+from training.arguments import flatten, parse
+from training.data import DataConfig, DataError, make_loader
+from training.evaluation.card import TASK, read_card, write_results_to_card
+from training.evaluation.results import MAIN_METRICS, Evaluation, summary, write_results
+from training.labels import LabelSet, find_label_set
+from training.prediction import predict, problem_type_of, skipped_clips
+from training.sources import Source
+
+logger = logging.getLogger(__name__)
+
+# A process whose share of the shards is small waits for the others at the end, however long they take.
+LONGEST_WAIT = timedelta(days=1)
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "numpy")
+
+
+def _default(name: str, value: Any) -> Any:
+    return field(default=value, metadata=DataConfig.__dataclass_fields__[name].metadata)
+
+
+@dataclass
+class EvaluationData(DataConfig):
+    """A labelled split, read once in its order."""
+
+    split: str = _default("split", "test")
+    label_column: str | None = _default("label_column", "auto")
+    group_column: str | None = _default("group_column", "auto")
+    crop: Literal["random", "head"] = _default("crop", "head")
+    shuffle_buffer: int = _default("shuffle_buffer", 0)
+
+
+@dataclass
+class EvaluateConfig:
+    """All settings of an evaluation."""
+
+    model: str = field(metadata={"help": "Folder of a classifier, or its id on the Hub."})
+    data: EvaluationData
+    output_dir: Path | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for the results; must be given for a model on the Hub.",
+            "default": "MODEL/evaluation/DATASET-SPLIT",
+        },
+    )
+    update_card: bool = field(
+        default=True, metadata={"help": "Whether the results go into the model folder's README.md as well."}
+    )
+    label_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Table index,id,name (or index,name) of the classes, where the data label clips by ids and bring "
+            "no such table, or where the model has no names for its classes."
+        },
+    )
+    batch_size: int = field(default=32, metadata={"help": "Clips per device and forward pass."})
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
+        default=None, metadata={"help": "Overrides what accelerate was launched with."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+
+
+class EvaluationError(Exception):
+    """The evaluation cannot start or end; the message says why and what to do."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse(EvaluateConfig, argv, description=__doc__)
+    try:
+        evaluate(config)
+    except (EvaluationError, DataError) as error:
+        sys.exit(f"error: {error}")
+
+
+def evaluate(config: EvaluateConfig) -> Evaluation:
+    """One evaluation, from the model's folder to the files; returns what it found, in every process."""
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)]
+        )
+    except ValueError as error:
+        raise EvaluationError(f"accelerate: {error}") from error
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        level=logging.INFO if accelerator.is_main_process else logging.WARNING,
+    )
+    if accelerator.mixed_precision == "fp16" and not accelerator.native_amp:
+        raise EvaluationError("mixed_precision=fp16 needs a GPU; on this device use bf16 or no.")
+    disable_progress_bar()
+
+    # What can be wrong with the places of the results is found out before the work.
+    model_dir = path if (path := Path(config.model).expanduser()).is_dir() else None
+    output_dir = config.output_dir or results_dir(config, model_dir)
+    has_card = config.update_card and model_dir is not None
+    try:
+        if has_card:
+            read_card(model_dir)
+        if accelerator.is_main_process:
+            check_results_dir(output_dir, config)
+    except (OSError, ValueError) as error:
+        raise EvaluationError(str(error)) from error
+
+    model, feature_extractor = load_classifier(config.model)
+    try:
+        loader = make_loader(
+            config.data,
+            feature_extractor,
+            batch_size=config.batch_size,
+            seed=0,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            repeat=False,
+        )
+        source = loader.stream.source
+        labels = find_labels(config, model.config, source)
+    except (ValueError, FileNotFoundError) as error:
+        raise EvaluationError(f"data.source={config.data.source!r}: {error}") from error
+
+    with logging_redirect_tqdm():
+        predictions = predict(model.to(accelerator.device), loader, labels, accelerator)
+    skipped = skipped_clips(loader)
+    problem_type = problem_type_of(model.config.problem_type, predictions)
+    if model.config.problem_type is None:
+        logger.info(
+            "The model has no problem_type. %s: taken for %s.",
+            "Every clip has one label"
+            if problem_type == "single_label_classification"
+            else "Not every clip has one label",
+            problem_type,
+        )
+    evaluation = Evaluation.of(predictions, problem_type, labels.names, source.group_column)
+    if accelerator.is_main_process:
+        title = f"{config.model} on {describe(config.data)}"
+        try:
+            files = write_results(output_dir, evaluation, title, facts(config, accelerator, evaluation, skipped))
+            if has_card:
+                results = card_results(config.data, evaluation)
+                write_results_to_card(model_dir, results, set(MAIN_METRICS[problem_type]))
+                files.append(model_dir / "README.md")
+        except OSError as error:
+            raise EvaluationError(f"The results cannot be written: {error}") from error
+        print(summary(evaluation, title, skipped), "", *files, sep="\n")
+    accelerator.end_training()
+    return evaluation
+
+
+def load_classifier(model: str) -> tuple[SSLAMForAudioClassification, SSLAMFeatureExtractor]:
+    """A classifier and its feature extractor, of a folder or the Hub.
+
+    Raises:
+        EvaluationError: If they cannot be read, or there is no classifier among the weights.
+    """
+    try:
+        classifier, loading = SSLAMForAudioClassification.from_pretrained(model, output_loading_info=True)
+        feature_extractor = SSLAMFeatureExtractor.from_pretrained(model)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise EvaluationError(f"model={model!r}: {' '.join(str(error).split())}") from error
+    if loading["missing_keys"] or loading.get("mismatched_keys"):
+        raise EvaluationError(
+            f"model={model!r} has weights without a classifier, which would be random. Fine-tune it first, by "
+            "training.finetune or training.linear_eval."
+        )
+    return classifier.eval(), feature_extractor
+
+
+def find_labels(config: EvaluateConfig, model_config: Any, source: Source) -> LabelSet:
+    """The model's classes, by the names and ids that the data may call them.
+
+    Raises:
+        ValueError: If the label file cannot be read.
+    """
+    labels = LabelSet.of_model(model_config)
+    table = find_label_set(config.data, source, config.label_file)
+    if table is None:
+        return labels
+    is_unnamed = all(re.fullmatch(r"LABEL_\d+", name) for name in labels.names)
+    if config.label_file is not None and is_unnamed and len(table) == len(labels):
+        logger.info("The model has no names for its classes: taken in the order of %s.", config.label_file)
+        return table
+    ids: list[str | None] = [None] * len(labels)
+    for id_, k in table.index.items():
+        if id_ != table.names[k] and table.names[k] in labels.index:
+            ids[labels.index[table.names[k]]] = id_
+    return LabelSet(labels.names, ids)
+
+
+def dataset_name(data: DataConfig) -> str:
+    """What people call the data: the last part of an id or a path, and the configuration."""
+    path = Path(data.source).expanduser()
+    name = path.resolve().name if path.exists() else path.name
+    return Path(name).stem + (f"-{data.config_name}" if data.config_name else "")
+
+
+def describe(data: DataConfig) -> str:
+    return f"{dataset_name(data)}, split {data.split}"
+
+
+def results_dir(config: EvaluateConfig, model_dir: Path | None) -> Path:
+    """
+    Raises:
+        EvaluationError: If the model is not a folder.
+    """
+    if model_dir is None:
+        raise EvaluationError(
+            f"model={config.model!r} is not a folder that results could be put into. If it is an id on the Hub, name "
+            "a folder by --output_dir."
+        )
+    name = re.sub(r"[^\w.+-]+", "_", f"{dataset_name(config.data)}-{config.data.split}")
+    return model_dir / "evaluation" / name
+
+
+def check_results_dir(folder: Path, config: EvaluateConfig) -> None:
+    """Makes the folder.
+
+    Raises:
+        OSError: If it cannot be made.
+        ValueError: If it holds results on other data.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "results.json").is_file():
+        return
+    before = json.loads((folder / "results.json").read_text(encoding="utf-8"))["dataset"]
+    if before != dataset_facts(config.data):
+        raise ValueError(
+            f"{folder} holds results on other data ({', '.join(f'{k} {v}' for k, v in before.items() if v)}); name "
+            "another folder by --output_dir."
+        )
+
+
+def dataset_facts(data: DataConfig) -> dict[str, str | None]:
+    path = Path(data.source).expanduser()
+    source = str(path.resolve()) if path.exists() else data.source
+    return {"source": source, "config_name": data.config_name, "split": data.split, "revision": data.revision}
+
+
+def facts(
+    config: EvaluateConfig, accelerator: Accelerator, evaluation: Evaluation, skipped: dict[str, int]
+) -> dict[str, Any]:
+    """What results.json says beside the metrics."""
+    return {
+        "model": config.model,
+        "dataset": dataset_facts(config.data),
+        "evaluated_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "num_clips": len(evaluation.predictions.ids),
+        "num_skipped": sum(skipped.values()),
+        "skipped": skipped,
+        "num_classes": len(evaluation.names),
+        "precision": accelerator.mixed_precision,
+        "num_processes": accelerator.num_processes,
+        "device": accelerator.device.type,
+        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in flatten(config).items()},
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+    }
+
+
+def card_results(data: DataConfig, evaluation: Evaluation) -> list[EvalResult]:
+    """The means as the Hub's `model-index` has them; those that are not defined are left out."""
+    path = Path(data.source).expanduser()
+    return [
+        EvalResult(
+            task_type=TASK,
+            dataset_type=path.stem if path.exists() else data.source,
+            dataset_name=dataset_name(data),
+            dataset_config=data.config_name,
+            dataset_split=data.split,
+            dataset_revision=data.revision,
+            metric_type=metric,
+            metric_name=name,
+            metric_value=evaluation.metrics[metric],
+        )
+        for metric, name in evaluation.main_metrics.items()
+        if evaluation.metrics[metric] is not None
+    ]
+
+
+if __name__ == "__main__":
+    main()
