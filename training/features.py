@@ -22,6 +22,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from hashlib import blake2b
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -42,8 +43,8 @@ from training.sources import AUDIO_SUFFIXES, SHARD_SUFFIXES, open_source
 
 logger = logging.getLogger(__name__)
 
-# The axis of poolings, in this order.
-POOLINGS = ("cls", "mean", "max", "linear_softmax")
+# The axis of poolings, in this order: the classifier's own, and the largest value over the patches.
+POOLINGS = ("cls", "mean", "lin_softmax", "max")
 # Another number here, and what older versions of this file cached is computed anew.
 CACHE_FORMAT = 1
 TABLE_SUFFIXES = (".csv", ".tsv", ".lbl", ".json", ".jsonl")
@@ -76,7 +77,7 @@ def pooled_states(encoder: SSLAMModel, input_values: torch.Tensor) -> torch.Tens
     layers = []
     for states in encoder(input_values, output_hidden_states=True, return_dict=True).hidden_states:
         cls, patches = states[:, 0].float(), states[:, 1:].float()
-        layers.append(torch.stack((cls, patches.mean(1), patches.amax(1), linear_softmax_pooling(patches)), dim=1))
+        layers.append(torch.stack((cls, patches.mean(1), linear_softmax_pooling(patches), patches.amax(1)), dim=1))
     return torch.stack(layers, dim=1)
 
 
@@ -266,7 +267,7 @@ def _merge_parts(folder: Path, num_parts: int, source: str) -> None:
     if not ids:
         raise DataError(f"{source} has no clip that can be used.")
     order = sorted(range(len(ids)), key=ids.__getitem__)
-    twice = next((ids[i] for i, j in zip(order, order[1:], strict=False) if ids[i] == ids[j]), None)
+    twice = next((ids[i] for i, j in pairwise(order) if ids[i] == ids[j]), None)
     if twice is not None:
         raise DataError(f"{source} has the clip {twice!r} twice; set data.id_column to a column of unique names.")
     shape, dtype = tuple(contents[0]["shape"]), contents[0]["dtype"]

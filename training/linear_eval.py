@@ -8,9 +8,9 @@
 A head is the published classifier, LayerNorm and a linear layer on a clip's pooled states, with the losses of
 fine-tuning. In either mode it is the one after its best epoch on the validation clips that is tested.
 
-- `--mode cached`, the fast one: every clip goes through the encoder once, as it is, and the pooled states of all layers
-  stay in `cache_dir`, where further calls with the same encoder and data find them. Heads are fitted on these, those of
-  a sweep over layers and poolings all at once. Extraction may be launched on many devices.
+- `--mode cached`, the fast one: every clip goes through the encoder once, as it is, and the pooled states of all
+  layers stay in `cache_dir`, where further calls with the same encoder and data find them. Heads are fitted on these,
+  those of a sweep over layers and poolings all at once. The first part may be launched on many devices.
 - `--mode published`: the encoder is frozen, but computes every clip anew in every epoch, augmented as in fine-tuning.
 
 OUT gets results.json, per_class.csv and pictures of the best head (by validation), of a sweep sweep.csv and sweep.png,
@@ -32,26 +32,21 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from matplotlib.figure import Figure
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
-from modeling_sslam.configuration_sslam import POOLINGS as MODEL_POOLINGS
+from modeling_sslam import SSLAMFeatureExtractor, SSLAMModel
 from training.arguments import flatten, parse
-from training.checkpointing import TEMPORARY_PREFIX, publish, write_text
+from training.checkpointing import write_text
 from training.data import DataConfig, DataError
-from training.evaluation.results import MAIN_METRICS, Evaluation, summary, write_results
+from training.evaluate import PACKAGES, card_results, dataset_facts
+from training.evaluation.card import write_results_to_card
+from training.evaluation.results import MAIN_METRICS, Evaluation, write_results
 from training.features import POOLINGS, FeatureSet, cached_features
 from training.labels import LabelSet, find_label_set
-from training.linear_heads import (
-    FittedHeads,
-    HeadConfig,
-    accuracy,
-    fit_heads,
-    mean_average_precision,
-)
-from training.prediction import Predictions
+from training.linear_heads import METRICS, Head, HeadConfig, fit_heads, head_logits
+from training.linear_results import HeadResult, HeadSummary, table_of, why_no_model, write_model, write_sweep
+from training.prediction import Predictions, ProblemType
 from training.selection import HoldOut
 from training.sources import open_source
 
@@ -64,7 +59,6 @@ CACHED_PROTOCOL = (
 ALL_POOLINGS = (*POOLINGS, "cls+mean")
 # Of features in memory at once; a sweep that needs more is fitted in parts.
 MAX_BYTES_IN_MEMORY = 4 * 2**30
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scikit-learn")
 
 
 @dataclass
@@ -122,7 +116,7 @@ class LinearEvalConfig:
     )
     max_length: int | None = field(
         default=None,
-        metadata={"help": "Frames (10 ms) that clips are padded or cut to; by default the model's feature extractor's."},
+        metadata={"help": "Frames (10 ms) that clips are padded or cut to; by default the feature extractor's."},
     )
     cache_dir: Path = field(
         default=Path("runs/features"), metadata={"help": "Folder for cached features, shared by all evaluations."}
@@ -135,7 +129,8 @@ class LinearEvalConfig:
         default=None, metadata={"help": "Of the encoder; overrides what accelerate was launched with."}
     )
     seed: int = field(
-        default=0, metadata={"help": "What new weights, held-out clips, the heads' start and their batches follow from."}
+        default=0,
+        metadata={"help": "What new weights, held-out clips and the heads' start and batches follow from."},
     )
 
     def __post_init__(self) -> None:
@@ -153,17 +148,6 @@ class LinearEvalError(Exception):
     """The evaluation cannot start; the message says why and what to do."""
 
 
-class Head(NamedTuple):
-    """Where a head reads."""
-
-    layer: int
-    pooling: str
-
-    @property
-    def columns(self) -> list[int]:
-        return [POOLINGS.index(name) for name in self.pooling.split("+")]
-
-
 class Clips:
     """Some of the clips of some splits, with their cached features.
 
@@ -179,10 +163,12 @@ class Clips:
         return sum(map(len, self.rows))
 
     def column(self, name: str) -> list[Any]:
-        """`ids`, `labels` or `groups` of all clips."""
-        return [
-            getattr(features, name)[i] for features, rows in zip(self.sets, self.rows, strict=True) for i in rows
-        ]
+        """`ids`, `labels` or, if there are any, `groups` of all clips."""
+        return [getattr(features, name)[i] for features, rows in zip(self.sets, self.rows, strict=True) for i in rows]
+
+    def groups(self) -> list[Any] | None:
+        """Values of the group column; `None` if the data have none."""
+        return self.column("groups") if all(features.groups for features in self.sets) else None
 
     def pooled(self, head: Head) -> torch.Tensor:
         """float32 `(len(self), width)`."""
@@ -193,20 +179,12 @@ class Clips:
         return torch.from_numpy(np.concatenate(parts))
 
 
-class HeadResult(NamedTuple):
-    """A fitted head and what it is worth.
+class Round(NamedTuple):
+    """The clips of one fit and its test; without validation that part is empty."""
 
-    Args:
-        validation, test: The metric; on validation clips `None` without any.
-        state: Its weights by the names of the model's classifier.
-    """
-
-    head: Head
-    best_epoch: int
-    loss: float
-    validation: float | None
-    test: float
-    state: dict[str, torch.Tensor]
+    train: Clips
+    validation: Clips
+    test: Clips
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -258,7 +236,7 @@ def linear_eval(config: LinearEvalConfig) -> None:
     extraction_seconds = time.perf_counter() - started
     # Heads are small: one device fits them sooner than it could share them out.
     if accelerator.is_main_process:
-        evaluate_heads(config, data, encoder, feature_extractor, heads, sets, accelerator, extraction_seconds)
+        fit_and_report(config, data, encoder, feature_extractor, heads, sets, accelerator.device, extraction_seconds)
     accelerator.end_training()
 
 
@@ -316,7 +294,7 @@ def chosen_heads(config: LinearEvalConfig, num_layers: int) -> list[Head]:
 
 def find_classes(
     config: LinearEvalConfig, data: DataConfig, train: Sequence[list[str]]
-) -> tuple[LabelSet, Literal["single_label_classification", "multi_label_classification"]]:
+) -> tuple[LabelSet, ProblemType]:
     """The classes, and whether a clip has just one.
 
     Args:
@@ -329,88 +307,126 @@ def find_classes(
     if labels is None:
         labels = LabelSet(sorted({name for names in train for name in names}))
     if not any(train):
-        raise DataError(f"None of the {len(train)} training clips has a label; name their column by data.label_column.")
+        raise DataError(
+            f"None of the {len(train)} training clips has a label; name their column by data.label_column."
+        )
     not_single = sum(len(names) != 1 for names in train)
     if config.problem_type == "single_label_classification" and not_single:
-        raise DataError(f"{not_single} of {len(train)} training clips do not have one label each, as problem_type says.")
+        raise DataError(
+            f"{not_single} of {len(train)} training clips do not have one label each, as problem_type says."
+        )
     inferred = "multi_label_classification" if not_single else "single_label_classification"
     return labels, config.problem_type or inferred
 
 
-def evaluate_heads(
+def make_rounds(config: LinearEvalConfig, sets: dict[str, FeatureSet]) -> dict[str, Round]:
+    """The clips to train, validate and test with, by test split: one round, or one for each fold."""
+
+    def held_out(train: list[FeatureSet]) -> tuple[Clips, Clips]:
+        rest, chosen = (HoldOut(config.validation_fraction, config.seed, part) for part in (False, True))
+        return Clips(train, lambda id_: rest(id_, 0)), Clips(train, lambda id_: chosen(id_, 0))
+
+    if config.folds:
+        return {
+            fold: Round(*held_out([sets[name] for name in config.folds if name != fold]), Clips([sets[fold]]))
+            for fold in config.folds
+        }
+    train, test = [sets[config.data.split]], Clips([sets[config.test_split]])
+    if config.validation_split is None:
+        return {config.test_split: Round(*held_out(train), test)}
+    return {config.test_split: Round(Clips(train), Clips([sets[config.validation_split]]), test)}
+
+
+def fit_and_report(
     config: LinearEvalConfig,
     data: DataConfig,
     encoder: SSLAMModel,
     feature_extractor: SSLAMFeatureExtractor,
     heads: list[Head],
     sets: dict[str, FeatureSet],
-    accelerator: Accelerator,
+    device: torch.device,
     extraction_seconds: float,
 ) -> None:
-    """Fits the heads on cached features, tests them and writes all files."""
+    """Fits the heads on cached features, tests them, writes all files and prints what came out."""
     started = time.perf_counter()
-    rounds = {}
-    for fold in config.folds or [None]:
-        test = fold or config.test_split
-        train = [sets[name] for name in config.folds if name != fold] if fold else [sets[config.data.split]]
-        if not fold and config.validation_split is not None:
-            parts = Clips(train), Clips([sets[config.validation_split]])
-        else:
-            parts = tuple(
-                Clips(train, lambda id_, chosen=chosen: chosen(id_, 0))
-                for chosen in (HoldOut(config.validation_fraction, config.seed, part) for part in (False, True))
-            )
-        rounds[test] = (*parts, Clips([sets[test]]))
-    all_labels = [labels for train, _, _ in rounds.values() for labels in train.column("labels")]
-    labels, problem_type = find_classes(config, replace(data, split=next(iter(sets))), all_labels)
+    rounds = make_rounds(config, sets)
+    train_labels = [labels for clips in rounds.values() for labels in clips.train.column("labels")]
+    labels, problem_type = find_classes(config, replace(data, split=next(iter(sets))), train_labels)
     results = {
-        test: evaluate_round(config, heads, clips, labels, problem_type, encoder, accelerator.device, test)
+        test: evaluate_round(config, heads, clips, labels, problem_type, encoder, device, test)
         for test, clips in rounds.items()
     }
-    fit_seconds = time.perf_counter() - started
+    seconds = {"features": round(extraction_seconds, 2), "heads": round(time.perf_counter() - started, 2)}
 
-    best = best_head(results)
-    metric = next(iter(MAIN_METRICS[problem_type]))
+    table = [HeadSummary.of([part[i] for part in results.values()]) for i in range(len(heads))]
+    # The first of equals; the only one where there is no validation.
+    chosen = max(range(len(heads)), key=lambda i: table[i].validation or 0.0)
+    best = heads[chosen]
+    metric, metric_name = next(iter(MAIN_METRICS[problem_type].items()))
+    encoder_name = f"{config.model}, new weights" if config.random_weights else config.model
+    no_model = why_no_model(best, has_folds=bool(config.folds))
     facts = {
         "mode": config.mode,
         "protocol": CACHED_PROTOCOL,
-        "encoder": f"{config.model}, new weights" if config.random_weights else config.model,
-        "metric": metric,
+        "model": encoder_name,
+        "dataset": dataset_facts(replace(data, split="+".join(rounds))),
         "num_clips": {
-            test: dict(zip(("train", "validation", "test"), map(len, clips), strict=True))
-            for test, clips in rounds.items()
+            test: {name: len(part) for name, part in clips._asdict().items()} for test, clips in rounds.items()
         },
+        "num_classes": len(labels),
         "skipped": {name: features.skipped for name, features in sets.items()},
-        "best": summary_of(best, results, metric),
-        "heads": [summary_of(head, results, metric) for head in heads],
-        "seconds": {"features": round(extraction_seconds, 2), "heads": round(fit_seconds, 2)},
+        "metric": metric,
+        "best_head": table[chosen].as_row(metric),
+        "best_head_model": no_model or "model/",
+        "heads": [row.as_row(metric) for row in table],
+        "seconds": seconds,
         "features": {name: str(features.folder) for name, features in sets.items()},
-        "settings": {key: str(v) if isinstance(v, Path) else v for key, v in flatten(config).items()},
+        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in flatten(config).items()},
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
     }
-    files, evaluations = [], []
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    for test, (_, _, clips) in rounds.items():
-        state = next(result.state for result in results[test] if result.head == best)
-        predictions = Predictions(
-            clips.column("ids"),
-            head_logits(clips.pooled(best), state, encoder.config.classifier_norm_eps).numpy(),
-            labels.encode(clips.column("labels")).numpy(),
-            groups if any(group is not None for group in (groups := clips.column("groups"))) else None,
-        )
-        evaluations.append(Evaluation.of(predictions, problem_type, labels.names, data.group_column))
+
+    files: list[Path] = []
+    evaluation = None
+    for test, clips in rounds.items():
+        logits = head_logits(clips.test.pooled(best), results[test][chosen].state, encoder.config.classifier_norm_eps)
+        targets = labels.encode(clips.test.column("labels"))
+        predictions = Predictions(clips.test.column("ids"), logits.numpy(), targets.numpy(), clips.test.groups())
+        evaluation = Evaluation.of(predictions, problem_type, labels.names, data.group_column)
+        title = f"{encoder_name}, {best}, on {test} ({config.mode} linear evaluation)"
         folder = config.output_dir / test if config.folds else config.output_dir
-        title = f"Linear evaluation of {facts['encoder']}\nlayer {best.layer}, {best.pooling}, split {test}; {config.mode}"
-        files += write_results(folder, evaluations[-1], title, facts)
-    print(*files)
+        files += write_results(folder, evaluation, title, facts)
+    if config.folds:
+        write_text(config.output_dir / "results.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        files.append(config.output_dir / "results.json")
+    if len(heads) > 1:
+        files += write_sweep(config.output_dir, table, metric, metric_name, f"{encoder_name}\n{CACHED_PROTOCOL}")
+    if no_model is None:
+        (result,) = (part[chosen] for part in results.values())
+        folder = config.output_dir / "model"
+        write_model(
+            folder, encoder, feature_extractor, result, labels.names, problem_type, encoder_name, CACHED_PROTOCOL
+        )
+        write_results_to_card(folder, card_results(replace(data, split=config.test_split), evaluation), set())
+        files.append(folder)
+    sizes = [f"{len(clips.train)} + {len(clips.validation)} + {len(clips.test)}" for clips in rounds.values()]
+    print(
+        f"{encoder_name} on {config.data.source}, {len(labels)} classes",
+        CACHED_PROTOCOL,
+        f"training + validation + test clips: {', '.join(sizes)}",
+        f"features {seconds['features']} s, {len(heads)} heads {seconds['heads']} s",
+        *table_of(table, metric_name, best),
+        *([no_model] if no_model else []),
+        *files,
+        sep="\n",
+    )
 
 
 def evaluate_round(
     config: LinearEvalConfig,
     heads: list[Head],
-    clips: tuple[Clips, Clips, Clips],
+    clips: Round,
     labels: LabelSet,
-    problem_type: Literal["single_label_classification", "multi_label_classification"],
+    problem_type: ProblemType,
     encoder: SSLAMModel,
     device: torch.device,
     description: str,
@@ -418,17 +434,15 @@ def evaluate_round(
     """Fits all heads on the training clips, chooses their epochs by the validation clips, and tests them.
 
     Args:
-        clips: Training, validation (perhaps none) and test clips.
         description: Of the progress bar.
     """
     targets = [labels.encode(part.column("labels")).to(device) for part in clips]
-    metric = mean_average_precision if problem_type == "multi_label_classification" else accuracy
     results = {}
     for part in parts_that_fit(heads, sum(map(len, clips)), encoder.config.hidden_size + len(labels)):
         train, validation, test = (
             torch.stack([split.pooled(head) for head in part]).to(device) if len(split) else None for split in clips
         )
-        fitted: FittedHeads = fit_heads(
+        fitted = fit_heads(
             train,
             targets[0],
             None if validation is None else (validation, targets[1]),
@@ -440,7 +454,7 @@ def evaluate_round(
             description=f"Heads for {description}",
         )
         with torch.no_grad():
-            scores = metric(fitted.heads(test), targets[2]).tolist()
+            scores = METRICS[problem_type](fitted.heads(test), targets[2]).tolist()
         for i, head in enumerate(part):
             state = {name: value.cpu() for name, value in fitted.heads.classifier_state(i).items()}
             epoch = fitted.best_epochs[i]
@@ -460,3 +474,7 @@ def parts_that_fit(heads: list[Head], num_clips: int, values_per_clip: int) -> l
         else:
             parts.append([head])
     return parts
+
+
+if __name__ == "__main__":
+    main()

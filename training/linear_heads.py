@@ -1,25 +1,30 @@
 """Linear heads fitted on features in memory, many at once.
 
 A head is what `SSLAMForAudioClassification` puts on its pooled tokens, LayerNorm and a linear layer; H of them, on
-features of as many layers or poolings, are one batched product. Their losses add up and AdamW works by element, so each
-head ends as it would alone.
+features of as many layers or poolings, are one batched product. Their losses add up and AdamW works by element, so
+each head ends as it would alone.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from training.optimization import learning_rate
+from training.features import POOLINGS
+from training.optimization import OptimizerConfig, learning_rate
+from training.prediction import ProblemType
+
+# As published.
+FINAL_LEARNING_RATE = 1e-6
 
 
 @dataclass
 class HeadConfig:
     """How a head is fitted on cached features. Published: lr 1e-3, 50 epochs, no warm-up."""
 
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate; half a cosine to 0 from there."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate, from which a cosine falls to 1e-6."})
     epochs: int = field(default=50, metadata={"help": "Passes over the training clips."})
     batch_size: int = field(default=48, metadata={"help": "Clips per update of the head."})
     betas: tuple[float, float] = field(default=(0.9, 0.95), metadata={"help": "Adam's two decays."})
@@ -38,6 +43,21 @@ class HeadConfig:
             raise ValueError(f"weight_decay={self.weight_decay} must not be negative")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing={self.label_smoothing} must be at least 0 and less than 1")
+
+
+class Head(NamedTuple):
+    """Where a head reads: the output of the embeddings (0) or of a block (from 1), and one of [`POOLINGS`] or several
+    joined by +."""
+
+    layer: int
+    pooling: str
+
+    @property
+    def columns(self) -> list[int]:
+        return [POOLINGS.index(name) for name in self.pooling.split("+")]
+
+    def __str__(self) -> str:
+        return f"layer {self.layer}, {self.pooling}"
 
 
 class LinearHeads(nn.Module):
@@ -74,6 +94,13 @@ class LinearHeads(nn.Module):
         }
 
 
+def head_logits(features: torch.Tensor, state: dict[str, torch.Tensor], eps: float) -> torch.Tensor:
+    """What a head with weights as of [`LinearHeads.classifier_state`] says of `(N, width)`: `(N, K)`."""
+    scale, shift = state["layernorm.weight"], state["layernorm.bias"]
+    normalised = nn.functional.layer_norm(features, features.shape[-1:], scale, shift, eps)
+    return nn.functional.linear(normalised, state["dense.weight"], state["dense.bias"])
+
+
 class FittedHeads(NamedTuple):
     """
     Args:
@@ -90,7 +117,7 @@ class FittedHeads(NamedTuple):
 
 
 def head_losses(
-    logits: torch.Tensor, targets: torch.Tensor, problem_type: str, label_smoothing: float = 0.0
+    logits: torch.Tensor, targets: torch.Tensor, problem_type: ProblemType, label_smoothing: float = 0.0
 ) -> torch.Tensor:
     """The losses of fine-tuning, head by head: `(H, B, K)` and targets `(B, K)` to `(H,)`. With several labels the sum
     of the binary cross-entropies over the sum of the targets, with one the mean cross-entropy."""
@@ -125,11 +152,14 @@ def accuracy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (logits.argmax(-1) == targets.argmax(-1)).float().mean(1)
 
 
+METRICS = {"multi_label_classification": mean_average_precision, "single_label_classification": accuracy}
+
+
 def fit_heads(
     features: torch.Tensor,
     targets: torch.Tensor,
     validation: tuple[torch.Tensor, torch.Tensor] | None,
-    problem_type: Literal["multi_label_classification", "single_label_classification"],
+    problem_type: ProblemType,
     config: HeadConfig,
     *,
     eps: float,
@@ -155,8 +185,8 @@ def fit_heads(
     optimizer = torch.optim.AdamW(
         heads.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
     )
-    metric = mean_average_precision if problem_type == "multi_label_classification" else accuracy
     max_updates = config.epochs * -(-num_clips // config.batch_size)
+    schedule = OptimizerConfig(config.learning_rate, warmup_updates=0, final_learning_rate=FINAL_LEARNING_RATE)
     best = {name: parameter.detach().clone() for name, parameter in heads.named_parameters()}
     best_scores = torch.full((num_heads,), -torch.inf, device=features.device)
     best_epochs = torch.full((num_heads,), config.epochs)
@@ -168,7 +198,7 @@ def fit_heads(
             rows = rows.to(features.device)
             update += 1
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(update, config.learning_rate, 0, max_updates)
+                group["lr"] = learning_rate(update, schedule, max_updates)
             loss = head_losses(heads(features[:, rows]), targets[rows], problem_type, config.label_smoothing)
             optimizer.zero_grad()
             loss.sum().backward()
@@ -177,7 +207,7 @@ def fit_heads(
         losses[epoch] = (total / num_clips).cpu()
         if validation is not None:
             with torch.no_grad():
-                scores = metric(heads(validation[0]), validation[1])
+                scores = METRICS[problem_type](heads(validation[0]), validation[1])
             better = scores > best_scores
             best_scores = torch.where(better, scores, best_scores)
             best_epochs[better.cpu()] = epoch + 1
@@ -185,9 +215,7 @@ def fit_heads(
                 best[name] = torch.where(better[:, None, None], parameter.detach(), best[name])
     if validation is not None:
         heads.load_state_dict(best)
-    return FittedHeads(
-        heads, best_epochs.tolist(), best_scores.tolist() if validation is not None else None, losses
-    )
+    return FittedHeads(heads, best_epochs.tolist(), best_scores.tolist() if validation is not None else None, losses)
 
 
-__all__ = ["FittedHeads", "HeadConfig", "LinearHeads", "accuracy", "fit_heads", "mean_average_precision"]
+__all__ = ["METRICS", "FittedHeads", "Head", "HeadConfig", "LinearHeads", "fit_heads", "head_logits"]
