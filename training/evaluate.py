@@ -24,15 +24,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs
 from huggingface_hub import EvalResult
+from safetensors import SafetensorError
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
 from training.arguments import flatten, parse
-from training.data import DataConfig, DataError, make_loader
+from training.data import DataConfig, DataError, EvaluationDataConfig, make_loader
 from training.evaluation.card import TASK, read_card, write_results_to_card
 from training.evaluation.results import MAIN_METRICS, Evaluation, summary, write_results
 from training.labels import LabelSet, find_label_set
@@ -46,27 +47,12 @@ LONGEST_WAIT = timedelta(days=1)
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "numpy")
 
 
-def _default(name: str, value: Any) -> Any:
-    return field(default=value, metadata=DataConfig.__dataclass_fields__[name].metadata)
-
-
-@dataclass
-class EvaluationData(DataConfig):
-    """A labelled split, read once in its order."""
-
-    split: str = _default("split", "test")
-    label_column: str | None = _default("label_column", "auto")
-    group_column: str | None = _default("group_column", "auto")
-    crop: Literal["random", "head"] = _default("crop", "head")
-    shuffle_buffer: int = _default("shuffle_buffer", 0)
-
-
 @dataclass
 class EvaluateConfig:
     """All settings of an evaluation."""
 
     model: str = field(metadata={"help": "Folder of a classifier, or its id on the Hub."})
-    data: EvaluationData
+    data: EvaluationDataConfig
     output_dir: Path | None = field(
         default=None,
         metadata={
@@ -104,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluate(config)
     except (EvaluationError, DataError) as error:
         sys.exit(f"error: {error}")
+    PartialState().destroy_process_group()
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -162,9 +149,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             else "Not every clip has one label",
             problem_type,
         )
-    evaluation = Evaluation.of(predictions, problem_type, labels.names, source.group_column)
+    group_column = source.group_column if config.data.group_column == "auto" else config.data.group_column
+    evaluation = Evaluation.of(predictions, problem_type, labels.names, group_column)
     if accelerator.is_main_process:
-        title = f"{config.model} on {describe(config.data)}"
+        title = f"{'/'.join(Path(config.model).parts[-2:])} on {describe(config.data)}"
         try:
             files = write_results(output_dir, evaluation, title, facts(config, accelerator, evaluation, skipped))
             if has_card:
@@ -174,7 +162,6 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         except OSError as error:
             raise EvaluationError(f"The results cannot be written: {error}") from error
         print(summary(evaluation, title, skipped), "", *files, sep="\n")
-    accelerator.end_training()
     return evaluation
 
 
@@ -187,7 +174,7 @@ def load_classifier(model: str) -> tuple[SSLAMForAudioClassification, SSLAMFeatu
     try:
         classifier, loading = SSLAMForAudioClassification.from_pretrained(model, output_loading_info=True)
         feature_extractor = SSLAMFeatureExtractor.from_pretrained(model)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise EvaluationError(f"model={model!r}: {' '.join(str(error).split())}") from error
     if loading["missing_keys"] or loading.get("mismatched_keys"):
         raise EvaluationError(
@@ -248,12 +235,15 @@ def check_results_dir(folder: Path, config: EvaluateConfig) -> None:
 
     Raises:
         OSError: If it cannot be made.
-        ValueError: If it holds results on other data.
+        ValueError: If it holds other things than results on these data.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "results.json").is_file():
         return
-    before = json.loads((folder / "results.json").read_text(encoding="utf-8"))["dataset"]
+    try:
+        before = json.loads((folder / "results.json").read_text(encoding="utf-8"))["dataset"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/results.json is not of an evaluation; name another --output_dir.") from error
     if before != dataset_facts(config.data):
         raise ValueError(
             f"{folder} holds results on other data ({', '.join(f'{k} {v}' for k, v in before.items() if v)}); name "
@@ -261,10 +251,16 @@ def check_results_dir(folder: Path, config: EvaluateConfig) -> None:
         )
 
 
-def dataset_facts(data: DataConfig) -> dict[str, str | None]:
+def dataset_facts(data: DataConfig) -> dict[str, Any]:
     path = Path(data.source).expanduser()
     source = str(path.resolve()) if path.exists() else data.source
-    return {"source": source, "config_name": data.config_name, "split": data.split, "revision": data.revision}
+    return {
+        "source": source,
+        "config_name": data.config_name,
+        "split": data.split,
+        "revision": data.revision,
+        "data_files": data.data_files,
+    }
 
 
 def facts(

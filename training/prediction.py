@@ -34,6 +34,8 @@ METRICS_FOLDER = Path(__file__).parent / "evaluation"
 # No process holds the whole model, so none can go ahead of the others.
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 NUM_NAMED = 5
+# More would be names of clips, and a picture that cannot be drawn.
+MAX_GROUPS = 100
 
 
 class Predictions(NamedTuple):
@@ -115,8 +117,8 @@ def compute_metrics(predictions: Predictions, problem_type: ProblemType, names: 
     Returns:
         Plain values that JSON takes: where a metric is not defined or infinite (d-prime for an AUC of 1), `None`.
 
-        - several labels: `map`, `mean_auc`, `d_prime`, `num_classes_left_out` (of `map`),
-          `num_classes_left_out_of_auc`, and `per_class`, for each class `label`, `num_positives`,
+        - several labels: `map`, `chance_map` (of random scores), `mean_auc`, `d_prime`, `num_classes_left_out` (of
+          `map`), `num_classes_left_out_of_auc`, and `per_class`, for each class `label`, `num_positives`,
           `average_precision`, `auc`;
         - one label: `accuracy`, `balanced_accuracy`, `num_classes_left_out` (of the latter), `per_class` with `label`,
           `num_clips`, `recall`, `precision`, and `confusion_matrix`, true by predicted class.
@@ -133,10 +135,21 @@ def metrics_by_group(
     predictions: Predictions, problem_type: ProblemType, names: list[str]
 ) -> dict[Any, dict[str, Any]]:
     """The metrics of [`compute_metrics`] over the clips of each group, in the groups' order, with `num_clips`; empty
-    without groups. A group's means are over the classes that occur in it."""
+    without groups. A group's means are over the classes that occur in it.
+
+    Raises:
+        DataError: If the values are no groups: lists, or almost as many as clips.
+    """
     members: dict[Any, list[int]] = {}
     for i, group in enumerate(predictions.groups or []):
-        members.setdefault(group, []).append(i)
+        if isinstance(group, (list, dict)):
+            raise DataError(
+                f"data.group_column holds lists ({group!r}); it must hold a number or a word for each clip."
+            )
+        # What is missing is one group, also as a NaN, which no other NaN equals.
+        members.setdefault(None if group != group else group, []).append(i)
+    if len(members) > MAX_GROUPS:
+        raise DataError(f"data.group_column has {len(members)} values; a report by group takes {MAX_GROUPS} at most.")
     return {
         group: {"num_clips": len(members[group])} | _metrics(_take(predictions, members[group]), problem_type, names)
         for group in sorted(members, key=_group_order)

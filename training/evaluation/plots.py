@@ -77,16 +77,23 @@ def plot_confusion(counts: list[list[int]], names: list[str], title: str, path: 
 
 
 def plot_groups(groups: dict[Any, dict[str, Any]], key: str, label: str, column: str, title: str, path: Path) -> None:
-    """Draws a metric by group, with the number of clips of each."""
+    """Draws a metric by group, with the number of clips of each; mAP beside that of random scores."""
     defined = [(group, row) for group, row in groups.items() if row[key] is not None]
     figure = Figure(figsize=(max(4.5, 0.9 * len(defined) + 1.5), 3.6), layout="constrained")
     axes = figure.subplots()
     values = [row[key] for _, row in defined]
     axes.bar(range(len(defined)), values, color=COLOUR, width=0.65)
-    for i, value in enumerate(values):
-        axes.text(i, value, f"{value:.3f}", ha="center", va="bottom", fontsize=9)
+    tops = values
+    if "chance_map" in defined[0][1]:
+        chance = [row["chance_map"] for _, row in defined]
+        tops = [max(pair) for pair in zip(values, chance, strict=True)]
+        starts = np.arange(len(defined)) - 0.4
+        axes.hlines(chance, starts, starts + 0.8, color="black", linestyle=":", label="random scores")
+        axes.legend(frameon=False, fontsize=8, loc="upper right")
+    for i, (value, top) in enumerate(zip(values, tops, strict=True)):
+        axes.text(i, top, f"{value:.3f}", ha="center", va="bottom", fontsize=9)
     axes.set_xticks(range(len(defined)), [f"{group}\n{row['num_clips']} clips" for group, row in defined], fontsize=9)
-    axes.set_ylim(0, min(1.08, max(values) * 1.18) or 1)
+    axes.set_ylim(0, min(1.15, max(tops) * 1.25) or 1)
     axes.set_xlabel(column)
     axes.set_ylabel(label)
     _plain(axes)

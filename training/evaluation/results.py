@@ -4,8 +4,8 @@
   metric is not defined, or infinite (d-prime for an AUC of 1), it is null;
 - `per_class.csv`, in the order of the classifier's outputs; `by_group.csv`; for one label a clip `confusion.csv`, true
   classes down, predicted ones across;
-- `predictions.parquet`: `id`, `labels` (names), `scores` (probabilities, in the order of `per_class.csv`) and the
-  column of groups, if any;
+- `predictions.parquet`: `id`, `labels` (names), `scores` (probabilities, in the order of `per_class.csv`) and, if
+  there are groups, `group`;
 - `per_class.png`, `by_group.png`, `confusion.png`.
 """
 
@@ -116,6 +116,7 @@ def summary(evaluation: Evaluation, title: str, skipped: dict[str, int]) -> str:
     lines = [
         f"{title}: {len(evaluation.predictions.ids):,} clips{unusable}",
         *(f"  {names[metric]:<18}{_number(metrics[metric])}" for metric in names),
+        *([f"  {'mAP by chance':<18}{_number(metrics['chance_map'])}"] if "chance_map" in metrics else []),
         f"  {'classes':<18}{len(evaluation.names)}" + (f", {left_out} left out: no clip has them" if left_out else ""),
     ]
     classes = sorted((row for row in metrics["per_class"] if row[key] is not None), key=lambda row: -row[key])
@@ -127,10 +128,16 @@ def summary(evaluation: Evaluation, title: str, skipped: dict[str, int]) -> str:
     )
     if evaluation.groups:
         rows = [
-            (str(group), *(_number(row[metric]) for metric in names), str(row["num_clips"]))
+            (
+                str(group),
+                *(_number(row[metric]) for metric in (*names, "chance_map") if metric in row),
+                str(len(evaluation.names) - row["num_classes_left_out"]),
+                str(row["num_clips"]),
+            )
             for group, row in evaluation.groups.items()
         ]
-        lines += _table((evaluation.group_column, *names.values(), "clips"), rows)
+        chance = ("chance mAP",) if "chance_map" in metrics else ()
+        lines += _table((evaluation.group_column, *names.values(), *chance, "classes", "clips"), rows)
     return "\n".join(lines)
 
 
@@ -179,7 +186,7 @@ def _write_files(folder: Path, evaluation: Evaluation, title: str, facts: dict[s
         "scores": pa.FixedSizeListArray.from_arrays(pa.array(scores.ravel(), pa.float32()), len(names)),
     }
     if evaluation.groups:
-        table[evaluation.group_column] = pa.array(predictions.groups)
+        table["group"] = pa.array(predictions.groups)
     pq.write_table(pa.table(table), folder / "predictions.parquet")
 
 

@@ -20,6 +20,8 @@ Audio tagging: average precision and area under the ROC curve per class, their m
 
 A class without a positive clip has no average precision, one without a positive or without a negative no AUC. They are
 NaN, left out of the means and counted. Equal scores are one threshold, so their order does not matter.
+`chance_map` is the map that scores drawn at random have on average: it falls with the number of clips and rises with
+the share of positives, so maps of different sets of clips are to be read beside it.
 d-prime is sqrt(2) times the standard normal quantile of the mean AUC (Gemmeke et al., 2017): infinite where that is 1.
 """
 INPUTS = """
@@ -29,7 +31,7 @@ Args:
     references: Targets (N, K), 1 where the clip has the class, else 0.
 
 Returns:
-    map, mean_auc, d_prime: Floats; NaN if no class has them.
+    map, chance_map, mean_auc, d_prime: Floats; NaN if no class has them.
     num_classes_left_out: Classes without a positive.
     num_classes_left_out_of_auc: Classes without a positive or without a negative.
     average_precision, auc: Lists of K floats.
@@ -84,6 +86,7 @@ class AudioTagging(evaluate.Metric):
         mean_auc = _mean(auc)
         return {
             "map": _mean(precision),
+            "chance_map": _mean(_expected_precision(num_positives, num_clips)),
             "mean_auc": mean_auc,
             "d_prime": _d_prime(mean_auc),
             "num_classes_left_out": int(np.isnan(precision).sum()),
@@ -104,6 +107,18 @@ def _mean(values: np.ndarray) -> float:
     """Over the classes that have a value."""
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if len(defined) else math.nan
+
+
+def _expected_precision(num_positives: np.ndarray, num_clips: int) -> np.ndarray:
+    """The average precision of a random order, by classes (P,); NaN without positives.
+
+    The clip at rank i, if it is a positive, finds (i - 1)(P - 1) / (N - 1) others before it on average, and any rank
+    is as likely for a positive.
+    """
+    harmonic = (1 / np.arange(1, num_clips + 1)).sum()
+    others = (num_positives - 1) / max(1, num_clips - 1)
+    expected = (harmonic + others * (num_clips - harmonic)) / num_clips
+    return np.where(num_positives > 0, expected, np.nan)
 
 
 def _d_prime(auc: float) -> float:
