@@ -156,6 +156,7 @@ def cache_key(
     columns = ("config_name", "split", "audio_column", "id_column", "label_column", "group_column")
     return {
         "format": CACHE_FORMAT,
+        "poolings": POOLINGS,
         "weights": weights_digest(encoder),
         "model": {name: getattr(encoder.config, name) for name in inspect.get_annotations(SSLAMConfig)},
         "feature_extractor": feature_extractor.to_dict(),

@@ -1,122 +1,118 @@
 """How much of a labelled data set a frozen encoder makes linearly separable.
 
-    python -m training.linear_eval --model DIR --data SOURCE --output_dir OUT                       # in seconds
+    python -m training.linear_eval --model DIR --data SOURCE --output_dir OUT                        # in seconds
     python -m training.linear_eval --model DIR --data SOURCE --output_dir OUT --layers all --poolings all
-    python -m training.linear_eval --model DIR --data SOURCE --output_dir OUT --random_weights true # to compare with
-    python -m training.linear_eval --model DIR --data SOURCE --output_dir OUT --folds fold1,fold2,fold3,fold4,fold5
+    python -m training.linear_eval --model DIR --data SOURCE --output_dir OUT --random_weights true  # to compare with
+    accelerate launch -m training.linear_eval --config training/configs/finetune_audioset_20k.yaml --mode published
+        --model DIR --data SOURCE --output_dir OUT
 
 A head is the published classifier, LayerNorm and a linear layer on a clip's pooled states, with the losses of
-fine-tuning. In either mode it is the one after its best epoch on the validation clips that is tested.
+fine-tuning. In either mode the head after its best epoch on the validation clips is what is tested.
 
 - `--mode cached`, the fast one: every clip goes through the encoder once, as it is, and the pooled states of all
   layers stay in `cache_dir`, where further calls with the same encoder and data find them. Heads are fitted on these,
   those of a sweep over layers and poolings all at once. The first part may be launched on many devices.
 - `--mode published`: the encoder is frozen, but computes every clip anew in every epoch, augmented as in fine-tuning.
 
-OUT gets results.json, per_class.csv and pictures of the best head (by validation), of a sweep sweep.csv and sweep.png,
-and model/, the encoder with that head for `pipeline("audio-classification")`.
+The settings are those of `training.finetune`, whose configurations it takes: of them hold classes, splits, frames,
+architecture and, in the published mode, augmentation, loss and batch size. Learning rate, epochs and the rest of how a
+head is fitted are those of the section `head`.
+
+OUT gets results.json, which names the mode as does all that is printed, and model/, the encoder with its head for
+`pipeline("audio-classification")`. The fast mode also writes tables and pictures of the best head (by validation) by
+class and group, and of a sweep sweep.csv and sweep.png; the published mode all that fine-tuning does.
 """
 
 import json
 import logging
 import platform
-import sys
+import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from accelerate.utils import set_seed
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers.utils.logging import disable_progress_bar
 
-from modeling_sslam import SSLAMFeatureExtractor, SSLAMModel
-from training.arguments import flatten, parse
+from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
+from modeling_sslam.configuration_sslam import POOLINGS as MODEL_POOLINGS
+from training.arguments import flatten
 from training.checkpointing import write_text
-from training.data import DataConfig, DataError
+from training.data import DataConfig
 from training.evaluate import PACKAGES, card_results, dataset_facts
 from training.evaluation.card import write_results_to_card
 from training.evaluation.results import MAIN_METRICS, Evaluation, write_results
 from training.features import POOLINGS, FeatureSet, cached_features
-from training.labels import LabelSet, find_label_set
-from training.linear_heads import METRICS, Head, HeadConfig, fit_heads, head_logits
-from training.linear_results import HeadResult, HeadSummary, table_of, why_no_model, write_model, write_sweep
-from training.prediction import Predictions, ProblemType
-from training.selection import HoldOut
-from training.sources import open_source
+from training.finetune import FinetuneConfig, evaluation_data, finetune, make_classifier, settle
+from training.labels import LabelSet
+from training.linear_heads import (
+    DEFAULT_LOSS,
+    FINAL_LEARNING_RATE,
+    METRICS,
+    Head,
+    HeadConfig,
+    fit_heads,
+    head_logits,
+)
+from training.linear_results import (
+    HeadResult,
+    HeadSummary,
+    remove_sweep,
+    save_folder,
+    table_of,
+    why_no_model,
+    write_model,
+    write_sweep,
+)
+from training.loop import StopRequest, TrainingError, make_accelerator, run_program
+from training.prediction import Predictions
+from training.selection import is_on_side
 
 logger = logging.getLogger(__name__)
 
-CACHED_PROTOCOL = (
-    "fast mode (cached): features of the frozen encoder computed once, without augmentation; linear heads fitted on "
-    "them"
-)
+PROTOCOLS = {
+    "cached": "fast mode (cached): features of the frozen encoder computed once, without augmentation, and linear "
+    "heads fitted on them",
+    "published": "published mode: features of the frozen encoder computed anew in every epoch, under augmentation",
+}
 ALL_POOLINGS = (*POOLINGS, "cls+mean")
-# Of features in memory at once; a sweep that needs more is fitted in parts.
+# Of features and logits in memory at once; a sweep that needs more is fitted in parts.
 MAX_BYTES_IN_MEMORY = 4 * 2**30
 
 
-@dataclass
-class LinearEvalConfig:
+@dataclass(kw_only=True)
+class LinearEvalConfig(FinetuneConfig):
     """All settings of a linear evaluation."""
 
-    model: str = field(
-        metadata={"help": "Folder of an encoder, of whichever head (pre-training, classifier), or its id on the Hub."}
-    )
-    data: DataConfig
-    output_dir: Path = field(metadata={"help": "Folder for the results, on a disk that all processes share."})
     head: HeadConfig
     mode: Literal["cached", "published"] = field(default="cached", metadata={"help": "See the top."})
-    validation_split: str | None = field(
-        default="validation",
-        metadata={"help": "Split to choose the epoch and the head by; null holds out validation_fraction of data."},
-    )
-    validation_fraction: float = field(
-        default=0.1,
-        metadata={
-            "help": "Share of the training clips to hold out where there is no validation split. 0: none, the last "
-            "epoch counts; for a single head."
-        },
-    )
-    test_split: str = field(default="test", metadata={"help": "Split that the results are of."})
-    folds: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Splits of which each is the test split once, the others together the training clips, in place of "
-            "the three splits above."
-        },
+    test_split: str | None = field(
+        default="test",
+        metadata={"help": "Split that the results are of; null: the validation split, which also chose the epoch."},
     )
     layers: list[str] = field(
         default_factory=lambda: ["last"],
-        metadata={"help": "Layers to fit heads on: 0 (the embeddings), 1 (after block 1), ..., last, or all."},
-    )
-    poolings: list[str] = field(
-        default_factory=lambda: ["cls", "mean"],
         metadata={
-            "help": f"Poolings to fit heads on: {', '.join(POOLINGS)}, concatenations such as cls+mean, or all."
+            "help": "Layers to fit heads on: 0 (the embeddings), 1 (after block 1), ..., last, or all.",
+            "default": "last",
+        },
+    )
+    poolings: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"Poolings to fit heads on: {', '.join(POOLINGS)}, concatenations such as cls+mean, or all.",
+            "default": "the model's own",
         },
     )
     random_weights: bool = field(
         default=False, metadata={"help": "Evaluate new weights in the architecture of the model, to compare with."}
-    )
-    label_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "Table index,id,name (or index,name) of the classes, where the data bring none. Without any, the "
-            "classes are the labels of the training clips."
-        },
-    )
-    problem_type: Literal["single_label_classification", "multi_label_classification"] | None = field(
-        default=None, metadata={"help": "By default single-label if every training clip has just one."}
-    )
-    max_length: int | None = field(
-        default=None,
-        metadata={"help": "Frames (10 ms) that clips are padded or cut to; by default the feature extractor's."},
     )
     cache_dir: Path = field(
         default=Path("runs/features"), metadata={"help": "Folder for cached features, shared by all evaluations."}
@@ -124,28 +120,29 @@ class LinearEvalConfig:
     cache_dtype: Literal["float32", "float16"] = field(
         default="float32", metadata={"help": "Of cached features; float16 halves their size."}
     )
-    batch_size: int = field(default=32, metadata={"help": "Clips per device and forward pass of the encoder."})
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
-        default=None, metadata={"help": "Of the encoder; overrides what accelerate was launched with."}
-    )
-    seed: int = field(
-        default=0,
-        metadata={"help": "What new weights, held-out clips and the heads' start and batches follow from."},
-    )
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size} must be at least 1")
-        if not 0 <= self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction={self.validation_fraction} must be at least 0 and less than 1")
-        if self.folds is not None and len(set(self.folds)) < max(2, len(self.folds)):
-            raise ValueError(f"folds={self.folds} must be two or more different splits")
+        # What a fine-tuning configuration says about training the encoder does not hold for a head.
+        self.freeze_encoder = True
+        self.max_updates, self.warmup_fraction, self.epochs = None, None, float(self.head.epochs)
+        self.optimizer = replace(
+            self.optimizer,
+            learning_rate=self.head.learning_rate,
+            final_learning_rate=FINAL_LEARNING_RATE,
+            warmup_updates=0,
+            layer_decay=1.0,
+            betas=self.head.betas,
+            weight_decay=self.head.weight_decay,
+        )
+        super().__post_init__()
         if self.mode == "cached" and self.data.sample_weights is not None:
             raise ValueError("data.sample_weights has no effect on cached features; use mode=published")
-
-
-class LinearEvalError(Exception):
-    """The evaluation cannot start; the message says why and what to do."""
+        if self.mode == "published" and (self.layers != ["last"] or len(self.poolings or ["cls"]) != 1):
+            raise ValueError(
+                "mode=published fits one head, on the last layer; sweeps over layers and poolings are for mode=cached"
+            )
+        if self.mode == "published" and self.poolings and self.poolings[0] not in MODEL_POOLINGS:
+            raise ValueError(f"poolings={self.poolings[0]}: mode=published has {', '.join(MODEL_POOLINGS)}")
 
 
 class Clips:
@@ -155,7 +152,7 @@ class Clips:
         choose: Of all clips of the splits those that it chooses by name.
     """
 
-    def __init__(self, sets: Sequence[FeatureSet], choose: Any = lambda id_: True) -> None:
+    def __init__(self, sets: Sequence[FeatureSet], choose: Callable[[str], bool] = lambda id_: True) -> None:
         self.sets = sets
         self.rows = [np.array([choose(id_) for id_ in features.ids]).nonzero()[0] for features in sets]
 
@@ -188,172 +185,203 @@ class Round(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config = parse(LinearEvalConfig, argv, description=__doc__)
-    try:
-        linear_eval(config)
-    except (LinearEvalError, DataError) as error:
-        sys.exit(f"error: {error}")
+    run_program(LinearEvalConfig, linear_eval, argv, __doc__)
 
 
-def linear_eval(config: LinearEvalConfig) -> None:
+def linear_eval(config: LinearEvalConfig, stop: StopRequest) -> None:
     """One linear evaluation, from the model's folder to the files."""
-    try:
-        accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    except ValueError as error:
-        raise LinearEvalError(f"accelerate: {error}") from error
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        level=logging.INFO if accelerator.is_main_process else logging.WARNING,
-    )
-    disable_progress_bar()
-    encoder, feature_extractor = load_encoder(config)
-    heads = chosen_heads(config, encoder.config.num_hidden_layers)
-    data = replace(
-        config.data,
-        label_column=config.data.label_column or "auto",
-        group_column=config.data.group_column or "auto",
-    )
-    names = config.folds or [
-        split for split in (config.data.split, config.validation_split, config.test_split) if split is not None
-    ]
+    if config.mode == "published":
+        evaluate_as_published(config, stop)
+    else:
+        evaluate_cached(config)
+
+
+def evaluate_as_published(config: LinearEvalConfig, stop: StopRequest) -> None:
+    """Fine-tuning with a frozen encoder."""
+    check_results_dir(config)
+    model = config.model
+    architectures = SSLAMConfig.from_pretrained(model).architectures or ()
+    if config.random_weights or "SSLAMForAudioClassification" in architectures:
+        # A linear evaluation starts from a new head, also where the model has one.
+        model = str(config.output_dir / "encoder")
+        if PartialState().is_main_process:
+            feature_extractor = SSLAMFeatureExtractor.from_pretrained(config.model)
+            encoder = SSLAMModel.from_pretrained(config.model, dtype=torch.float32)
+            encoder = new_weights(encoder, config) if config.random_weights else encoder
+            save_folder(Path(model), encoder, feature_extractor)
+        PartialState().wait_for_everyone()
+    settings = {item.name: getattr(config, item.name) for item in fields(FinetuneConfig)} | {"model": model}
+    if config.poolings is not None:
+        settings["architecture"] = replace(config.architecture, classifier_pooling=config.poolings[0])
+    results = finetune(FinetuneConfig(**settings), stop)
+    if not (results and PartialState().is_main_process):
+        return
+    metrics = {
+        split: {name: evaluation.metrics[name] for name in evaluation.main_metrics}
+        for split, evaluation in results.items()
+    }
+    encoder_name = name_of_encoder(config)
+    facts = common_facts(config, encoder_name) | {"metrics": metrics}
+    write_text(config.output_dir / "results.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    print(f"Linear evaluation of {encoder_name} on {config.data.source}", f"  {PROTOCOLS[config.mode]}", sep="\n")
+    for split, values in metrics.items():
+        print(f"  {split}: {', '.join(f'{name} {value:.4f}' for name, value in values.items() if value is not None)}")
+    print(config.output_dir / "results.json")
+
+
+def evaluate_cached(config: LinearEvalConfig) -> None:
+    """Features, heads, results."""
+    accelerator = make_accelerator(config)
+    check_results_dir(config)
+    if config.folds:
+        # For the classes, which are those of all folds.
+        config = replace(config, data=replace(config.data, split="+".join(config.folds)))
+    config, labels = settle(config)
+    model, feature_extractor = make_classifier(config, labels, None)
+    if config.random_weights:
+        model.sslam = new_weights(model.sslam, config)
+    model.eval().requires_grad_(False).to(accelerator.device)
+    heads = chosen_heads(config, model.config)
+
     started = time.perf_counter()
-    encoder.to(accelerator.device)
     sets = {}
-    for name in names:
+    for name, data in splits_of(config).items():
         try:
             with logging_redirect_tqdm():
                 sets[name] = cached_features(
-                    encoder,
+                    model.sslam,
                     feature_extractor,
-                    replace(data, split=name),
+                    data,
                     config.cache_dir,
                     accelerator,
                     batch_size=config.batch_size,
                     dtype=config.cache_dtype,
                 )
         except (ValueError, FileNotFoundError) as error:
-            raise LinearEvalError(f"data.source={data.source!r}, split {name!r}: {error}") from error
-    extraction_seconds = time.perf_counter() - started
+            raise TrainingError(f"data.source={data.source!r}, split {name!r}: {error}") from error
+    seconds = time.perf_counter() - started
     # Heads are small: one device fits them sooner than it could share them out.
     if accelerator.is_main_process:
-        fit_and_report(config, data, encoder, feature_extractor, heads, sets, accelerator.device, extraction_seconds)
-    accelerator.end_training()
+        fit_and_report(config, model, feature_extractor, heads, sets, labels, seconds)
 
 
-def load_encoder(config: LinearEvalConfig) -> tuple[SSLAMModel, SSLAMFeatureExtractor]:
-    """The frozen encoder, or a new one, and its feature extractor.
+def new_weights(encoder: SSLAMModel, config: LinearEvalConfig) -> SSLAMModel:
+    """An encoder of the same architecture that has learnt nothing."""
+    set_seed(config.seed)
+    return SSLAMModel(encoder.config)
 
-    Raises:
-        LinearEvalError: If they cannot be read, or the folder has no weights of an encoder.
+
+def name_of_encoder(config: LinearEvalConfig) -> str:
+    return f"{config.model}, new weights" if config.random_weights else config.model
+
+
+def splits_of(config: LinearEvalConfig) -> dict[str, DataConfig]:
+    """The splits that take part, whole."""
+    training = replace(config.data, hold_out=0.0, held_out=False)
+    if config.folds:
+        return {fold: replace(training, split=fold) for fold in config.folds}
+    names = {config.validation_split, config.test_split} - {None, config.data.split}
+    others = {name: replace(evaluation_data(config, name), hold_out=0.0, held_out=False) for name in sorted(names)}
+    return {config.data.split: training} | others
+
+
+def common_facts(config: LinearEvalConfig, encoder_name: str) -> dict[str, Any]:
+    """What results.json says in either mode."""
+    return {
+        "mode": config.mode,
+        "protocol": PROTOCOLS[config.mode],
+        "model": encoder_name,
+        "dataset": dataset_facts(config.data),
+        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in flatten(config).items()},
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+    }
+
+
+def check_results_dir(config: LinearEvalConfig) -> None:
     """
-    overrides = {} if config.max_length is None else {"max_length": config.max_length}
-    try:
-        encoder, loading = SSLAMModel.from_pretrained(config.model, dtype=torch.float32, output_loading_info=True)
-        feature_extractor = SSLAMFeatureExtractor.from_pretrained(config.model, **overrides)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise LinearEvalError(f"model={config.model!r}: {' '.join(str(error).split())}") from error
-    if loading["missing_keys"] or loading.get("mismatched_keys"):
-        raise LinearEvalError(f"model={config.model!r} lacks weights of the encoder, which would be random.")
-    if config.random_weights:
-        set_seed(config.seed)
-        encoder = SSLAMModel(encoder.config)
-    return encoder.eval().requires_grad_(False), feature_extractor
+    Raises:
+        TrainingError: If the folder holds another evaluation's results, which this one would mix with its own.
+    """
+    path = config.output_dir / "results.json"
+    if not path.exists():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    facts = common_facts(config, name_of_encoder(config))
+    for name in ("mode", "model", "dataset"):
+        if before.get(name) != facts[name]:
+            raise TrainingError(
+                f"{path} is of another evaluation ({name} {before.get(name)}, not {facts[name]}); name another "
+                "--output_dir."
+            )
 
 
-def chosen_heads(config: LinearEvalConfig, num_layers: int) -> list[Head]:
+def chosen_heads(config: LinearEvalConfig, encoder: SSLAMConfig) -> list[Head]:
     """The heads that `layers` and `poolings` ask for, layer by layer.
 
     Raises:
-        LinearEvalError: If there is no such layer or pooling, or several heads but nothing to choose among them by.
+        TrainingError: If there is no such layer or pooling, or several heads but nothing to choose among them by.
     """
-    layers: list[int] = []
+    last, layers, poolings = encoder.num_hidden_layers, [], []
     for name in config.layers:
-        if name == "all":
-            layers += range(num_layers + 1)
-        elif name == "last":
-            layers.append(num_layers)
-        elif name.isdigit() and int(name) <= num_layers:
-            layers.append(int(name))
-        else:
-            raise LinearEvalError(f"layers: {name!r} is not one of 0 to {num_layers}, last, all.")
-    poolings: list[str] = []
-    for name in config.poolings:
+        if not (name in ("all", "last") or (name.isdecimal() and int(name) <= last)):
+            raise TrainingError(f"layers: {name!r} is not one of 0 to {last}, last, all.")
+        layers += range(last + 1) if name == "all" else [last if name == "last" else int(name)]
+    for name in config.poolings or [encoder.classifier_pooling]:
         if name != "all" and not set(name.split("+")) <= set(POOLINGS):
-            raise LinearEvalError(
+            raise TrainingError(
                 f"poolings: {name!r} is not one of {', '.join(POOLINGS)}, all, nor some of them joined by +."
             )
         poolings += ALL_POOLINGS if name == "all" else [name]
     heads = [Head(layer, pooling) for layer in dict.fromkeys(layers) for pooling in dict.fromkeys(poolings)]
-    if len(heads) > 1 and not config.validation_fraction and (config.folds or config.validation_split is None):
-        raise LinearEvalError(
-            f"There are {len(heads)} heads and no validation clips to choose by: the test clips must not. Set "
-            "validation_split or validation_fraction, or a single one of layers and of poolings."
+    if len(heads) > 1 and config.folds and not config.data.hold_out:
+        raise TrainingError(
+            f"There are {len(heads)} heads and no validation clips to choose by: the test folds must not. Set "
+            "data.hold_out, or a single one of layers and of poolings."
         )
     return heads
-
-
-def find_classes(
-    config: LinearEvalConfig, data: DataConfig, train: Sequence[list[str]]
-) -> tuple[LabelSet, ProblemType]:
-    """The classes, and whether a clip has just one.
-
-    Args:
-        train: The labels of the training clips.
-
-    Raises:
-        DataError: If the training clips have no labels, or not one each where they should.
-    """
-    labels = find_label_set(data, open_source(data, num_readers=1, seed=0), config.label_file)
-    if labels is None:
-        labels = LabelSet(sorted({name for names in train for name in names}))
-    if not any(train):
-        raise DataError(
-            f"None of the {len(train)} training clips has a label; name their column by data.label_column."
-        )
-    not_single = sum(len(names) != 1 for names in train)
-    if config.problem_type == "single_label_classification" and not_single:
-        raise DataError(
-            f"{not_single} of {len(train)} training clips do not have one label each, as problem_type says."
-        )
-    inferred = "multi_label_classification" if not_single else "single_label_classification"
-    return labels, config.problem_type or inferred
 
 
 def make_rounds(config: LinearEvalConfig, sets: dict[str, FeatureSet]) -> dict[str, Round]:
     """The clips to train, validate and test with, by test split: one round, or one for each fold."""
 
-    def held_out(train: list[FeatureSet]) -> tuple[Clips, Clips]:
-        rest, chosen = (HoldOut(config.validation_fraction, config.seed, part) for part in (False, True))
-        return Clips(train, lambda id_: rest(id_, 0)), Clips(train, lambda id_: chosen(id_, 0))
+    def split_by_name(train: list[FeatureSet]) -> tuple[Clips, Clips]:
+        rest, held_out = (partial(is_on_side, epoch=0, fraction=config.data.hold_out, held_out=x) for x in (0, 1))
+        return Clips(train, rest), Clips(train, held_out)
 
     if config.folds:
         return {
-            fold: Round(*held_out([sets[name] for name in config.folds if name != fold]), Clips([sets[fold]]))
+            fold: Round(*split_by_name([sets[name] for name in config.folds if name != fold]), Clips([sets[fold]]))
             for fold in config.folds
         }
-    train, test = [sets[config.data.split]], Clips([sets[config.test_split]])
-    if config.validation_split is None:
-        return {config.test_split: Round(*held_out(train), test)}
-    return {config.test_split: Round(Clips(train), Clips([sets[config.validation_split]]), test)}
+    train = [sets[config.data.split]]
+    if config.data.hold_out:
+        parts = split_by_name(train)
+    else:
+        parts = Clips(train), Clips([sets[config.validation_split]])
+    if config.test_split is None:
+        return {"held out" if config.data.hold_out else config.validation_split: Round(*parts, parts[1])}
+    return {config.test_split: Round(*parts, Clips([sets[config.test_split]]))}
 
 
 def fit_and_report(
     config: LinearEvalConfig,
-    data: DataConfig,
-    encoder: SSLAMModel,
+    model: SSLAMForAudioClassification,
     feature_extractor: SSLAMFeatureExtractor,
     heads: list[Head],
     sets: dict[str, FeatureSet],
-    device: torch.device,
+    labels: LabelSet,
     extraction_seconds: float,
 ) -> None:
-    """Fits the heads on cached features, tests them, writes all files and prints what came out."""
+    """Fits the heads on cached features, tests them, writes all files and prints what came out.
+
+    Args:
+        model: With the encoder that the features are of; its head counts for nothing.
+    """
     started = time.perf_counter()
+    problem_type, eps = model.config.problem_type, model.config.classifier_norm_eps
     rounds = make_rounds(config, sets)
-    train_labels = [labels for clips in rounds.values() for labels in clips.train.column("labels")]
-    labels, problem_type = find_classes(config, replace(data, split=next(iter(sets))), train_labels)
     results = {
-        test: evaluate_round(config, heads, clips, labels, problem_type, encoder, device, test)
+        test: evaluate_round(config, heads, clips, labels, model, description=f"Heads for {test}")
         for test, clips in rounds.items()
     }
     seconds = {"features": round(extraction_seconds, 2), "heads": round(time.perf_counter() - started, 2)}
@@ -363,16 +391,11 @@ def fit_and_report(
     chosen = max(range(len(heads)), key=lambda i: table[i].validation or 0.0)
     best = heads[chosen]
     metric, metric_name = next(iter(MAIN_METRICS[problem_type].items()))
-    encoder_name = f"{config.model}, new weights" if config.random_weights else config.model
+    encoder_name, protocol = name_of_encoder(config), PROTOCOLS[config.mode]
     no_model = why_no_model(best, has_folds=bool(config.folds))
-    facts = {
-        "mode": config.mode,
-        "protocol": CACHED_PROTOCOL,
-        "model": encoder_name,
-        "dataset": dataset_facts(replace(data, split="+".join(rounds))),
-        "num_clips": {
-            test: {name: len(part) for name, part in clips._asdict().items()} for test, clips in rounds.items()
-        },
+    sizes = {test: {name: len(part) for name, part in clips._asdict().items()} for test, clips in rounds.items()}
+    facts = common_facts(config, encoder_name) | {
+        "num_clips": sizes,
         "num_classes": len(labels),
         "skipped": {name: features.skipped for name, features in sets.items()},
         "metric": metric,
@@ -381,39 +404,38 @@ def fit_and_report(
         "heads": [row.as_row(metric) for row in table],
         "seconds": seconds,
         "features": {name: str(features.folder) for name, features in sets.items()},
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in flatten(config).items()},
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
     }
 
-    files: list[Path] = []
-    evaluation = None
+    out, files = config.output_dir, []
     for test, clips in rounds.items():
-        logits = head_logits(clips.test.pooled(best), results[test][chosen].state, encoder.config.classifier_norm_eps)
+        logits = head_logits(clips.test.pooled(best), results[test][chosen].state, eps)
         targets = labels.encode(clips.test.column("labels"))
         predictions = Predictions(clips.test.column("ids"), logits.numpy(), targets.numpy(), clips.test.groups())
-        evaluation = Evaluation.of(predictions, problem_type, labels.names, data.group_column)
-        title = f"{encoder_name}, {best}, on {test} ({config.mode} linear evaluation)"
-        folder = config.output_dir / test if config.folds else config.output_dir
-        files += write_results(folder, evaluation, title, facts)
+        column = config.data.group_column
+        group_column = "num_sources" if column == "auto" else column
+        evaluation = Evaluation.of(predictions, problem_type, labels.names, group_column)
+        title = f"Linear evaluation ({config.mode}) of {encoder_name}, {best}, on {test}"
+        files += write_results(out / test if config.folds else out, evaluation, title, facts)
     if config.folds:
-        write_text(config.output_dir / "results.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-        files.append(config.output_dir / "results.json")
+        write_text(out / "results.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        files.append(out / "results.json")
+    remove_sweep(out)
     if len(heads) > 1:
-        files += write_sweep(config.output_dir, table, metric, metric_name, f"{encoder_name}\n{CACHED_PROTOCOL}")
+        files += write_sweep(out, table, metric, metric_name, f"Linear evaluation ({config.mode}) of {encoder_name}")
+    shutil.rmtree(out / "model", ignore_errors=True)
     if no_model is None:
         (result,) = (part[chosen] for part in results.values())
-        folder = config.output_dir / "model"
-        write_model(
-            folder, encoder, feature_extractor, result, labels.names, problem_type, encoder_name, CACHED_PROTOCOL
-        )
-        write_results_to_card(folder, card_results(replace(data, split=config.test_split), evaluation), set())
-        files.append(folder)
-    sizes = [f"{len(clips.train)} + {len(clips.validation)} + {len(clips.test)}" for clips in rounds.values()]
+        write_model(out / "model", model, feature_extractor, result, encoder_name, protocol)
+        if config.test_split is not None:
+            data = evaluation_data(config, config.test_split)
+            write_results_to_card(out / "model", card_results(data, evaluation), replaced=set())
+        files.append(out / "model")
+    clips = ", ".join(" + ".join(f"{n:,}" for n in size.values()) for size in sizes.values())
     print(
-        f"{encoder_name} on {config.data.source}, {len(labels)} classes",
-        CACHED_PROTOCOL,
-        f"training + validation + test clips: {', '.join(sizes)}",
-        f"features {seconds['features']} s, {len(heads)} heads {seconds['heads']} s",
+        f"Linear evaluation of {encoder_name} on {config.data.source}",
+        f"  {protocol}",
+        f"  {len(labels)} classes; clips to train, validate and test with: {clips}",
+        f"  features {seconds['features']} s, {len(heads)} heads {seconds['heads']} s",
         *table_of(table, metric_name, best),
         *([no_model] if no_model else []),
         *files,
@@ -426,41 +448,35 @@ def evaluate_round(
     heads: list[Head],
     clips: Round,
     labels: LabelSet,
-    problem_type: ProblemType,
-    encoder: SSLAMModel,
-    device: torch.device,
+    model: SSLAMForAudioClassification,
     description: str,
 ) -> list[HeadResult]:
-    """Fits all heads on the training clips, chooses their epochs by the validation clips, and tests them.
-
-    Args:
-        description: Of the progress bar.
-    """
+    """Fits all heads on the training clips, chooses their epochs by the validation clips, and tests them."""
+    settings, device = model.config, model.device
     targets = [labels.encode(part.column("labels")).to(device) for part in clips]
     results = {}
-    for part in parts_that_fit(heads, sum(map(len, clips)), encoder.config.hidden_size + len(labels)):
-        train, validation, test = (
-            torch.stack([split.pooled(head) for head in part]).to(device) if len(split) else None for split in clips
-        )
+    for part in parts_that_fit(heads, sum(map(len, clips)), settings.hidden_size + len(labels)):
+        features = [torch.stack([split.pooled(head) for head in part]).to(device) for split in clips]
         fitted = fit_heads(
-            train,
+            features[0],
             targets[0],
-            None if validation is None else (validation, targets[1]),
-            problem_type,
+            (features[1], targets[1]) if len(clips.validation) else None,
+            settings.problem_type,
             config.head,
-            eps=encoder.config.classifier_norm_eps,
-            std=encoder.config.initializer_range,
+            eps=settings.classifier_norm_eps,
+            std=settings.initializer_range,
+            loss=DEFAULT_LOSS[settings.problem_type] if config.loss == "auto" else config.loss,
+            label_smoothing=config.label_smoothing,
             seed=config.seed,
-            description=f"Heads for {description}",
+            description=description,
         )
         with torch.no_grad():
-            scores = METRICS[problem_type](fitted.heads(test), targets[2]).tolist()
+            scores = METRICS[settings.problem_type](fitted.heads(features[2]), targets[2]).tolist()
         for i, head in enumerate(part):
             state = {name: value.cpu() for name, value in fitted.heads.classifier_state(i).items()}
             epoch = fitted.best_epochs[i]
-            validation_score = None if fitted.scores is None else fitted.scores[i]
-            loss = fitted.losses[epoch - 1, i].item()
-            results[head] = HeadResult(head, epoch, loss, validation_score, scores[i], state)
+            validation = None if fitted.scores is None else fitted.scores[i]
+            results[head] = HeadResult(head, epoch, fitted.losses[epoch - 1, i].item(), validation, scores[i], state)
     return [results[head] for head in heads]
 
 

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
+from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMPreTrainedModel
 from modeling_sslam.configuration_sslam import POOLINGS as MODEL_POOLINGS
 from training.checkpointing import TEMPORARY_PREFIX, publish, write_text
 from training.linear_heads import Head
-from training.prediction import ProblemType
 
+SWEEP_FILES = ("sweep.csv", "sweep.png")
 CARD = """---
 library_name: transformers
 pipeline_tag: audio-classification
@@ -124,7 +124,13 @@ def write_sweep(folder: Path, table: Sequence[HeadSummary], metric: str, metric_
     temporary = folder / f"{TEMPORARY_PREFIX}sweep.png"
     figure.savefig(temporary, dpi=110)
     temporary.replace(folder / "sweep.png")
-    return [folder / "sweep.csv", folder / "sweep.png"]
+    return [folder / name for name in SWEEP_FILES]
+
+
+def remove_sweep(folder: Path) -> None:
+    """Removes what an earlier sweep left."""
+    for name in SWEEP_FILES:
+        (folder / name).unlink(missing_ok=True)
 
 
 def why_no_model(head: Head, has_folds: bool) -> str | None:
@@ -140,42 +146,57 @@ def why_no_model(head: Head, has_folds: bool) -> str | None:
 
 def write_model(
     folder: Path,
-    encoder: SSLAMModel,
+    model: SSLAMForAudioClassification,
     feature_extractor: SSLAMFeatureExtractor,
     result: HeadResult,
-    names: list[str],
-    problem_type: ProblemType,
     encoder_name: str,
     protocol: str,
 ) -> None:
-    """Writes the encoder up to the head's layer, and the head, as a folder for `pipeline("audio-classification")`."""
+    """Writes the encoder up to the head's layer, and the head, as a folder for `pipeline("audio-classification")`.
+
+    Args:
+        model: With the encoder and the classes; its own head counts for nothing.
+    """
     head = result.head
-    config = copy.deepcopy(encoder.config)
+    config = copy.deepcopy(model.config)
+    # The targets are of pre-training, which this model is no longer for.
     config.update(
         {
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: i for i, name in enumerate(names)},
-            "problem_type": problem_type,
             "classifier_pooling": head.pooling,
             "num_hidden_layers": head.layer,
-            "max_length": feature_extractor.max_length,
-            # Of pre-training, which this model is no longer for.
             "num_target_layers": None,
             "num_global_target_layers": None,
         }
     )
-    model = SSLAMForAudioClassification(config)
-    weights = encoder.state_dict()
-    model.sslam.load_state_dict({name: weights[name] for name in model.sslam.state_dict()})
-    model.classifier.load_state_dict(result.state)
+    classifier = SSLAMForAudioClassification(config)
+    weights = model.sslam.state_dict()
+    classifier.sslam.load_state_dict({name: weights[name] for name in classifier.sslam.state_dict()})
+    classifier.classifier.load_state_dict(result.state)
+    title = f"{Path(encoder_name).name}, linear head"
+    card = CARD.format(title=title, encoder=encoder_name, head=head, protocol=protocol)
+    save_folder(folder, classifier, feature_extractor, card)
+
+
+def save_folder(
+    folder: Path, model: SSLAMPreTrainedModel, feature_extractor: SSLAMFeatureExtractor, card: str | None = None
+) -> None:
+    """Writes a model folder, whole or not at all."""
     temporary = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     feature_extractor.save_pretrained(temporary)
-    title = f"{Path(encoder_name).name}, linear head"
-    card = CARD.format(title=title, encoder=encoder_name, head=head, protocol=protocol)
-    (temporary / "README.md").write_text(card, encoding="utf-8")
+    if card is not None:
+        (temporary / "README.md").write_text(card, encoding="utf-8")
     publish(temporary, folder)
 
 
-__all__ = ["HeadResult", "HeadSummary", "table_of", "why_no_model", "write_model", "write_sweep"]
+__all__ = [
+    "HeadResult",
+    "HeadSummary",
+    "remove_sweep",
+    "save_folder",
+    "table_of",
+    "why_no_model",
+    "write_model",
+    "write_sweep",
+]
