@@ -33,6 +33,7 @@ import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from modeling_sslam import SSLAMFeatureExtractor
+from training.arguments import changed_default
 from training.selection import selections_of
 from training.sources import open_source
 from training.stream import Augmentation, ClipStream, input_values_of
@@ -161,26 +162,21 @@ class DataConfig:
             raise ValueError(f"max_skipped_fraction={self.max_skipped_fraction} must be at least 0 and less than 1.")
 
 
-def changed_default(name: str, value: Any) -> Any:
-    """A field of [`DataConfig`] with another default."""
-    return field(default=value, metadata=DataConfig.__dataclass_fields__[name].metadata)
-
-
 @dataclass
 class LabelledDataConfig(DataConfig):
     """Where labelled sound comes from and how it becomes batches."""
 
-    label_column: str | None = changed_default("label_column", "auto")
-    group_column: str | None = changed_default("group_column", "auto")
+    label_column: str | None = changed_default(DataConfig, "label_column", "auto")
+    group_column: str | None = changed_default(DataConfig, "group_column", "auto")
 
 
 @dataclass
 class EvaluationDataConfig(LabelledDataConfig):
     """A labelled split, read once in its order."""
 
-    split: str = changed_default("split", "test")
-    crop: Literal["random", "head"] = changed_default("crop", "head")
-    shuffle_buffer: int = changed_default("shuffle_buffer", 0)
+    split: str = changed_default(DataConfig, "split", "test")
+    crop: Literal["random", "head"] = changed_default(DataConfig, "crop", "head")
+    shuffle_buffer: int = changed_default(DataConfig, "shuffle_buffer", 0)
 
 
 class DataError(RuntimeError):

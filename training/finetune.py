@@ -34,7 +34,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
-from training.arguments import optional_section
+from training.arguments import changed_default
 from training.augmentation import AugmentationConfig, augment_batch, roll_and_gain
 from training.checkpointing import BEST, write_text
 from training.data import EvaluationDataConfig, LabelledDataConfig, make_loader
@@ -43,6 +43,7 @@ from training.evaluation.results import MAIN_METRICS, Evaluation
 from training.labels import LabelSet, Survey, find_label_set, survey
 from training.loop import IntervalTimer, Progress, Run, RunConfig, StopRequest, TrainingError, run_program
 from training.losses import Loss, loss_sum, loss_weight
+from training.optimization import OptimizerConfig
 from training.prediction import compute_metrics, predict
 from training.report import write_report
 from training.selection import selections_of
@@ -50,7 +51,6 @@ from training.sources import open_source
 
 logger = logging.getLogger(__name__)
 
-ArchitectureOverrides = optional_section("ArchitectureOverrides", SSLAMConfig)
 
 # How often a run is evaluated if nothing else is asked for.
 DEFAULT_NUM_EVALUATIONS = 20
@@ -68,6 +68,17 @@ class FeatureOverrides:
     std: float | None = field(default=None, metadata={"help": "Their standard deviation.", "default": "as it was"})
 
 
+@dataclass
+class FinetuneOptimizerConfig(OptimizerConfig):
+    """AdamW with a learning rate for each layer; the defaults are the published ones for AudioSet."""
+
+    learning_rate: float = changed_default(OptimizerConfig, "learning_rate", 5e-5)
+    warmup_updates: int = changed_default(OptimizerConfig, "warmup_updates", 0)
+    initial_learning_rate: float = changed_default(OptimizerConfig, "initial_learning_rate", 1e-6)
+    final_learning_rate: float = changed_default(OptimizerConfig, "final_learning_rate", 1e-6)
+    layer_decay: float = changed_default(OptimizerConfig, "layer_decay", 0.65)
+
+
 @dataclass(kw_only=True)
 class FinetuneConfig(RunConfig):
     """All settings of a run."""
@@ -76,7 +87,7 @@ class FinetuneConfig(RunConfig):
         metadata={"help": "Folder (or Hub id) of the encoder; a head for other classes than the data's is left out."}
     )
     data: LabelledDataConfig
-    architecture: ArchitectureOverrides
+    optimizer: FinetuneOptimizerConfig
     features: FeatureOverrides
     augmentation: AugmentationConfig
     validation_source: str | None = field(
@@ -106,11 +117,22 @@ class FinetuneConfig(RunConfig):
         default="auto",
         metadata={"help": "Whether clips have one label or any number; auto: single if every clip has just one."},
     )
-    loss: Literal["auto"] | Loss = field(
-        default="auto",
-        metadata={"help": "auto: cross_entropy for one label a clip, bce_per_target for several."},
+    loss: Loss | None = field(
+        default=None,
+        metadata={
+            "help": "Binary cross-entropy per target or per clip, or cross-entropy.",
+            "default": "cross_entropy for one label a clip, bce_per_target for several",
+        },
     )
     label_smoothing: float = field(default=0.0, metadata={"help": "Share of a target spread over all classes."})
+    drop_path_rate: float = field(default=0.1, metadata={"help": "Stochastic depth of the last block."})
+    classifier_pooling: Literal["cls", "mean", "lin_softmax"] | None = field(
+        default=None,
+        metadata={
+            "help": "What the head classifies: the CLS token, or the patches by a mean.",
+            "default": "as it was",
+        },
+    )
     freeze_encoder: bool = field(default=False, metadata={"help": "Train the head alone: linear evaluation."})
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Compute blocks twice rather than keep what they computed: less memory."}
@@ -118,7 +140,7 @@ class FinetuneConfig(RunConfig):
     max_updates: int | None = field(default=None, metadata={"help": "Optimiser updates of the whole run; or epochs."})
     epochs: float | None = field(default=None, metadata={"help": "Passes over the training clips, for max_updates."})
     warmup_fraction: float | None = field(
-        default=None, metadata={"help": "Warm-up as a share of all updates, for optimizer.warmup_updates."}
+        default=None, metadata={"help": "Warm-up as a share of all updates, in place of optimizer.warmup_updates."}
     )
     evaluate_every: int | None = field(
         default=None,
@@ -191,9 +213,8 @@ def train(config: FinetuneConfig, stop: StopRequest) -> dict[str, Evaluation]:
     # --- Model: the encoder of another, or this run's own
     model, feature_extractor = make_classifier(config, labels, run.checkpoint)
     problem_type = model.config.problem_type
-    loss = config.loss
-    if loss == "auto":
-        loss = "cross_entropy" if problem_type == PROBLEM_TYPES["single"] else "bce_per_target"
+    is_single = problem_type == PROBLEM_TYPES["single"]
+    loss = config.loss or ("cross_entropy" if is_single else "bce_per_target")
 
     # --- Data
     distributed = {"rank": run.rank, "world_size": run.world_size}
@@ -342,9 +363,12 @@ def make_classifier(
         else:
             changed = {key: value for key, value in asdict(config.features).items() if value is not None}
             feature_extractor = SSLAMFeatureExtractor.from_pretrained(config.model, **changed)
-            overrides = {key: value for key, value in asdict(config.architecture).items() if value is not None}
-            overrides["max_length"] = feature_extractor.max_length
-            model_config = SSLAMConfig.from_pretrained(config.model, **overrides)
+            # A frozen encoder gives the same features every time.
+            drop_path_rate = 0.0 if config.freeze_encoder else config.drop_path_rate
+            model_config = SSLAMConfig.from_pretrained(
+                config.model, max_length=feature_extractor.max_length, drop_path_rate=drop_path_rate
+            )
+            model_config.classifier_pooling = config.classifier_pooling or model_config.classifier_pooling
             has_head = LabelSet.of_model(model_config).names == labels.names and (
                 "SSLAMForAudioClassification" in (model_config.architectures or ())
             )

@@ -449,8 +449,6 @@ class Run:
             **progress.take_means(),
             "learning_rate": self.learning_rate,
             **extra,
-            "clips": progress.clips,
-            "epoch": self.loader.epoch,
             "clips_per_second": self.timer.updates_per_second * self.clips_per_update,
             "data_wait_fraction": self.timer.wait_fraction,
             "memory_gib": memory_gib(self.accelerator.device),
@@ -466,6 +464,7 @@ class Run:
 
     def write_row(self, row: dict[str, Any]) -> None:
         """Adds a line to metrics.jsonl and the tracker, at the current update."""
+        row = {**row, "clips": self.progress.clips, "epoch": self.loader.epoch}
         if self.accelerator.is_main_process:
             append_metrics(self.metrics_path, {"update": self.progress.update, **row})
         self.accelerator.log(row, step=self.progress.update)

@@ -26,6 +26,6 @@ def loss_sum(logits: torch.Tensor, targets: torch.Tensor, loss: Loss, label_smoo
 
 
 def loss_weight(targets: torch.Tensor, loss: Loss) -> torch.Tensor:
-    """What a batch adds to the divisor of an update's loss: the sum of its targets for "bce_per_target" (several labels a
-    clip), the number of its clips for "cross_entropy" and "bce_per_clip" (Speech Commands)."""
+    """What a batch adds to the divisor of an update's loss: the sum of its targets for "bce_per_target" (clips with
+    several labels), the number of its clips for "cross_entropy" and "bce_per_clip" (Speech Commands)."""
     return targets.sum() if loss == "bce_per_target" else torch.tensor(float(len(targets)), device=targets.device)

@@ -73,7 +73,12 @@ def predict(
     model = accelerator.unwrap_model(model)
     ids, logits, targets, groups = [], [], [], []
     bar = tqdm(
-        desc=description, unit="clip", mininterval=0.5, dynamic_ncols=True, disable=not accelerator.is_main_process
+        desc=description,
+        unit="clip",
+        mininterval=0.5,
+        leave=False,
+        dynamic_ncols=True,
+        disable=not accelerator.is_main_process,
     )
     with bar, _eval_mode(model), torch.inference_mode():
         for batch in loader:

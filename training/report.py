@@ -103,7 +103,7 @@ def model_card(run_dir: Path, weights: Path, rows: list[dict[str, Any]]) -> str:
         "data": f"`{source}`",
         "started from": f"`{start}`" if start else "random weights",
         "updates": f"{last['update']:,} of {settings['max_updates']:,}",
-        "clips seen": f"{last['clips']:,} ({last['epoch'] + 1} epochs begun), {last['skipped_clips']} skipped",
+        "clips seen": f"{last['clips']:,} ({last['epoch'] + 1} epochs begun), {last.get('skipped_clips', 0)} skipped",
         **{key: f"{last[key]:.4g}" for key in measured if last[key] is not None},
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, accelerate "
         f"{accelerate.__version__}, datasets {datasets.__version__}, Python {platform.python_version()}",
