@@ -3,7 +3,7 @@
     python -m training.linear_eval --model DIR --data SOURCE --output_dir OUT                        # in seconds
     python -m training.linear_eval --model DIR --data SOURCE --output_dir OUT --layers all --poolings all
     python -m training.linear_eval --model DIR --data SOURCE --output_dir OUT --random_weights true  # to compare with
-    accelerate launch -m training.linear_eval --config training/configs/finetune_audioset_20k.yaml --mode published
+    accelerate launch -m training.linear_eval --config training/configs/finetune_as20k.yaml --mode published
         --model DIR --data SOURCE --output_dir OUT
 
 A head is the published classifier, LayerNorm and a linear layer on a clip's pooled states, with the losses of
@@ -27,6 +27,7 @@ import json
 import logging
 import platform
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -83,6 +84,10 @@ PROTOCOLS = {
     "published": "published mode: features of the frozen encoder computed anew in every epoch, under augmentation",
 }
 ALL_POOLINGS = (*POOLINGS, "cls+mean")
+HINTS = {
+    "test": " (--test_split null reports on the validation clips)",
+    "validation": " (--data.hold_out 0.1 validates with a tenth of the training clips)",
+}
 # Of features and logits in memory at once; a sweep that needs more is fitted in parts.
 MAX_BYTES_IN_MEMORY = 4 * 2**30
 
@@ -170,7 +175,9 @@ class Clips:
     def pooled(self, head: Head) -> torch.Tensor:
         """float32 `(len(self), width)`."""
         parts = [
-            np.asarray(features.pooled[:, head.layer, head.columns], dtype=np.float32)[rows].reshape(len(rows), -1)
+            np.asarray(features.pooled[:, head.layer, head.columns], dtype=np.float32).reshape(len(features.ids), -1)[
+                rows
+            ]
             for features, rows in zip(self.sets, self.rows, strict=True)
         ]
         return torch.from_numpy(np.concatenate(parts))
@@ -212,7 +219,7 @@ def evaluate_as_published(config: LinearEvalConfig, stop: StopRequest) -> None:
         PartialState().wait_for_everyone()
     settings = {item.name: getattr(config, item.name) for item in fields(FinetuneConfig)} | {"model": model}
     if config.poolings is not None:
-        settings["architecture"] = replace(config.architecture, classifier_pooling=config.poolings[0])
+        settings["classifier_pooling"] = config.poolings[0]
     results = finetune(FinetuneConfig(**settings), stop)
     if not (results and PartialState().is_main_process):
         return
@@ -221,6 +228,10 @@ def evaluate_as_published(config: LinearEvalConfig, stop: StopRequest) -> None:
         for split, evaluation in results.items()
     }
     encoder_name = name_of_encoder(config)
+    if config.folds:
+        columns = {name: [values[name] for values in metrics.values()] for name in next(iter(metrics.values()))}
+        for word, moment in (("mean", statistics.mean), ("spread", statistics.stdev)):
+            metrics[word] = {name: None if None in column else moment(column) for name, column in columns.items()}
     facts = common_facts(config, encoder_name) | {"metrics": metrics}
     write_text(config.output_dir / "results.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     print(f"Linear evaluation of {encoder_name} on {config.data.source}", f"  {PROTOCOLS[config.mode]}", sep="\n")
@@ -258,11 +269,36 @@ def evaluate_cached(config: LinearEvalConfig) -> None:
                     dtype=config.cache_dtype,
                 )
         except (ValueError, FileNotFoundError) as error:
-            raise TrainingError(f"data.source={data.source!r}, split {name!r}: {error}") from error
+            raise TrainingError(
+                f"data.source={data.source!r}, split {name!r}: {error}{HINTS.get(name, '')}"
+            ) from error
+    check_apart(config, sets)
     seconds = time.perf_counter() - started
     # Heads are small: one device fits them sooner than it could share them out.
     if accelerator.is_main_process:
         fit_and_report(config, model, feature_extractor, heads, sets, labels, seconds)
+
+
+def check_apart(config: LinearEvalConfig, sets: dict[str, FeatureSet]) -> None:
+    """
+    Raises:
+        TrainingError: If a split has clips of the training split, as the splits of a folder that has none do.
+    """
+    first, *others = sets
+    if config.folds:
+        return
+    rows = {id_: row for row, id_ in enumerate(sets[first].ids)}
+    for name in others:
+        pooled, ids = sets[name].pooled, sets[name].ids
+        # In some data sets clips of different splits share their names.
+        shared = [
+            id_ for i, id_ in enumerate(ids) if id_ in rows and (pooled[i] == sets[first].pooled[rows[id_]]).all()
+        ]
+        if shared:
+            raise TrainingError(
+                f"{len(shared)} of the {len(ids)} clips of split {name!r} are training clips, such as {shared[0]}. "
+                "For data without splits give --data.hold_out 0.2 --test_split null."
+            )
 
 
 def new_weights(encoder: SSLAMModel, config: LinearEvalConfig) -> SSLAMModel:
@@ -465,7 +501,7 @@ def evaluate_round(
             config.head,
             eps=settings.classifier_norm_eps,
             std=settings.initializer_range,
-            loss=DEFAULT_LOSS[settings.problem_type] if config.loss == "auto" else config.loss,
+            loss=config.loss or DEFAULT_LOSS[settings.problem_type],
             label_smoothing=config.label_smoothing,
             seed=config.seed,
             description=description,

@@ -192,7 +192,7 @@ def test_a_killed_extraction_leaves_nothing_that_counts(cache, monkeypatch, tmp_
 def test_features_that_are_not_finite_are_refused_by_name(cache, encoder):
     with torch.no_grad():
         encoder.encoder.layers[1].mlp.fc1.weight[0, 0] = torch.nan
-    with pytest.raises(DataError, match="clip.*not finite"):
+    with pytest.raises(DataError, match=r"clip.*not finite"):
         cache()
 
 
