@@ -14,6 +14,7 @@ Every clip counts once, however many processes share the work. Results are writt
 
 import json
 import logging
+import os
 import platform
 import re
 import sys
@@ -29,14 +30,15 @@ from accelerate.utils import InitProcessGroupKwargs
 from huggingface_hub import EvalResult
 from safetensors import SafetensorError
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
-from training.arguments import flatten, parse
+from training.arguments import parse
 from training.data import DataConfig, DataError, EvaluationDataConfig, make_loader
 from training.evaluation.card import TASK, read_card, write_results_to_card
 from training.evaluation.results import MAIN_METRICS, Evaluation, summary, write_results
 from training.labels import LabelSet, find_label_set
+from training.loop import plain_settings
 from training.prediction import predict, problem_type_of, skipped_clips
 from training.sources import Source
 
@@ -108,6 +110,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     if accelerator.mixed_precision == "fp16" and not accelerator.native_amp:
         raise EvaluationError("mixed_precision=fp16 needs a GPU; on this device use bf16 or no.")
     disable_progress_bar()
+    set_verbosity_error()  # its report of missing weights; see load_classifier
 
     # What can be wrong with the places of the results is found out before the work.
     model_dir = path if (path := Path(config.model).expanduser()).is_dir() else None
@@ -231,13 +234,14 @@ def results_dir(config: EvaluateConfig, model_dir: Path | None) -> Path:
 
 
 def check_results_dir(folder: Path, config: EvaluateConfig) -> None:
-    """Makes the folder.
-
+    """
     Raises:
-        OSError: If it cannot be made.
+        OSError: If it cannot be made or written to.
         ValueError: If it holds other things than results on these data.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise OSError(f"The results cannot be put into {folder}: {place} is not a folder that may be written to.")
     if not (folder / "results.json").is_file():
         return
     try:
@@ -278,7 +282,7 @@ def facts(
         "precision": accelerator.mixed_precision,
         "num_processes": accelerator.num_processes,
         "device": accelerator.device.type,
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in flatten(config).items()},
+        "settings": plain_settings(config),
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
     }
 

@@ -38,7 +38,7 @@ from training.arguments import changed_default
 from training.augmentation import AugmentationConfig, augment_batch, roll_and_gain
 from training.checkpointing import BEST, write_text
 from training.data import EvaluationDataConfig, LabelledDataConfig, make_loader
-from training.evaluate import EvaluateConfig, evaluate
+from training.evaluate import EvaluateConfig, EvaluationError, evaluate
 from training.evaluation.results import MAIN_METRICS, Evaluation
 from training.labels import LabelSet, Survey, find_label_set, survey
 from training.loop import IntervalTimer, Progress, Run, RunConfig, StopRequest, TrainingError, run_program
@@ -270,18 +270,10 @@ def train(config: FinetuneConfig, stop: StopRequest) -> dict[str, Evaluation]:
     splits = {config.validation_split: validation_data}
     if config.test_split is not None:
         splits[config.test_split] = replace(evaluation_data(config, config.test_split), hold_out=0.0, held_out=False)
-    return {
-        split: evaluate(
-            EvaluateConfig(
-                model=str(run.run_dir / "model"),
-                data=data,
-                label_file=config.label_file,
-                batch_size=config.batch_size,
-                mixed_precision=config.mixed_precision,
-            )
-        )
-        for split, data in splits.items()
-    }
+    try:
+        return {split: evaluate(evaluation_config(config, data)) for split, data in splits.items()}
+    except EvaluationError as error:
+        raise TrainingError(f"The run is complete, its evaluation failed: {error}") from error
 
 
 def settle(config: FinetuneConfig) -> tuple[FinetuneConfig, LabelSet]:
@@ -345,6 +337,17 @@ def evaluation_data(config: FinetuneConfig, split: str) -> EvaluationDataConfig:
             "clips_per_epoch": None,
             "held_out": config.data.hold_out > 0,
         }
+    )
+
+
+def evaluation_config(config: FinetuneConfig, data: EvaluationDataConfig) -> EvaluateConfig:
+    """The evaluation of the run's model folder, as the command would do it."""
+    return EvaluateConfig(
+        model=str(config.output_dir / "model"),
+        data=data,
+        label_file=config.label_file,
+        batch_size=config.batch_size,
+        mixed_precision=config.mixed_precision,
     )
 
 
