@@ -1,5 +1,5 @@
 #!/bin/sh
-# Both stages on generated soundscapes with the tiny configuration, and what a linear probe makes of the frozen encoders.
+# Both stages on generated soundscapes with the tiny configuration, and what linear heads make of the frozen encoders.
 # From the root of the repository, on a CPU (10 minutes on two cores) or a GPU:
 #     sh examples/pretrain_soundscapes.sh [OUT]
 set -e
@@ -14,6 +14,12 @@ accelerate launch -m training.pretrain --config $config --data.source "$out/data
     --init_from "$out/stage1/model" --model.pretraining_objective sslam --model.num_clones 2 --model.ema_decay 0.999 \
     --max_updates 500 --optimizer.learning_rate 2e-4 --optimizer.warmup_updates 60
 
-python -m examples.linear_probe "$out/stage1/model" "$out/data" --random
-python -m examples.linear_probe "$out/stage1/model" "$out/data"
-python -m examples.linear_probe "$out/stage2/model" "$out/data"
+evaluate() { # NAME MODEL [ARGUMENT ...]: every layer and pooling, on features computed once
+    name=$1 model=$2
+    shift 2
+    python -m training.linear_eval --model "$model" --data "$out/data" --output_dir "$out/linear_eval/$name" \
+        --cache_dir "$out/features" --layers all --poolings all "$@"
+}
+evaluate new_weights "$out/stage1/model" --random_weights true
+evaluate stage1 "$out/stage1/model"
+evaluate stage2 "$out/stage2/model"

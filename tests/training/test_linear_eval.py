@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,7 +17,7 @@ from transformers import pipeline
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMForPreTraining
 from training import features as features_module
 from training import linear_eval, soundscapes
-from training.features import POOLINGS
+from training.features import POOLINGS, read_features
 
 NUM_LAYERS = 2
 
@@ -276,3 +277,21 @@ def test_training_clips_are_no_test(run, sounds, tmp_path):
         run(data=folder, **{"data.hold_out": 0.3})
     _, results = run(data=folder, test_split="null", **{"data.hold_out": 0.3})
     assert results["metric"] == "accuracy"
+
+
+def test_two_processes_find_what_one_does(run, launch, scapes, encoder, tmp_path):
+    _, alone = run("alone", poolings="cls,mean")
+    text = launch(
+        *("-m", "training.linear_eval", "--model", encoder, "--data", scapes, "--output_dir", tmp_path / "both"),
+        *("--cache_dir", tmp_path / "cache", "--poolings", "cls,mean", "--head.epochs", 5, "--data.num_workers", 0),
+        *("--batch_size", 5, "--watch.tracker", "none"),
+    )
+    assert text.count("fast mode (cached)") == 1
+    both = json.loads((tmp_path / "both" / "results.json").read_text())
+    assert both["num_clips"] == alone["num_clips"]
+    for one, other in zip(alone["heads"], both["heads"], strict=True):
+        assert one["test_map"] == pytest.approx(other["test_map"], abs=1e-4)
+    for split, folder in alone["features"].items():
+        one, other = (read_features(Path(path)) for path in (folder, both["features"][split]))
+        assert one.ids == other.ids
+        np.testing.assert_allclose(one.pooled, other.pooled, rtol=0, atol=1e-5)
