@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 POOLINGS = ("cls", "mean", "lin_softmax", "max")
 # Another number here, and what older versions of this file cached is computed anew.
 CACHE_FORMAT = 1
+# Settings of the model that its encoder does not know.
+HEAD_SETTINGS = {"classifier_pooling", "classifier_norm_eps"}
 TABLE_SUFFIXES = (".csv", ".tsv", ".lbl", ".json", ".jsonl")
 # Rows that are moved at once when the processes' files are sorted together: some 150 MB of a base model's.
 ROWS_PER_COPY = 1024
@@ -59,7 +61,7 @@ class FeatureSet(NamedTuple):
         folder: Where they are.
         ids: The clips' names.
         labels: Their labels by name.
-        groups: Their values of the group column, or `None` if the data have none.
+        group_column, groups: Name and values of the column to report by, or `None` if the data have none.
         skipped: How many further clips were unusable, by reason.
         pooled: Memory-mapped, of shape `(N, 1 + layers, poolings, hidden_size)`, poolings as in [`POOLINGS`].
     """
@@ -67,6 +69,7 @@ class FeatureSet(NamedTuple):
     folder: Path
     ids: list[str]
     labels: list[list[str]]
+    group_column: str | None
     groups: list[Any] | None
     skipped: dict[str, int]
     pooled: np.ndarray
@@ -146,19 +149,20 @@ def read_features(folder: Path) -> FeatureSet:
     """What an earlier call has cached in `folder`."""
     clips = json.loads((folder / "clips.json").read_text(encoding="utf-8"))
     pooled = np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False)
-    return FeatureSet(folder, clips["ids"], clips["labels"], clips["groups"], clips["skipped"], pooled)
+    return FeatureSet(folder, pooled=pooled, **clips)
 
 
 def cache_key(
     encoder: SSLAMModel, feature_extractor: SSLAMFeatureExtractor, data: DataConfig, precision: str, dtype: str
 ) -> dict[str, Any]:
     """All that the features of a split follow from, as JSON takes it."""
+    architecture = inspect.get_annotations(SSLAMConfig).keys() - HEAD_SETTINGS
     columns = ("config_name", "split", "audio_column", "id_column", "label_column", "group_column")
     return {
         "format": CACHE_FORMAT,
         "poolings": POOLINGS,
         "weights": weights_digest(encoder),
-        "model": {name: getattr(encoder.config, name) for name in inspect.get_annotations(SSLAMConfig)},
+        "model": {name: getattr(encoder.config, name) for name in sorted(architecture)},
         "feature_extractor": feature_extractor.to_dict(),
         "data": {name: getattr(data, name) for name in columns} | {"content": data_digest(data)},
         "precision": precision,
@@ -256,6 +260,7 @@ def _write_part(
             clips["groups"] += batch.get("groups", [None] * len(rows))
             bar.update(len(rows) * accelerator.num_processes)
     content = {"shape": shape, "dtype": dtype, "skipped": loader.skipped} | clips
+    content["group_column"] = loader.stream.source.group_column
     part.with_suffix(".json").write_text(json.dumps(content), encoding="utf-8")
 
 
@@ -287,7 +292,8 @@ def _merge_parts(folder: Path, num_parts: int, source: str) -> None:
         first += size
     merged.flush()
     sorted_clips: dict[str, Any] = {name: [values[i] for i in order] for name, values in clips.items()}
-    if all(group is None for group in clips["groups"]):
+    sorted_clips["group_column"] = contents[0]["group_column"]
+    if sorted_clips["group_column"] is None:
         sorted_clips["groups"] = None
     sorted_clips["skipped"] = sum((Counter(content["skipped"]) for content in contents), Counter())
     (folder / "clips.json").write_text(json.dumps(sorted_clips), encoding="utf-8")

@@ -46,7 +46,7 @@ from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClas
 from modeling_sslam.configuration_sslam import POOLINGS as MODEL_POOLINGS
 from training.arguments import flatten
 from training.checkpointing import write_text
-from training.data import DataConfig
+from training.data import DataConfig, DataError
 from training.evaluate import PACKAGES, card_results, dataset_facts
 from training.evaluation.card import write_results_to_card
 from training.evaluation.results import MAIN_METRICS, Evaluation, write_results
@@ -84,10 +84,6 @@ PROTOCOLS = {
     "published": "published mode: features of the frozen encoder computed anew in every epoch, under augmentation",
 }
 ALL_POOLINGS = (*POOLINGS, "cls+mean")
-HINTS = {
-    "test": " (--test_split null reports on the validation clips)",
-    "validation": " (--data.hold_out 0.1 validates with a tenth of the training clips)",
-}
 # Of features and logits in memory at once; a sweep that needs more is fitted in parts.
 MAX_BYTES_IN_MEMORY = 4 * 2**30
 
@@ -98,6 +94,7 @@ class LinearEvalConfig(FinetuneConfig):
 
     head: HeadConfig
     mode: Literal["cached", "published"] = field(default="cached", metadata={"help": "See the top."})
+    batch_size: int = field(default=48, metadata={"help": "Clips per device and forward pass of the encoder."})
     test_split: str | None = field(
         default="test",
         metadata={"help": "Split that the results are of; null: the validation split, which also chose the epoch."},
@@ -170,7 +167,11 @@ class Clips:
 
     def groups(self) -> list[Any] | None:
         """Values of the group column; `None` if the data have none."""
-        return self.column("groups") if all(features.groups for features in self.sets) else None
+        return self.column("groups") if self.group_column else None
+
+    @property
+    def group_column(self) -> str | None:
+        return self.sets[0].group_column
 
     def pooled(self, head: Head) -> torch.Tensor:
         """float32 `(len(self), width)`."""
@@ -200,6 +201,8 @@ def linear_eval(config: LinearEvalConfig, stop: StopRequest) -> None:
     if config.mode == "published":
         evaluate_as_published(config, stop)
     else:
+        # What is under way has nothing to save: signals end it as usual.
+        stop.__exit__()
         evaluate_cached(config)
 
 
@@ -243,10 +246,10 @@ def evaluate_as_published(config: LinearEvalConfig, stop: StopRequest) -> None:
 def evaluate_cached(config: LinearEvalConfig) -> None:
     """Features, heads, results."""
     accelerator = make_accelerator(config)
-    check_results_dir(config)
     if config.folds:
         # For the classes, which are those of all folds.
         config = replace(config, data=replace(config.data, split="+".join(config.folds)))
+    check_results_dir(config)
     config, labels = settle(config)
     model, feature_extractor = make_classifier(config, labels, None)
     if config.random_weights:
@@ -428,6 +431,7 @@ def fit_and_report(
     best = heads[chosen]
     metric, metric_name = next(iter(MAIN_METRICS[problem_type].items()))
     encoder_name, protocol = name_of_encoder(config), PROTOCOLS[config.mode]
+    short_name = "/".join(Path(encoder_name).parts[-2:])
     no_model = why_no_model(best, has_folds=bool(config.folds))
     sizes = {test: {name: len(part) for name, part in clips._asdict().items()} for test, clips in rounds.items()}
     facts = common_facts(config, encoder_name) | {
@@ -447,17 +451,15 @@ def fit_and_report(
         logits = head_logits(clips.test.pooled(best), results[test][chosen].state, eps)
         targets = labels.encode(clips.test.column("labels"))
         predictions = Predictions(clips.test.column("ids"), logits.numpy(), targets.numpy(), clips.test.groups())
-        column = config.data.group_column
-        group_column = "num_sources" if column == "auto" else column
-        evaluation = Evaluation.of(predictions, problem_type, labels.names, group_column)
-        title = f"Linear evaluation ({config.mode}) of {encoder_name}, {best}, on {test}"
+        evaluation = Evaluation.of(predictions, problem_type, labels.names, clips.test.group_column)
+        title = f"{short_name}: linear evaluation ({config.mode}), {best}, split {test}"
         files += write_results(out / test if config.folds else out, evaluation, title, facts)
     if config.folds:
         write_text(out / "results.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
         files.append(out / "results.json")
     remove_sweep(out)
     if len(heads) > 1:
-        files += write_sweep(out, table, metric, metric_name, f"Linear evaluation ({config.mode}) of {encoder_name}")
+        files += write_sweep(out, table, metric, metric_name, f"{short_name}: linear evaluation ({config.mode})")
     shutil.rmtree(out / "model", ignore_errors=True)
     if no_model is None:
         (result,) = (part[chosen] for part in results.values())
@@ -470,6 +472,7 @@ def fit_and_report(
     print(
         f"Linear evaluation of {encoder_name} on {config.data.source}",
         f"  {protocol}",
+        f"  AdamW, learning rate {config.head.learning_rate:g}, {config.head.epochs} epochs",
         f"  {len(labels)} classes; clips to train, validate and test with: {clips}",
         f"  features {seconds['features']} s, {len(heads)} heads {seconds['heads']} s",
         *table_of(table, metric_name, best),
@@ -490,6 +493,7 @@ def evaluate_round(
     """Fits all heads on the training clips, chooses their epochs by the validation clips, and tests them."""
     settings, device = model.config, model.device
     targets = [labels.encode(part.column("labels")).to(device) for part in clips]
+    check_targets(targets, settings.problem_type)
     results = {}
     for part in parts_that_fit(heads, sum(map(len, clips)), settings.hidden_size + len(labels)):
         features = [torch.stack([split.pooled(head) for head in part]).to(device) for split in clips]
@@ -506,6 +510,10 @@ def evaluate_round(
             seed=config.seed,
             description=description,
         )
+        if not (finite := fitted.losses.isfinite().all(0)).all():
+            raise TrainingError(
+                f"The loss of the head on {part[finite.int().argmin()]} is not finite; lower head.learning_rate."
+            )
         with torch.no_grad():
             scores = METRICS[settings.problem_type](fitted.heads(features[2]), targets[2]).tolist()
         for i, head in enumerate(part):
@@ -514,6 +522,21 @@ def evaluate_round(
             validation = None if fitted.scores is None else fitted.scores[i]
             results[head] = HeadResult(head, epoch, fitted.losses[epoch - 1, i].item(), validation, scores[i], state)
     return [results[head] for head in heads]
+
+
+def check_targets(targets: Sequence[torch.Tensor], problem_type: str) -> None:
+    """
+    Raises:
+        DataError: If training, validation or test clips have no label, or not one each where they should.
+    """
+    for name, part in zip(Round._fields, targets, strict=True):
+        if len(part) and not part.any():
+            raise DataError(f"None of the {len(part)} {name} clips has a label.")
+        odd = (part.sum(1) != 1).sum().item()
+        if problem_type == "single_label_classification" and odd:
+            raise DataError(
+                f"{odd} of the {len(part)} {name} clips do not have one label each; is problem_type multi?"
+            )
 
 
 def parts_that_fit(heads: list[Head], num_clips: int, values_per_clip: int) -> list[list[Head]]:

@@ -226,6 +226,7 @@ def test_parts_of_processes_are_sorted_together(cache, data, encoder, feature_ex
         path = folder / f"part-{part:05d}"
         path.with_suffix(".bin").write_bytes(whole.pooled[rows].tobytes())
         content = {"shape": shape, "dtype": "float32", "skipped": {"silent": part}, "groups": rows}
+        content["group_column"] = "num_sources"
         content |= {"ids": [ids[i] for i in rows], "labels": [whole.labels[i] for i in rows]}
         path.with_suffix(".json").write_text(json.dumps(content))
     features_module._merge_parts(folder, 3, "data")

@@ -196,6 +196,8 @@ def test_folds_of_clips_with_one_label(run, sounds):
         f"fold{i}": 18 for i in range(1, 5)
     }
     assert not (out / "model").exists()
+    # Once more in the same place.
+    assert run(**settings, **{"head.epochs": 20, "head.batch_size": 8})[1]["heads"] == results["heads"]
 
 
 def test_held_out_clips_choose_where_there_is_no_validation_split(run, sounds):
@@ -247,7 +249,10 @@ def test_a_fine_tuned_model_gets_a_new_head(run, tmp_path, scapes):
         ({"poolings": "median"}, "poolings: 'median' is not one of cls, mean"),
         ({"mode": "published", "layers": "all"}, "mode=published fits one head"),
         ({"mode": "published", "poolings": "max"}, "poolings=max: mode=published has cls"),
-        ({"test_split": "nowhere"}, "split 'nowhere'"),
+        ({"test_split": "nowhere"}, "--test_split null"),
+        ({"test_split": "validation", "validation_split": "nowhere"}, "--data.hold_out 0.1"),
+        ({"problem_type": "single"}, "train clips do not have one label each"),
+        ({"head.learning_rate": 1e30}, "head on layer 2, cls is not finite; lower head.learning_rate"),
         ({"model": "/no/such/folder"}, "/no/such/folder"),
     ],
 )
