@@ -176,12 +176,10 @@ class Clips:
     def pooled(self, head: Head) -> torch.Tensor:
         """float32 `(len(self), width)`."""
         parts = [
-            np.asarray(features.pooled[:, head.layer, head.columns], dtype=np.float32).reshape(len(features.ids), -1)[
-                rows
-            ]
+            features.pooled[:, head.layer, head.columns][rows]
             for features, rows in zip(self.sets, self.rows, strict=True)
         ]
-        return torch.from_numpy(np.concatenate(parts))
+        return torch.from_numpy(np.concatenate(parts).astype(np.float32)).flatten(1)
 
 
 class Round(NamedTuple):
@@ -210,16 +208,19 @@ def evaluate_as_published(config: LinearEvalConfig, stop: StopRequest) -> None:
     """Fine-tuning with a frozen encoder."""
     check_results_dir(config)
     model = config.model
-    architectures = SSLAMConfig.from_pretrained(model).architectures or ()
-    if config.random_weights or "SSLAMForAudioClassification" in architectures:
-        # A linear evaluation starts from a new head, also where the model has one.
-        model = str(config.output_dir / "encoder")
-        if PartialState().is_main_process:
-            feature_extractor = SSLAMFeatureExtractor.from_pretrained(config.model)
-            encoder = SSLAMModel.from_pretrained(config.model, dtype=torch.float32)
-            encoder = new_weights(encoder, config) if config.random_weights else encoder
-            save_folder(Path(model), encoder, feature_extractor)
-        PartialState().wait_for_everyone()
+    try:
+        architectures = SSLAMConfig.from_pretrained(model).architectures or ()
+        if config.random_weights or "SSLAMForAudioClassification" in architectures:
+            # A linear evaluation starts from a new head, also where the model has one.
+            model = str(config.output_dir / "encoder")
+            if PartialState().is_main_process:
+                feature_extractor = SSLAMFeatureExtractor.from_pretrained(config.model)
+                encoder = SSLAMModel.from_pretrained(config.model, dtype=torch.float32)
+                encoder = new_weights(encoder, config) if config.random_weights else encoder
+                save_folder(Path(model), encoder, feature_extractor)
+            PartialState().wait_for_everyone()
+    except (ValueError, OSError) as error:
+        raise TrainingError(f"model={config.model!r}: {' '.join(str(error).split())}") from error
     settings = {item.name: getattr(config, item.name) for item in fields(FinetuneConfig)} | {"model": model}
     if config.poolings is not None:
         settings["classifier_pooling"] = config.poolings[0]
@@ -272,9 +273,12 @@ def evaluate_cached(config: LinearEvalConfig) -> None:
                     dtype=config.cache_dtype,
                 )
         except (ValueError, FileNotFoundError) as error:
-            raise TrainingError(
-                f"data.source={data.source!r}, split {name!r}: {error}{HINTS.get(name, '')}"
-            ) from error
+            remedies = {
+                config.validation_split: " (--data.hold_out 0.1 validates with a tenth of the training clips)",
+                config.test_split: " (--test_split null reports on the validation clips)",
+            }
+            where = f"data.source={data.source!r}, split {name!r}"
+            raise TrainingError(f"{where}: {error}{remedies.get(name, '')}") from error
     check_apart(config, sets)
     seconds = time.perf_counter() - started
     # Heads are small: one device fits them sooner than it could share them out.

@@ -253,6 +253,7 @@ def test_a_fine_tuned_model_gets_a_new_head(run, tmp_path, scapes):
         ({"test_split": "validation", "validation_split": "nowhere"}, "--data.hold_out 0.1"),
         ({"problem_type": "single"}, "train clips do not have one label each"),
         ({"head.learning_rate": 1e30}, "head on layer 2, cls is not finite; lower head.learning_rate"),
+        ({"model": "/no/such/folder", "mode": "published"}, "/no/such/folder"),
         ({"model": "/no/such/folder"}, "/no/such/folder"),
     ],
 )
