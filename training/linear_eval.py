@@ -84,6 +84,10 @@ PROTOCOLS = {
     "published": "published mode: features of the frozen encoder computed anew in every epoch, under augmentation",
 }
 ALL_POOLINGS = (*POOLINGS, "cls+mean")
+REMEDIES = {
+    "validation": " (--data.hold_out 0.1 validates with a tenth of the training clips)",
+    "test": " (--test_split null reports on the validation clips)",
+}
 # Of features and logits in memory at once; a sweep that needs more is fitted in parts.
 MAX_BYTES_IN_MEMORY = 4 * 2**30
 
@@ -260,10 +264,10 @@ def evaluate_cached(config: LinearEvalConfig) -> None:
 
     started = time.perf_counter()
     sets = {}
-    for name, data in splits_of(config).items():
+    for part, data in splits_of(config).items():
         try:
             with logging_redirect_tqdm():
-                sets[name] = cached_features(
+                sets[part] = cached_features(
                     model.sslam,
                     feature_extractor,
                     data,
@@ -273,38 +277,34 @@ def evaluate_cached(config: LinearEvalConfig) -> None:
                     dtype=config.cache_dtype,
                 )
         except (ValueError, FileNotFoundError) as error:
-            remedies = {
-                config.validation_split: " (--data.hold_out 0.1 validates with a tenth of the training clips)",
-                config.test_split: " (--test_split null reports on the validation clips)",
-            }
-            where = f"data.source={data.source!r}, split {name!r}"
-            raise TrainingError(f"{where}: {error}{remedies.get(name, '')}") from error
-    check_apart(config, sets)
+            where = f"data.source={data.source!r}, split {data.split!r}"
+            raise TrainingError(f"{where}: {error}{REMEDIES.get(part, '')}") from error
+    if not config.folds:
+        check_apart(sets)
     seconds = time.perf_counter() - started
     # Heads are small: one device fits them sooner than it could share them out.
     if accelerator.is_main_process:
         fit_and_report(config, model, feature_extractor, heads, sets, labels, seconds)
 
 
-def check_apart(config: LinearEvalConfig, sets: dict[str, FeatureSet]) -> None:
+def check_apart(sets: dict[str, FeatureSet]) -> None:
     """
     Raises:
-        TrainingError: If a split has clips of the training split, as the splits of a folder that has none do.
+        TrainingError: If a part has clips of the first, as the splits of a folder that has none do.
     """
-    first, *others = sets
-    if config.folds:
-        return
-    rows = {id_: row for row, id_ in enumerate(sets[first].ids)}
-    for name in others:
-        pooled, ids = sets[name].pooled, sets[name].ids
+    (_, train), *others = sets.items()
+    rows = {id_: row for row, id_ in enumerate(train.ids)}
+    for name, part in others:
         # In some data sets clips of different splits share their names.
         shared = [
-            id_ for i, id_ in enumerate(ids) if id_ in rows and (pooled[i] == sets[first].pooled[rows[id_]]).all()
+            id_
+            for id_, pooled in zip(part.ids, part.pooled, strict=True)
+            if id_ in rows and (pooled == train.pooled[rows[id_]]).all()
         ]
         if shared:
             raise TrainingError(
-                f"{len(shared)} of the {len(ids)} clips of split {name!r} are training clips, such as {shared[0]}. "
-                "For data without splits give --data.hold_out 0.2 --test_split null."
+                f"{len(shared)} of the {len(part.ids)} {name} clips are training clips, such as {shared[0]}. For data "
+                "without splits give --data.hold_out 0.2 --test_split null."
             )
 
 
@@ -319,13 +319,13 @@ def name_of_encoder(config: LinearEvalConfig) -> str:
 
 
 def splits_of(config: LinearEvalConfig) -> dict[str, DataConfig]:
-    """The splits that take part, whole."""
+    """What takes part, by fold or by what it is for; of the training split also the clips that are held out."""
     training = replace(config.data, hold_out=0.0, held_out=False)
     if config.folds:
         return {fold: replace(training, split=fold) for fold in config.folds}
-    names = {config.validation_split, config.test_split} - {None, config.data.split}
-    others = {name: replace(evaluation_data(config, name), hold_out=0.0, held_out=False) for name in sorted(names)}
-    return {config.data.split: training} | others
+    names = {"validation": None if config.data.hold_out else config.validation_split, "test": config.test_split}
+    others = {part: evaluation_data(config, name) for part, name in names.items() if name is not None}
+    return {"train": training} | {part: replace(data, hold_out=0.0, held_out=False) for part, data in others.items()}
 
 
 def common_facts(config: LinearEvalConfig, encoder_name: str) -> dict[str, Any]:
@@ -396,14 +396,11 @@ def make_rounds(config: LinearEvalConfig, sets: dict[str, FeatureSet]) -> dict[s
             fold: Round(*split_by_name([sets[name] for name in config.folds if name != fold]), Clips([sets[fold]]))
             for fold in config.folds
         }
-    train = [sets[config.data.split]]
-    if config.data.hold_out:
-        parts = split_by_name(train)
-    else:
-        parts = Clips(train), Clips([sets[config.validation_split]])
+    train = [sets["train"]]
+    parts = split_by_name(train) if config.data.hold_out else (Clips(train), Clips([sets["validation"]]))
     if config.test_split is None:
         return {"held out" if config.data.hold_out else config.validation_split: Round(*parts, parts[1])}
-    return {config.test_split: Round(*parts, Clips([sets[config.test_split]]))}
+    return {config.test_split: Round(*parts, Clips([sets["test"]]))}
 
 
 def fit_and_report(

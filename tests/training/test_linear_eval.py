@@ -285,6 +285,19 @@ def test_training_clips_are_no_test(run, sounds, tmp_path):
     assert results["metric"] == "accuracy"
 
 
+def test_validation_clips_may_be_elsewhere(run, sounds):
+    """In a source of their own, under the name of the training split."""
+    rows = sounds.read_text().splitlines()
+    elsewhere = sounds.with_name("elsewhere.csv")
+    elsewhere.write_text("\n".join([rows[0], *(row.replace("fold4", "fold1") for row in rows if "fold4" in row)]))
+    settings = {"data": sounds, "data.split": "fold1", "validation_source": elsewhere, "validation_split": "fold1"}
+    _, results = run(**settings, test_split="null")
+    assert results["num_clips"] == {"fold1": {"train": 6, "validation": 6, "test": 6}}
+    assert read_features(Path(results["features"]["validation"])).ids == [
+        row.split(",")[0] for row in sorted(rows) if "fold4" in row
+    ]
+
+
 def test_two_processes_find_what_one_does(run, launch, scapes, encoder, tmp_path):
     _, alone = run("alone", poolings="cls,mean")
     text = launch(
