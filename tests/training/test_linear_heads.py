@@ -96,6 +96,7 @@ def test_each_head_ends_as_it_would_alone(fit, problem_type):
     assert len(set(together.best_epochs)) > 1
     for i in range(3):
         alone = fit(features[i : i + 1], targets, (others[i : i + 1], other_targets), problem_type, epochs=6)
+        torch.testing.assert_close(alone.losses[:, 0], together.losses[:, i], atol=1e-5, rtol=1e-4)
         assert alone.best_epochs == together.best_epochs[i : i + 1]
         assert alone.scores == pytest.approx(together.scores[i : i + 1], abs=1e-6)
         for name, value in alone.heads.classifier_state(0).items():
@@ -133,6 +134,19 @@ def test_head_is_the_models_classifier(make_config, fit):
         torch.testing.assert_close(fitted.heads(features)[0], expected, atol=1e-5, rtol=1e-5)
         state = fitted.heads.classifier_state(0)
         torch.testing.assert_close(head_logits(features[0], state, 1e-6), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+def test_start_is_standardised_if_asked(fit, standardize):
+    features, targets = separable(100, MULTI)
+    features = features + torch.arange(WIDTH) * 0.3
+    fitted = fit(features, targets, epochs=1, learning_rate=1e-9, standardize=standardize)
+    expected = LinearHeads(1, WIDTH, NUM_CLASSES, 1e-6, 0.02, torch.Generator().manual_seed(0))
+    if standardize:
+        expected.standardize(features)
+        assert not torch.allclose(expected.norm_weight, torch.ones(()), atol=0.1)
+    for name, value in expected.named_parameters():
+        torch.testing.assert_close(fitted.heads.get_parameter(name), value, atol=1e-5, rtol=1e-5)
 
 
 def test_standardised_start():
