@@ -242,7 +242,7 @@ def evaluate_as_published(config: LinearEvalConfig, stop: StopRequest) -> None:
             metrics[word] = {name: None if None in column else moment(column) for name, column in columns.items()}
     facts = common_facts(config, encoder_name) | {"metrics": metrics}
     write_text(config.output_dir / "results.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-    print(f"Linear evaluation of {encoder_name} on {config.data.source}", f"  {PROTOCOLS[config.mode]}", sep="\n")
+    print(f"Linear evaluation of {encoder_name} on {config.data.source}", f"  {protocol_of(config)}", sep="\n")
     for split, values in metrics.items():
         print(f"  {split}: {', '.join(f'{name} {value:.4f}' for name, value in values.items() if value is not None)}")
     print(config.output_dir / "results.json")
@@ -328,11 +328,17 @@ def splits_of(config: LinearEvalConfig) -> dict[str, DataConfig]:
     return {"train": training} | {part: replace(data, hold_out=0.0, held_out=False) for part, data in others.items()}
 
 
+def protocol_of(config: LinearEvalConfig) -> str:
+    """In words."""
+    start = ", which start from standardised features" if config.mode == "cached" and config.head.standardize else ""
+    return PROTOCOLS[config.mode] + start
+
+
 def common_facts(config: LinearEvalConfig, encoder_name: str) -> dict[str, Any]:
     """What results.json says in either mode."""
     return {
         "mode": config.mode,
-        "protocol": PROTOCOLS[config.mode],
+        "protocol": protocol_of(config),
         "model": encoder_name,
         "dataset": dataset_facts(config.data),
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in flatten(config).items()},
@@ -431,7 +437,7 @@ def fit_and_report(
     chosen = max(range(len(heads)), key=lambda i: table[i].validation or 0.0)
     best = heads[chosen]
     metric, metric_name = next(iter(MAIN_METRICS[problem_type].items()))
-    encoder_name, protocol = name_of_encoder(config), PROTOCOLS[config.mode]
+    encoder_name, protocol = name_of_encoder(config), protocol_of(config)
     short_name = "/".join(Path(encoder_name).parts[-2:])
     no_model = why_no_model(best, has_folds=bool(config.folds))
     sizes = {test: {name: len(part) for name, part in clips._asdict().items()} for test, clips in rounds.items()}
@@ -475,7 +481,7 @@ def fit_and_report(
         f"  {protocol}",
         f"  AdamW, learning rate {config.head.learning_rate:g}, {config.head.epochs} epochs",
         f"  {len(labels)} classes; clips to train, validate and test with: {clips}",
-        f"  features {seconds['features']} s, {len(heads)} heads {seconds['heads']} s",
+        f"  features {seconds['features']} s, {len(heads)} head{'s' * (len(heads) > 1)} {seconds['heads']} s",
         *table_of(table, metric_name, best),
         *([no_model] if no_model else []),
         *files,
