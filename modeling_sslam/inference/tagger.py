@@ -179,7 +179,13 @@ class SSLAMTagger:
             parts, size = compute_in_parts(self._classify, windows, size)
             scores = iter(torch.cat(parts).numpy())
         elif windows:
-            scores = iter(self._classify(windows).numpy())
+            try:
+                scores = iter(self._classify(windows).numpy())
+            except torch.OutOfMemoryError as error:
+                raise InferenceError(
+                    f"The device has not enough memory for {len(windows)} windows at a time; take a smaller batch "
+                    'size, or "auto".'
+                ) from error
         for key, frames in pairs:
             yield key, None if frames is None else next(scores)
         return size

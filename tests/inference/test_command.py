@@ -276,13 +276,18 @@ def test_a_reader_that_has_had_enough(model_folder, sounds):
     assert done.stderr == ""
 
 
-def test_the_model_imports_nothing_of_this():
+def test_the_model_imports_nothing_of_this_and_the_command_says_what_is_missing():
     code = (
         "import sys, modeling_sslam\n"
-        "print([m for m in ('modeling_sslam.inference', 'datasets', 'pandas', 'matplotlib') if m in sys.modules])"
+        "print([m for m in ('modeling_sslam.inference', 'datasets', 'matplotlib') if m in sys.modules])\n"
+        "sys.modules['soundfile'] = None\n"
+        "from modeling_sslam.__main__ import main\n"
+        "sys.exit(main(['tag', 'x', '--model', 'y']))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False)
     assert done.stdout == "[]\n"
+    assert done.stderr == 'error: soundfile is not there: pip install "modeling-sslam[inference]"\n'
+    assert done.returncode == 1
 
 
 def test_help_names_every_command(capsys):
