@@ -156,6 +156,12 @@ def build(config_class: type[T], values: dict[str, Any]) -> T:
     return make(config_class, "", None)
 
 
+def changed_default(config_class: type, name: str, default: Any) -> Any:
+    """The field `name` of `config_class` for a subclass, with another default."""
+    (item,) = (item for item in fields(config_class) if item.name == name)
+    return field(default=default, metadata=item.metadata)
+
+
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """The values of a configuration by their dotted keys."""
     flat: dict[str, Any] = {}

@@ -41,6 +41,8 @@ from conversion.placing import force_to_disk
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+# The model folder of a run with the weights that its evaluations chose.
+BEST = "best"
 TEMPORARY_PREFIX = ".tmp-"
 WRITE_ERRORS = (OSError, SafetensorError)
 

@@ -24,7 +24,7 @@
 import logging
 import signal
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -33,7 +33,8 @@ import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from modeling_sslam import SSLAMFeatureExtractor
-from training.selection import Selection, WeightedDraw
+from training.arguments import changed_default
+from training.selection import selections_of
 from training.sources import open_source
 from training.stream import Augmentation, ClipStream, input_values_of
 
@@ -105,6 +106,13 @@ class DataConfig:
         },
     )
     clips_per_epoch: int | None = field(default=None, metadata={"help": "How many clips sample_weights draws."})
+    hold_out: float = field(
+        default=0.0,
+        metadata={"help": "Share of the split's clips to hold out for validation; which, follows from their names."},
+    )
+    held_out: bool = field(
+        default=False, metadata={"help": "Whether to read the clips that are held out, rather than the others."}
+    )
     crop: Literal["random", "head"] = field(
         default="random",
         metadata={
@@ -146,8 +154,29 @@ class DataConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         if (self.sample_weights is None) != (self.clips_per_epoch is None):
             raise ValueError("sample_weights and clips_per_epoch go together: give both, or neither.")
+        if not 0 <= self.hold_out < 1 or (self.held_out and not self.hold_out):
+            raise ValueError(
+                f"hold_out={self.hold_out} must be at least 0, less than 1, and more than 0 for held_out."
+            )
         if not 0 <= self.max_skipped_fraction < 1:
             raise ValueError(f"max_skipped_fraction={self.max_skipped_fraction} must be at least 0 and less than 1.")
+
+
+@dataclass
+class LabelledDataConfig(DataConfig):
+    """Where labelled sound comes from and how it becomes batches."""
+
+    label_column: str | None = changed_default(DataConfig, "label_column", "auto")
+    group_column: str | None = changed_default(DataConfig, "group_column", "auto")
+
+
+@dataclass
+class EvaluationDataConfig(LabelledDataConfig):
+    """A labelled split, read once in its order."""
+
+    split: str = changed_default(DataConfig, "split", "test")
+    crop: Literal["random", "head"] = changed_default(DataConfig, "crop", "head")
+    shuffle_buffer: int = changed_default(DataConfig, "shuffle_buffer", 0)
 
 
 class DataError(RuntimeError):
@@ -181,6 +210,7 @@ class AudioLoader:
             "world_size": stream.world_size,
             "num_shards": stream.source.dataset.num_shards,
             "clips_per_epoch": stream.config.clips_per_epoch,
+            "hold_out": stream.config.hold_out,
         }
         self._loader = StatefulDataLoader(
             stream,
@@ -276,7 +306,6 @@ def make_loader(
     world_size: int = 1,
     repeat: bool = True,
     drop_last: bool = False,
-    selections: Sequence[Selection] = (),
     augment: Augmentation | None = None,
 ) -> AudioLoader:
     """The batches of one rank, the same for the same arguments.
@@ -286,7 +315,6 @@ def make_loader(
         batch_size: Clips per batch of this rank.
         repeat: Whether epochs follow one another without end.
         drop_last: Without `repeat`, whether to drop a worker's last batch if it is short.
-        selections: Clips take part in an epoch that all of these choose; `config.sample_weights` adds one.
         augment: Applied to every waveform after cropping.
 
     Returns:
@@ -302,8 +330,6 @@ def make_loader(
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
     source = open_source(config, num_readers=world_size * max(1, config.num_workers), seed=seed)
-    if config.sample_weights is not None:
-        selections = (*selections, WeightedDraw(config.sample_weights, config.clips_per_epoch, seed))
     stream = ClipStream(
         source,
         config,
@@ -314,7 +340,7 @@ def make_loader(
         world_size,
         repeat=repeat,
         drop_last=drop_last,
-        selections=selections,
+        selections=selections_of(config, seed),
         augment=augment,
     )
     num_shards = stream.dataset_of_rank().num_shards

@@ -14,6 +14,7 @@ Every clip counts once, however many processes share the work. Results are writt
 
 import json
 import logging
+import os
 import platform
 import re
 import sys
@@ -24,19 +25,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate import Accelerator
+import torch
+from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs
 from huggingface_hub import EvalResult
 from safetensors import SafetensorError
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
-from training.arguments import flatten, parse
-from training.data import DataConfig, DataError, make_loader
+from training.arguments import parse
+from training.data import DataConfig, DataError, EvaluationDataConfig, make_loader
 from training.evaluation.card import TASK, read_card, write_results_to_card
 from training.evaluation.results import MAIN_METRICS, Evaluation, summary, write_results
 from training.labels import LabelSet, find_label_set
+from training.loop import plain_settings
 from training.prediction import predict, problem_type_of, skipped_clips
 from training.sources import Source
 
@@ -47,27 +50,12 @@ LONGEST_WAIT = timedelta(days=1)
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "numpy")
 
 
-def _default(name: str, value: Any) -> Any:
-    return field(default=value, metadata=DataConfig.__dataclass_fields__[name].metadata)
-
-
-@dataclass
-class EvaluationData(DataConfig):
-    """A labelled split, read once in its order."""
-
-    split: str = _default("split", "test")
-    label_column: str | None = _default("label_column", "auto")
-    group_column: str | None = _default("group_column", "auto")
-    crop: Literal["random", "head"] = _default("crop", "head")
-    shuffle_buffer: int = _default("shuffle_buffer", 0)
-
-
 @dataclass
 class EvaluateConfig:
     """All settings of an evaluation."""
 
     model: str = field(metadata={"help": "Folder of a classifier, or its id on the Hub."})
-    data: EvaluationData
+    data: EvaluationDataConfig
     output_dir: Path | None = field(
         default=None,
         metadata={
@@ -105,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluate(config)
     except (EvaluationError, DataError) as error:
         sys.exit(f"error: {error}")
+    PartialState().destroy_process_group()
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -122,6 +111,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     if accelerator.mixed_precision == "fp16" and not accelerator.native_amp:
         raise EvaluationError("mixed_precision=fp16 needs a GPU; on this device use bf16 or no.")
     disable_progress_bar()
+    set_verbosity_error()  # its report of missing weights; see load_classifier
 
     # What can be wrong with the places of the results is found out before the work.
     model_dir = path if (path := Path(config.model).expanduser()).is_dir() else None
@@ -148,7 +138,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         )
         source = loader.stream.source
         labels = find_labels(config, model.config, source)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise EvaluationError(f"data.source={config.data.source!r}: {error}") from error
 
     with logging_redirect_tqdm():
@@ -156,13 +146,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     skipped = skipped_clips(loader)
     problem_type = problem_type_of(model.config.problem_type, predictions)
     if model.config.problem_type is None:
-        logger.info(
-            "The model has no problem_type. %s: taken for %s.",
-            "Every clip has one label"
-            if problem_type == "single_label_classification"
-            else "Not every clip has one label",
-            problem_type,
-        )
+        reason = "Every clip has" if problem_type == "single_label_classification" else "Not every clip has"
+        logger.info("The model has no problem_type. %s one label: taken for %s.", reason, problem_type)
     group_column = source.group_column if config.data.group_column == "auto" else config.data.group_column
     evaluation = Evaluation.of(predictions, problem_type, labels.names, group_column)
     if accelerator.is_main_process:
@@ -176,7 +161,6 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         except OSError as error:
             raise EvaluationError(f"The results cannot be written: {error}") from error
         print(summary(evaluation, title, skipped), "", *files, sep="\n")
-    accelerator.end_training()
     return evaluation
 
 
@@ -187,7 +171,9 @@ def load_classifier(model: str) -> tuple[SSLAMForAudioClassification, SSLAMFeatu
         EvaluationError: If they cannot be read, or there is no classifier among the weights.
     """
     try:
-        classifier, loading = SSLAMForAudioClassification.from_pretrained(model, output_loading_info=True)
+        classifier, loading = SSLAMForAudioClassification.from_pretrained(
+            model, dtype=torch.float32, output_loading_info=True
+        )
         feature_extractor = SSLAMFeatureExtractor.from_pretrained(model)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise EvaluationError(f"model={model!r}: {' '.join(str(error).split())}") from error
@@ -222,13 +208,17 @@ def find_labels(config: EvaluateConfig, model_config: Any, source: Source) -> La
 
 def dataset_name(data: DataConfig) -> str:
     """What people call the data: the last part of an id or a path, and the configuration."""
-    path = Path(data.source).expanduser()
-    name = path.resolve().name if path.exists() else path.name
-    return Path(name).stem + (f"-{data.config_name}" if data.config_name else "")
+    path = Path(data.source).expanduser().resolve()
+    return (path.stem if path.is_file() else path.name) + (f"-{data.config_name}" if data.config_name else "")
+
+
+def split_name(data: DataConfig) -> str:
+    """The split, or which part of one that is divided."""
+    return data.split + ("-held-out" if data.held_out else "-kept" if data.hold_out else "")
 
 
 def describe(data: DataConfig) -> str:
-    return f"{dataset_name(data)}, split {data.split}"
+    return f"{dataset_name(data)}, split {split_name(data)}"
 
 
 def results_dir(config: EvaluateConfig, model_dir: Path | None) -> Path:
@@ -241,18 +231,19 @@ def results_dir(config: EvaluateConfig, model_dir: Path | None) -> Path:
             f"model={config.model!r} is not a folder that results could be put into. If it is an id on the Hub, name "
             "a folder by --output_dir."
         )
-    name = re.sub(r"[^\w.+-]+", "_", f"{dataset_name(config.data)}-{config.data.split}")
+    name = re.sub(r"[^\w.+-]+", "_", f"{dataset_name(config.data)}-{split_name(config.data)}")
     return model_dir / "evaluation" / name
 
 
 def check_results_dir(folder: Path, config: EvaluateConfig) -> None:
-    """Makes the folder.
-
+    """
     Raises:
-        OSError: If it cannot be made.
+        OSError: If it cannot be made or written to.
         ValueError: If it holds other things than results on these data.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise OSError(f"The results cannot be put into {folder}: {place} is not a folder that may be written to.")
     if not (folder / "results.json").is_file():
         return
     try:
@@ -268,13 +259,9 @@ def check_results_dir(folder: Path, config: EvaluateConfig) -> None:
 
 def dataset_facts(data: DataConfig) -> dict[str, Any]:
     path = Path(data.source).expanduser()
-    source = str(path.resolve()) if path.exists() else data.source
-    return {
-        "source": source,
-        "config_name": data.config_name,
-        "split": data.split,
-        "revision": data.revision,
-        "data_files": data.data_files,
+    keys = ("config_name", "split", "hold_out", "held_out", "revision", "data_files")
+    return {"source": str(path.resolve()) if path.exists() else data.source} | {
+        key: getattr(data, key) for key in keys
     }
 
 
@@ -293,21 +280,21 @@ def facts(
         "precision": accelerator.mixed_precision,
         "num_processes": accelerator.num_processes,
         "device": accelerator.device.type,
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in flatten(config).items()},
+        "settings": plain_settings(config),
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
     }
 
 
 def card_results(data: DataConfig, evaluation: Evaluation) -> list[EvalResult]:
     """The means as the Hub's `model-index` has them; those that are not defined are left out."""
-    path = Path(data.source).expanduser()
+    is_local = Path(data.source).expanduser().exists()
     return [
         EvalResult(
             task_type=TASK,
-            dataset_type=path.stem if path.exists() else data.source,
+            dataset_type=dataset_name(data) if is_local else data.source,
             dataset_name=dataset_name(data),
             dataset_config=data.config_name,
-            dataset_split=data.split,
+            dataset_split=split_name(data),
             dataset_revision=data.revision,
             metric_type=metric,
             metric_name=name,

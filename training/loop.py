@@ -31,7 +31,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import psutil
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     ProjectConfiguration,
@@ -247,6 +247,7 @@ def run_program(
             program(config, stop)
     except (TrainingError, CheckpointError, DataError) as error:
         sys.exit(f"error: {error}")
+    PartialState().destroy_process_group()
 
 
 class Run:
@@ -448,8 +449,6 @@ class Run:
             **progress.take_means(),
             "learning_rate": self.learning_rate,
             **extra,
-            "clips": progress.clips,
-            "epoch": self.loader.epoch,
             "clips_per_second": self.timer.updates_per_second * self.clips_per_update,
             "data_wait_fraction": self.timer.wait_fraction,
             "memory_gib": memory_gib(self.accelerator.device),
@@ -465,6 +464,7 @@ class Run:
 
     def write_row(self, row: dict[str, Any]) -> None:
         """Adds a line to metrics.jsonl and the tracker, at the current update."""
+        row = {**row, "clips": self.progress.clips, "epoch": self.loader.epoch}
         if self.accelerator.is_main_process:
             append_metrics(self.metrics_path, {"update": self.progress.update, **row})
         self.accelerator.log(row, step=self.progress.update)
@@ -482,17 +482,14 @@ class Run:
                 "clips_digest": self.clips_digest,
             }
             save_tensors(own, folder / f"rank-{self.rank:05d}.pt")
-            if self.accelerator.is_main_process:
-                self._write_model(folder, weights)
-                scaler = self.accelerator.scaler
-                state = {
-                    "progress": asdict(self.progress),
-                    "num_processes": self.world_size,
-                    "precision": self.accelerator.mixed_precision,
-                    "scaler": None if scaler is None else scaler.state_dict(),
-                    "settings": plain_settings(self.config),
-                }
-                (folder / "trainer.json").write_text(json.dumps(state, indent=1))
+            scaler = self.accelerator.scaler
+            state = {
+                "num_processes": self.world_size,
+                "precision": self.accelerator.mixed_precision,
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "settings": plain_settings(self.config),
+            }
+            self._write_model(folder, weights, state)
 
         write_folder(checkpoint_path(self.run_dir, self.progress.update), write, self.accelerator)
         if self.accelerator.is_main_process:
@@ -502,19 +499,19 @@ class Run:
         """Writes the current weights into the model folder `name` of the run, in place of what is there."""
         weights = self.accelerator.get_state_dict(self.model)
 
-        def write(folder: Path) -> None:
-            if self.accelerator.is_main_process:
-                self._write_model(folder, weights)
+        write_folder(self.run_dir / name, lambda folder: self._write_model(folder, weights, {}), self.accelerator)
 
-        write_folder(self.run_dir / name, write, self.accelerator)
-
-    def _write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-        self.plain_model.save_pretrained(folder, state_dict=weights)
-        self.feature_extractor.save_pretrained(folder)
+    def _write_model(self, folder: Path, weights: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            self.plain_model.save_pretrained(folder, state_dict=weights)
+            self.feature_extractor.save_pretrained(folder)
+            state = {"progress": asdict(self.progress), **state}
+            (folder / "trainer.json").write_text(json.dumps(state, indent=1))
 
     def end(self) -> None:
-        """After the last update: closes the tracker."""
-        self.accelerator.end_training()
+        """After the last update: closes the tracker. The processes stay together."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:

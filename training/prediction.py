@@ -13,7 +13,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -73,7 +72,12 @@ def predict(
     model = accelerator.unwrap_model(model)
     ids, logits, targets, groups = [], [], [], []
     bar = tqdm(
-        desc=description, unit="clip", mininterval=0.5, dynamic_ncols=True, disable=not accelerator.is_main_process
+        desc=description,
+        unit="clip",
+        mininterval=0.5,
+        leave=False,
+        dynamic_ncols=True,
+        disable=not accelerator.is_main_process,
     )
     with bar, _eval_mode(model), torch.inference_mode():
         for batch in loader:
@@ -156,12 +160,12 @@ def metrics_by_group(
     }
 
 
-@cache
 def load_metric(name: str) -> evaluate.Metric:
     """The module `training/evaluation/<name>`, without a look at the network.
 
     `evaluate` copies it into HF_MODULES_CACHE under a lock and the digest of its content, so that processes do not
-    disturb one another and an edited module is not taken for its former self. Values go through memory alone.
+    disturb one another and an edited module is not taken for its former self. Values go through memory alone. Loaded
+    anew for each use, it has nothing left of a use that failed.
     """
     return evaluate.load(str(METRICS_FOLDER / name), keep_in_memory=True)
 

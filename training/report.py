@@ -1,9 +1,11 @@
 """Pictures and a model card out of a run's folder: `python -m training.report RUN_DIR`, at any time.
 
-Writes RUN_DIR/curves.png and RUN_DIR/model/, a folder for the Hub with the weights of the latest checkpoint.
+Writes RUN_DIR/curves.png and RUN_DIR/model/, a folder for the Hub with the weights of the best evaluation so far, or
+for runs that are not evaluated of the latest checkpoint.
 """
 
 import argparse
+import json
 import platform
 import shutil
 import sys
@@ -18,12 +20,15 @@ import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from training.checkpointing import TEMPORARY_PREFIX, copy_model, latest_checkpoint, publish
+from conversion.card import HEADS
+from modeling_sslam import SSLAMConfig
+from training.checkpointing import BEST, TEMPORARY_PREFIX, copy_model, latest_checkpoint, publish
 from training.metrics import read_metrics
 
 # One panel each: title, keys, whether the axis is logarithmic.
 PANELS = (
     ("Loss", ("loss",), True),
+    ("Validation", ("validation_map", "validation_accuracy", "validation_balanced_accuracy"), False),
     ("Local losses, per masked patch", ("ua_local_loss", "pma_local_loss", "srl_loss"), False),
     ("Global losses, sum over the device's clips", ("ua_global_loss", "pma_global_loss"), True),
     ("Deviation over patches (0: collapse)", ("pred_var", "target_var"), False),
@@ -34,14 +39,22 @@ PANELS = (
     ("Share of time waiting for data", ("data_wait_fraction",), False),
 )
 MAX_MARKED_POINTS = 40
+# Classes that the card lists.
+MAX_NAMES = 20
+
+
+def latest_values(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of all that was logged the latest value."""
+    return {key: value for row in rows for key, value in row.items()}
 
 
 def plot_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draws all curves of a run over its updates."""
+    logged = latest_values(rows)
     panels = [
-        (name, [key for key in keys if key in rows[-1]], is_log)
+        (name, [key for key in keys if key in logged], is_log)
         for name, keys, is_log in PANELS
-        if any(key in rows[-1] for key in keys)
+        if any(key in logged for key in keys)
     ]
     columns = 3
     num_rows = -(-len(panels) // columns)
@@ -71,41 +84,57 @@ def _plot_panel(axes: Axes, rows: list[dict[str, Any]], keys: list[str], is_log:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def model_card(run_dir: Path, rows: list[dict[str, Any]]) -> str:
-    """README.md of a run's model: what it is, how to use it, what it was made of."""
+def model_card(run_dir: Path, weights: Path, rows: list[dict[str, Any]]) -> str:
+    """README.md of a run's model: what it is, how to use it, what it was made of.
+
+    Args:
+        weights: The model folder that the card is of.
+        rows: What was logged until then.
+    """
     settings = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    last = rows[-1]
+    model_config = SSLAMConfig.from_pretrained(weights)
+    (model_class,) = model_config.architectures
+    last = latest_values(rows)
     data = settings["data"]
     source = " ".join(str(data[key]) for key in ("source", "config_name", "split", "revision") if data.get(key))
+    start = settings["model"] if isinstance(settings["model"], str) else settings.get("init_from")
+    measured = [key for key in last if key.endswith(("loss", "_var")) or key.startswith("validation_")]
     facts = {
         "data": f"`{source}`",
-        "started from": f"`{settings['init_from']}`" if "init_from" in settings else "random weights",
+        "started from": f"`{start}`" if start else "random weights",
         "updates": f"{last['update']:,} of {settings['max_updates']:,}",
-        "clips seen": f"{last['clips']:,} ({last['epoch'] + 1} epochs begun), {last['skipped_clips']} skipped",
-        **{key: f"{last[key]:.4g}" for key in last if key.endswith(("loss", "_var"))},
+        "clips seen": f"{last['clips']:,} ({last['epoch'] + 1} epochs begun), {last.get('skipped_clips', 0)} skipped",
+        **{key: f"{last[key]:.4g}" for key in measured if last[key] is not None},
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, accelerate "
         f"{accelerate.__version__}, datasets {datasets.__version__}, Python {platform.python_version()}",
     }
+    if model_class == "SSLAMForAudioClassification":
+        what = f"An audio classifier for {model_config.num_labels} classes, fine-tuned from a self-supervised encoder"
+        facts["classes"] = ", ".join(model_config.id2label[i] for i in range(min(model_config.num_labels, MAX_NAMES)))
+        facts["classes"] += ", ..." if model_config.num_labels > MAX_NAMES else ""
+        weights_hold = ""
+    else:
+        what = "A self-supervised audio encoder, pre-trained"
+        weights_hold = "The weights hold the student, which the lines below read, the decoder and the teacher.\n"
+    task, auto_class, use = HEADS["SSLAMModel" if model_class == "SSLAMForPreTraining" else model_class]
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     return f"""---
 library_name: transformers
-pipeline_tag: feature-extraction
+pipeline_tag: {task}
 tags: [audio, self-supervised, sslam, eat]
 ---
 
 # {run_dir.name}
 
-A self-supervised audio encoder, pre-trained as in SSLAM (Alex et al., ICLR 2025,
-[arXiv 2506.12222](https://arxiv.org/abs/2506.12222)). The weights hold the student, which the lines below read, the
-decoder and the teacher.
-
+{what} as in SSLAM (Alex et al., ICLR 2025, [arXiv 2506.12222](https://arxiv.org/abs/2506.12222)).
+{weights_hold}
 ```python
-from transformers import AutoFeatureExtractor, AutoModel
+from transformers import AutoFeatureExtractor, {auto_class}
 
 extractor = AutoFeatureExtractor.from_pretrained(FOLDER, trust_remote_code=True)
-model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True).eval()
+model = {auto_class}.from_pretrained(FOLDER, trust_remote_code=True).eval()
 inputs = extractor(waveform, sampling_rate=16000, return_tensors="pt")  # mono, 16 kHz
-clip = model(**inputs).pooler_output  # (1, hidden_size)
+{use}
 ```
 
 | | |
@@ -132,24 +161,24 @@ def write_report(run_dir: Path) -> None:
     if not rows:
         raise FileNotFoundError(f"{run_dir} has no metrics.jsonl with a line in it: no run has logged there yet.")
     plot_curves(rows, run_dir / "curves.png", run_dir.name)
-    checkpoint = latest_checkpoint(run_dir)
-    if checkpoint is None:
+    weights = run_dir / BEST if (run_dir / BEST).exists() else latest_checkpoint(run_dir)
+    if weights is None:
         return
-    update = int(checkpoint.name.rpartition("-")[2])
+    update = json.loads((weights / "trainer.json").read_text(encoding="utf-8"))["progress"]["update"]
     temporary = run_dir / f"{TEMPORARY_PREFIX}model"
     shutil.rmtree(temporary, ignore_errors=True)
-    copy_model(checkpoint, temporary)
+    copy_model(weights, temporary)
     shutil.copy(run_dir / "curves.png", temporary)
     # The card is of the weights beside it: what the run has logged since is not theirs.
-    card = model_card(run_dir, [row for row in rows if row["update"] <= update] or rows[:1])
+    card = model_card(run_dir, weights, [row for row in rows if row["update"] <= update] or rows[:1])
     (temporary / "README.md").write_text(card, encoding="utf-8")
     publish(temporary, run_dir / "model")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Draw a run's curves (RUN_DIR/curves.png) and make a folder for the Hub of its latest checkpoint "
-        "(RUN_DIR/model)."
+        description="Draw a run's curves (RUN_DIR/curves.png) and make a folder for the Hub of its best or else its "
+        "latest weights (RUN_DIR/model)."
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     run_dir = parser.parse_args().run_dir

@@ -9,11 +9,14 @@ import csv
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from training.seeding import generator_for
+
+if TYPE_CHECKING:
+    from training.data import DataConfig
 
 
 class Selection(Protocol):
@@ -21,21 +24,23 @@ class Selection(Protocol):
         """Whether the clip takes part in the epoch."""
 
 
-class HoldOut:
-    """Splits a source in two for good.
+def selections_of(config: "DataConfig", seed: int) -> list[Selection]:
+    """What a configuration asks for; a clip takes part if all of these say so."""
+    selections: list[Selection] = []
+    if config.hold_out:
+        # The same clips for every seed, so that runs can be compared on them.
+        selections.append(
+            lambda id_, _: (generator_for("hold out", id_).random() < config.hold_out) == config.held_out
+        )
+    if config.sample_weights is not None:
+        selections.append(WeightedDraw(config.sample_weights, config.clips_per_epoch, seed))
+    return selections
 
-    Args:
-        fraction: Share of the clips that is held out.
-        held_out: Whether this is that part, or the rest.
-    """
 
-    def __init__(self, fraction: float, seed: int, held_out: bool) -> None:
-        self.fraction = fraction
-        self.seed = seed
-        self.held_out = held_out
-
-    def __call__(self, clip_id: str, epoch: int) -> bool:
-        return (generator_for(self.seed, "hold out", clip_id).random() < self.fraction) == self.held_out
+def is_on_side(clip_id: str, epoch: int, fraction: float, held_out: bool) -> bool:
+    """Whether a clip is on the side asked for of a split in two, where about `fraction` of the clips is held out: the
+    same clips in every epoch and for every seed, so that runs can be compared on them."""
+    return (generator_for("hold out", clip_id).random() < fraction) == held_out
 
 
 class WeightedDraw:

@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
+from huggingface_hub import HfApi
 
-from .embedding import Sound
+from .embedding import Sound, is_saved_dataset
 from .errors import InferenceError
-from .files import audio_suffixes
 
-SHARD_SUFFIXES = (".parquet", ".arrow", ".tar")
 ID_COLUMNS = ("video_id", "id", "__key__")
 # A saved data set has no shards of its own; more than there will be processes.
 SAVED_DATASET_SHARDS = 1024
@@ -55,6 +54,9 @@ class AudioDataset:
     ) -> None:
         path = Path(source).expanduser()
         try:
+            if not path.is_dir():
+                # A branch may move on before another call, and with it the rows.
+                revision = HfApi().dataset_info(source, revision=revision).sha
             dataset = _open(path, source, config_name, split, revision)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise InferenceError(f"{source} cannot be read as a data set: {error}") from error
@@ -108,7 +110,7 @@ class AudioDataset:
 def _open(
     path: Path, source: str, config_name: str | None, split: str, revision: str | None
 ) -> datasets.IterableDataset:
-    if not _is_saved(path):
+    if not is_saved_dataset(path):
         name = str(path) if path.is_dir() else source
         return datasets.load_dataset(name, config_name, split=split, revision=revision, streaming=True)
     saved = datasets.load_from_disk(str(path))
@@ -117,17 +119,3 @@ def _open(
             raise ValueError(f"there is no split {split!r}, but {', '.join(saved)}")
         saved = saved[split]
     return saved.to_iterable_dataset(min(len(saved), SAVED_DATASET_SHARDS))
-
-
-def _is_saved(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
-
-
-def is_dataset(source: str) -> bool:
-    """Whether a source names a data set rather than sound files: a folder with shards of one, or an id on the Hub."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _is_saved(path) or any(file.suffix in SHARD_SUFFIXES for file in path.rglob("*"))
-    owner, _, name = source.partition("/")
-    is_id = bool(owner and name) and not set(source) & set("*?[") and "/" not in name
-    return is_id and not path.exists() and path.suffix.lower() not in audio_suffixes()

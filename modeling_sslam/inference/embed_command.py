@@ -104,19 +104,18 @@ class StopRequest:
 
 
 def run(args: argparse.Namespace) -> int:
-    from .dataset import AudioDataset, is_dataset
-    from .embedding import Embedder
+    from .embedding import Embedder, open_sources
     from .embedding_folder import Processes, embed_to_folder
-    from .errors import InferenceError
 
     processes = Processes.find()
-    sources: list[str] | AudioDataset = args.sources
-    if any(is_dataset(source) for source in args.sources):
-        if len(args.sources) > 1:
-            raise InferenceError("A data set is embedded by itself; name files and folders in another call.")
-        sources = AudioDataset(
-            args.sources[0], args.config_name, args.split, args.data_revision, args.audio_column, args.id_column
-        )
+    sources = open_sources(
+        args.sources,
+        config_name=args.config_name,
+        split=args.split,
+        revision=args.data_revision,
+        audio_column=args.audio_column,
+        id_column=args.id_column,
+    )
     embedder = Embedder.from_pretrained(
         args.model,
         device=processes.device if args.device == "auto" else args.device,

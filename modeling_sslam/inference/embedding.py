@@ -8,7 +8,8 @@ A window is padded as in training, and its embedding is that of the same piece o
 """
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,20 +18,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from ..configuration_sslam import SSLAMConfig
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMModel
 from .audio import ClipError, waveform_blocks
-from .devices import choose_batch_size, compute_in_parts, resolve_device, resolve_dtype
+from .devices import choose_batch_size, compute_in_parts
 from .errors import InferenceError
-from .files import find_recordings
+from .files import audio_suffixes, find_recordings
+from .loading import load_pretrained
+from .memory import MemoryTrimmer
 from .prefetch import prefetch
-from .windows import cut_windows, pad_and_normalize, stream_log_mel
+from .windows import cut_windows, model_inputs, stream_log_mel
 
 if TYPE_CHECKING:
     from .dataset import AudioDataset
 
 POOLINGS = ("cls", "mean", "frame", "patch")
+DATASET_SUFFIXES = {".parquet", ".arrow", ".tar"}
 
 
 class Sound(NamedTuple):
@@ -169,24 +172,8 @@ class Embedder:
         Raises:
             InferenceError: If there is no SSLAM model there, or no such device, or for what the class raises it.
         """
-        device = resolve_device(device)
-        try:
-            # Transformers would take any model for this class, and make up weights that are not there.
-            config, _ = SSLAMConfig.get_config_dict(model, revision=revision)
-            if config.get("model_type") != SSLAMConfig.model_type:
-                raise InferenceError(
-                    f"{model} holds a model of type {config.get('model_type')!r}, not 'sslam'. Published checkpoints "
-                    "of SSLAM and EAT are converted first: python -m conversion."
-                )
-            extractor = SSLAMFeatureExtractor.from_pretrained(model, revision=revision)
-            encoder, loading = SSLAMModel.from_pretrained(
-                model, revision=revision, dtype=resolve_dtype(dtype), output_loading_info=True
-            )
-        except (OSError, ValueError) as error:
-            raise InferenceError(f"{model} cannot be loaded as an encoder: {error}") from error
-        if loading["missing_keys"]:
-            raise InferenceError(f"{model} has no weights for {', '.join(sorted(loading['missing_keys']))}.")
-        return cls(encoder.to(device), extractor, **settings)
+        encoder, extractor = load_pretrained(SSLAMModel, model, device, dtype, revision)
+        return cls(encoder, extractor, **settings)
 
     @property
     def hidden_size(self) -> int:
@@ -235,16 +222,9 @@ class Embedder:
     @torch.inference_mode()
     def states(self, windows: Sequence[Window]) -> torch.Tensor:
         """The pooled states, padding included, on the model's device: `(num_windows, ..., hidden_size)`."""
-        inputs = {
-            "input_values": pad_and_normalize(
-                [window.frames for window in windows], self.padded_length, self.feature_extractor
-            )
-        }
-        counts = torch.tensor([len(window.frames) for window in windows], device=self.model.device)
-        if self.feature_extractor.return_attention_mask:
-            inputs["attention_mask"] = (
-                torch.arange(self.padded_length, device=counts.device) < counts[:, None]
-            ).long()
+        frames = [window.frames for window in windows]
+        inputs = model_inputs(frames, self.padded_length, self.feature_extractor)
+        counts = torch.tensor(list(map(len, frames)), device=self.model.device)
         outputs = self.model(**inputs, output_hidden_states=self.layer != "last")
         if self.layer == "last":
             states = outputs.last_hidden_state
@@ -281,7 +261,7 @@ class Embedder:
 
     def stream(
         self, sounds: Iterable[Sound], on_failure: Callable[[Sound, ClipError], Any]
-    ) -> Iterator[list[ClipEmbedding]]:
+    ) -> Generator[list[ClipEmbedding], None, None]:
         """All windows of all sounds in their order, a batch at a time.
 
         Args:
@@ -292,25 +272,61 @@ class Embedder:
         if size == "auto":
             size = choose_batch_size(self.model.config, self.padded_length, self.model.device, self.model.dtype)
 
-        def usable() -> Iterator[Window]:
-            for window in prefetch(sounds, self.windows, items_ahead=2 * size):
+        def usable(windows: Iterable[Window | Failure]) -> Iterator[Window]:
+            for window in windows:
                 if isinstance(window, Failure):
                     on_failure(*window)
                 else:
                     yield window
 
-        windows, previous = usable(), None
-        while batch := list(islice(windows, size)):
-            if self.batch_size == "auto":
-                states, size = compute_in_parts(self.states, batch, size)
-            else:
-                states = [self.states(batch)]
-            # On a GPU the next batch is begun before the last one's result is waited for.
+        previous, trim = None, MemoryTrimmer()
+        with closing(prefetch(sounds, self.windows, items_ahead=2 * size)) as windows:
+            windows = usable(windows)
+            while batch := list(islice(windows, size)):
+                if self.batch_size == "auto":
+                    states, size = compute_in_parts(self.states, batch, size)
+                else:
+                    states = [self.states(batch)]
+                # On a GPU the next batch is begun before the last one's result is waited for.
+                if previous is not None:
+                    yield previous()
+                previous = partial(self.clips, batch, states)
+                trim()
             if previous is not None:
                 yield previous()
-            previous = partial(self.clips, batch, states)
-        if previous is not None:
-            yield previous()
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether a folder is what `save_to_disk` of `datasets` wrote."""
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def is_dataset(source: str) -> bool:
+    """Whether a source names a data set rather than sound files: a folder that has shards of one and no sound files,
+    or an id on the Hub."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        suffixes = {file.suffix.lower() for file in path.rglob("*")}
+        return is_saved_dataset(path) or (bool(suffixes & DATASET_SUFFIXES) and not suffixes & audio_suffixes())
+    owner, _, name = source.partition("/")
+    is_id = bool(owner and name) and not set(source) & set("*?[") and "/" not in name
+    return is_id and not path.exists() and path.suffix.lower() not in audio_suffixes()
+
+
+def open_sources(sources: Iterable[str | Path], **options: Any) -> "list[str] | AudioDataset":
+    """The sources as they are, or the data set that the only one names.
+
+    Args:
+        options: Of [`AudioDataset`].
+    """
+    sources = [str(source) for source in sources]
+    if not any(is_dataset(source) for source in sources):
+        return sources
+    if len(sources) > 1:
+        raise InferenceError("A data set is embedded by itself; name other files and folders in another call.")
+    from .dataset import AudioDataset
+
+    return AudioDataset(sources[0], **options)
 
 
 def embed(
@@ -322,7 +338,8 @@ def embed(
     """The embeddings of sound files or a data set, window by window in their order: what `sslam embed` writes.
 
     Args:
-        sources: A file, a folder, a pattern, several of these, or an [`AudioDataset`].
+        sources: A file, a folder, a pattern, several of these, or a data set: a folder of its shards, an id on the
+            Hub, or an [`AudioDataset`] for other than its split "train".
         model: Folder or Hub id of a model, or an [`Embedder`].
         on_failure: Called with each sound that cannot be used and why; by default that is raised.
         settings: Of [`Embedder.from_pretrained`], if `model` is none yet: `pooling`, `layer`, `window`, `hop`,
@@ -346,10 +363,12 @@ def embed(
         model = Embedder.from_pretrained(model, **settings)
     if isinstance(sources, (str, Path)):
         sources = [sources]
-    if hasattr(sources, "sounds"):
-        sounds = sources.sounds()
+    if not hasattr(sources, "sounds"):
+        sources = open_sources(sources)
+    if isinstance(sources, list):
+        sounds = (Sound(path, path, path) for path in find_recordings(sources))
     else:
-        sounds = (Sound(path, path, path) for path in find_recordings(map(str, sources)))
+        sounds = sources.sounds()
 
     def fail(sound: Sound, error: ClipError) -> None:
         raise error

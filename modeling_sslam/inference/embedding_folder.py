@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,7 +25,7 @@ from .embedding import Embedder, Sound
 from .embedding_table import COLUMNS, table_schema, to_table
 from .errors import InferenceError
 from .files import find_recordings, replacing
-from .shards import ShardWriter, read_progress, remove_leftovers
+from .shards import Progress, ShardWriter, read_progress, remove_leftovers
 
 if TYPE_CHECKING:
     from .dataset import AudioDataset
@@ -121,22 +122,18 @@ def embed_to_folder(
     out, processes = Path(out), processes or Processes.find()
     key = "path" if isinstance(sources, list) else "row"
     schema = table_schema(embedder, key, dtype)
-    lock = FileLock(out / ".lock")
-    plan = None
+    lock, plan = FileLock(out / ".lock"), None
     try:
         if processes.rank == 0:
-            (out / "data").mkdir(parents=True, exist_ok=True)
             try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                raise InferenceError(f"{out} is being written by another call; choose another.") from None
-            paths = _distinct(find_recordings(sources)) if isinstance(sources, list) else []
-            settings = _settings(embedder, model_id, dtype, paths if isinstance(sources, list) else sources)
-            _begin(out, settings, schema)
-            progress = read_progress(out / "data", key)
-            plan = settings, progress, [path for path in paths if path not in progress.done], _next_call(out / "data")
+                plan = _plan(sources, out, embedder, model_id, dtype, schema, lock)
+            except InferenceError as error:
+                plan = error
         # Decided once: another process might see other files, or shards that the first has written since.
-        settings, progress, paths, call = processes.broadcast(plan)
+        plan = processes.broadcast(plan)
+        if isinstance(plan, InferenceError):
+            raise plan
+        settings, progress, paths, call = plan
         if isinstance(sources, list):
             paths = paths[processes.rank :: processes.count]
             sounds = (Sound(path, path, path, progress.begun.get(path, 0)) for path in paths)
@@ -158,15 +155,17 @@ def embed_to_folder(
                 bar.update()
 
             num_windows, stopped = 0, False
-            for clips in embedder.stream(sounds, on_failure):
-                rows = to_table(clips, embedder, schema, model_id)
-                writer.write(rows, [(clip.key, clip.window, clip.is_last) for clip in clips])
-                writer.publish_if_full()
-                num_windows += len(clips)
-                bar.set_postfix(windows=num_windows, refresh=False)
-                bar.update(sum(clip.is_last for clip in clips))
-                if stopped := should_stop():
-                    break
+            with closing(embedder.stream(sounds, on_failure)) as batches:
+                for clips in batches:
+                    rows = to_table(clips, embedder, schema, model_id)
+                    writer.write(rows, [(clip.key, clip.window, clip.is_last) for clip in clips])
+                    writer.publish_if_full()
+                    num_windows += len(clips)
+                    bar.update(sum(clip.is_last for clip in clips))
+                    # Also drawn where a recording goes on for hours.
+                    bar.set_postfix(windows=num_windows)
+                    if stopped := should_stop():
+                        break
         writer.publish()
         if not stopped:
             # A launcher ends all processes once one has an error to report.
@@ -185,8 +184,38 @@ def read_failures(out: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _distinct(paths: list[str]) -> list[str]:
-    return list(dict.fromkeys(os.path.normpath(path) for path in paths))
+class Plan(NamedTuple):
+    """What all processes are to know before they begin; `paths` are the files still to embed."""
+
+    settings: dict[str, Any]
+    progress: Progress
+    paths: list[str]
+    call: int
+
+
+def _plan(
+    sources: "list[str] | AudioDataset",
+    out: Path,
+    embedder: Embedder,
+    model_id: str,
+    dtype: str,
+    schema: pa.Schema,
+    lock: FileLock,
+) -> Plan:
+    """Takes the folder for this call and sees what is to be done."""
+    files = None
+    if isinstance(sources, list):
+        files = list(dict.fromkeys(os.path.normpath(path) for path in find_recordings(sources)))
+    settings = _settings(embedder, model_id, dtype, files or sources)
+    (out / "data").mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InferenceError(f"{out} is being written by another call; choose another.") from None
+    _begin(out, settings, schema)
+    progress = read_progress(out / "data", schema.names[0])
+    remaining = [path for path in files or [] if path not in progress.done]
+    return Plan(settings, progress, remaining, _next_call(out / "data"))
 
 
 def _settings(embedder: Embedder, model_id: str, dtype: str, source: "list[str] | AudioDataset") -> dict[str, Any]:

@@ -4,7 +4,6 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
@@ -35,7 +34,7 @@ def prefetch(items: Iterable[Item], produce: Callable[[Item], Iterable[Output]],
     """
     stop = threading.Event()
     waiting: queue.Queue = queue.Queue(items_ahead)
-    num_threads = min(MAX_THREADS, available_cores())
+    tasks: queue.SimpleQueue = queue.SimpleQueue()
 
     def put(target: queue.Queue, value: Any) -> bool:
         while not stop.is_set():
@@ -57,13 +56,17 @@ def prefetch(items: Iterable[Item], produce: Callable[[Item], Iterable[Output]],
             error = raised
         put(target, (None, error))
 
-    def work(item: Item, outputs: queue.Queue) -> None:
-        forward(produce(item), outputs)
+    def work() -> None:
+        # Each thread works on an item of its own; torch's own threads would only contend for the same cores.
+        torch.set_num_threads(1)
+        while (task := tasks.get()) is not None:
+            item, outputs = task
+            forward(produce(item), outputs)
 
-    def start_work() -> Iterator[queue.Queue]:
+    def hand_out() -> Iterator[queue.Queue]:
         for item in items:
             outputs: queue.Queue = queue.Queue(OUTPUTS_AHEAD)
-            pool.submit(work, item, outputs)
+            tasks.put((item, outputs))
             yield outputs
 
     def drain(source: queue.Queue) -> Iterator[Any]:
@@ -77,16 +80,19 @@ def prefetch(items: Iterable[Item], produce: Callable[[Item], Iterable[Output]],
                 return
 
     threads_before = torch.get_num_threads()
-    # Each thread works on an item of its own; torch's own threads would only contend for the same cores.
-    pool = ThreadPoolExecutor(num_threads, "prefetch", initializer=torch.set_num_threads, initargs=(1,))
-    feeder = threading.Thread(target=forward, args=(start_work(), waiting), name="prefetch-items", daemon=True)
-    feeder.start()
+    # Not those of concurrent.futures, for which a program waits that ends before it has seen all outputs.
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(MAX_THREADS, available_cores()))]
+    threads.append(threading.Thread(target=lambda: forward(hand_out(), waiting), daemon=True))
+    for thread in threads:
+        thread.start()
     try:
         for outputs in drain(waiting):
             yield from drain(outputs)
     finally:
         stop.set()
-        feeder.join()
-        pool.shutdown(cancel_futures=True)
-        # The threads' setting holds for them alone, but also as the default of threads to come.
+        for _ in threads:
+            tasks.put(None)
+        for thread in threads:
+            thread.join()
+        # What a thread sets for itself is also the default of threads to come.
         torch.set_num_threads(threads_before)

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -96,6 +97,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     settings = EventSettings(args.threshold, args.release, args.median, args.max_gap, args.min_duration)
+    if os.path.isdir(args.recording):
+        raise InferenceError(f"{args.recording} is a folder; sslam timeline takes one recording, sslam tag folders.")
     formats = {path: format_of(path) for path in args.out}
     if args.plot:
         check_picture_format(args.plot)

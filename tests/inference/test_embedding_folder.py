@@ -60,15 +60,29 @@ def run_embed(sources, model, out, *options):
     return main(arguments(sources, model, out, *options))
 
 
-def start_embed(*args, launcher=()):
+@pytest.fixture
+def start_embed():
+    """Starts the command as a process group of its own, which the test's end ends."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "modeling_sslam", *arguments(*args)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    started = []
+
+    def start_embed(*args, launcher=()):
+        process = subprocess.Popen(
+            [sys.executable, *launcher, "-m", "modeling_sslam", *arguments(*args)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start_embed
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        process.stdout.close()
 
 
 def embed_in_turn(num_processes, sources, out, embedder, model):
@@ -174,6 +188,15 @@ def test_a_second_call_adds_only_what_is_new(model_folder, recordings, tmp_path)
     assert [row["path"] for shard in added for row in pq.read_table(shard).to_pylist()] == [str(recordings / "8.wav")]
 
 
+def test_out_may_lie_among_the_recordings(model_folder, recordings):
+    """The Parquet in it makes no data set of them."""
+    out = recordings / "embeddings"
+    assert run_embed([recordings], model_folder, out) == 0
+    add_recording(recordings, 8)
+    assert run_embed([recordings], model_folder, out) == 0
+    assert len(read_rows(out)) == 18
+
+
 def test_stopped_in_a_recording_and_continued(model_folder, recordings, tmp_path):
     """Whatever the batch it stops after, the rest follows in another call, by more processes or fewer."""
     embedder = Embedder.from_pretrained(model_folder, device="cpu", batch_size=3)
@@ -196,7 +219,7 @@ def test_processes_that_change_in_number(model_folder, recordings, tmp_path):
     assert_same_rows(out, expected)
 
 
-def test_killed_and_continued(model_folder, recordings, tmp_path):
+def test_killed_and_continued(start_embed, model_folder, recordings, tmp_path):
     out, expected = tmp_path / "out", tmp_path / "expected"
     options = ("--batch-size", 4, "--shard-rows", 4)
     # Opening a pipe that nobody writes to takes forever: the process is in the middle when it is killed.
@@ -219,7 +242,7 @@ def test_killed_and_continued(model_folder, recordings, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_stop(model_folder, recordings, tmp_path, number):
+def test_asked_to_stop(start_embed, model_folder, recordings, tmp_path, number):
     out, expected = tmp_path / "out", tmp_path / "expected"
     pipe = recordings / "4.wav"
     pipe.unlink()
@@ -247,7 +270,7 @@ def test_asked_to_stop(model_folder, recordings, tmp_path, number):
     assert_same_rows(out, expected)
 
 
-def test_two_processes(model_folder, recordings, tmp_path):
+def test_two_processes(start_embed, model_folder, recordings, tmp_path):
     out, expected = tmp_path / "out", tmp_path / "expected"
     (recordings / "5.wav").write_bytes(b"no sound")
     with socket.socket() as free:

@@ -1,4 +1,9 @@
 import io
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -9,6 +14,8 @@ import soundfile
 import torch
 
 from modeling_sslam import SSLAMFeatureExtractor
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -85,3 +92,24 @@ def make_folder(tmp_path, encode):
         return folder
 
     return make_folder
+
+
+@pytest.fixture
+def launch():
+    """Runs a program in two processes to its end: what it printed."""
+
+    def launch(*arguments) -> str:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        options = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        # By itself `accelerate launch --cpu --num_processes 2` starts one process, unless there is MPI.
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port", str(port)]
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [*command, *options, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return launch

@@ -1,11 +1,7 @@
 """Several processes, by accelerate's launcher over gloo: what they compute together is what one computes alone."""
 
 import importlib.util
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,27 +15,6 @@ from training.metrics import read_metrics
 from training.soundscapes import make_row
 
 SCRIPT = Path(__file__).parent / "distributed_update.py"
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def launch():
-    """Runs a program in two processes to its end."""
-
-    def launch(*arguments) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        options = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        # By itself `accelerate launch --cpu --num_processes 2` starts one process, unless there is MPI.
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port", str(port)]
-        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [*command, *options, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stderr
-
-    return launch
 
 
 @pytest.fixture

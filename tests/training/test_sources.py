@@ -9,6 +9,7 @@ import datasets
 import pytest
 
 from training.data import DataConfig, make_loader
+from training.sources import open_source
 
 
 def read_all(config, extractor, **kwargs):
@@ -48,6 +49,8 @@ def test_manifest(make_folder, extractor, tmp_path):
     assert set(read_all(config_for(manifest), extractor)) == {str(file) for file in files}
     clips = read_all(config_for(manifest, label_column="labels"), extractor)
     assert clips["deeper/clip001.flac"][0] == ["/m/1", "/m/clip001"]
+    (tmp_path / "train.lbl").write_text("".join(f"{file.with_suffix('')}\t{file.stem}\n" for file in files))
+    assert read_all(config_for(manifest, label_column="labels"), extractor)["deeper/clip001.flac"][0] == ["clip001"]
 
 
 def test_a_manifest_whose_labels_are_out_of_step(make_folder, tmp_path, extractor):
@@ -165,3 +168,67 @@ def test_unknown_columns_and_empty_folders_are_named(tmp_path, write_parquet, ex
     (tmp_path / "empty.tsv").write_text("/somewhere\n")
     with pytest.raises(ValueError, match="lists no files"):
         read_all(config_for(tmp_path / "empty.tsv"), extractor)
+
+
+def test_a_table_gives_paths_labels_groups_and_splits(make_folder, extractor):
+    folder = make_folder(4)
+    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.flac"))
+    table = folder / "clips.csv"
+    lines = [
+        f"{path},{labels},{i % 2},{'train' if i else 'test'}"
+        for i, (path, labels) in enumerate(zip(paths, ("a", "b; c", "", "a;b"), strict=True))
+    ]
+    table.write_text("\n".join(["file_name,labels,num_sources,split", *lines]))
+    config = config_for(table, label_column="auto", group_column="auto")
+    found = read_all(config, extractor)
+    assert {id_: labels for id_, (labels, _) in found.items()} == {
+        paths[1]: ["b", "c"],
+        paths[2]: [],
+        paths[3]: ["a", "b"],
+    }
+    source = open_source(config, num_readers=1, seed=0)
+    assert {row["id"]: row["num_sources"] for row in source.dataset} == {paths[1]: "1", paths[2]: "0", paths[3]: "1"}
+    whole = read_all(config_for(table, split="train+test"), extractor)
+    assert sorted(whole) == paths
+    with pytest.raises(ValueError, match="has no split 'validation'; it has test, train"):
+        read_all(config_for(table, split="validation"), extractor)
+    table.write_text("sound,labels\nx.wav,a\n")
+    with pytest.raises(
+        ValueError, match="no column of the usual names; set audio_column to one of those it has: sound"
+    ):
+        open_source(config_for(table), num_readers=1, seed=0)
+
+
+def test_splits_are_joined_and_shared_out(tmp_path, write_parquet, extractor):
+    for split, first in (("train", [3, 3]), ("test", [4])):
+        for path in write_parquet(tmp_path / split, first):
+            (tmp_path / "data").mkdir(exist_ok=True)
+            path.rename(tmp_path / "data" / path.name.replace("train", split))
+    counts = {
+        split: len(list(open_source(config_for(tmp_path / "data", split=split), 1, 0).dataset))
+        for split in ("train", "test", "train+test")
+    }
+    assert counts == {"train": 6, "test": 4, "train+test": 10}
+    config = config_for(tmp_path / "data", split="train+test", num_workers=2)
+    per_rank = [
+        sum(
+            len(batch["ids"])
+            for batch in make_loader(config, extractor, batch_size=3, seed=0, rank=rank, world_size=2, repeat=False)
+        )
+        for rank in range(2)
+    ]
+    assert sum(per_rank) == 10
+    assert min(per_rank) > 0
+
+
+def test_a_labelled_folder_with_a_subfolder_for_each_split(tmp_path, encode, extractor):
+    for split, name in (("train", "dog"), ("train", "cat"), ("validation", "dog")):
+        (tmp_path / split / name).mkdir(parents=True)
+        (tmp_path / split / name / "a.wav").write_bytes(encode(file_format="WAV"))
+    found = read_all(config_for(tmp_path, label_column="auto"), extractor)
+    assert {id_: labels for id_, (labels, _) in found.items()} == {
+        "train/dog/a.wav": ["dog"],
+        "train/cat/a.wav": ["cat"],
+    }
+    # Without labels a folder is all that is under it.
+    assert len(read_all(config_for(tmp_path), extractor)) == 3

@@ -1,0 +1,97 @@
+"""Fine-tuning in several processes, by accelerate's launcher over gloo."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification
+from training.checkpointing import list_checkpoints
+from training.data import LabelledDataConfig, make_loader
+from training.labels import LabelSet
+from training.losses import loss_sum, loss_weight
+from training.metrics import read_metrics
+from training.soundscapes import make_row
+
+CLASSES = ["a", "b", "c"]
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    """A classifier for the data's classes, so that fine-tuning starts from its very weights."""
+    torch.manual_seed(0)
+    config = SSLAMConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        num_mel_bins=32,
+        max_length=64,
+        max_position_embeddings=8,
+        id2label=dict(enumerate(CLASSES)),
+        problem_type="multi_label_classification",
+        initializer_range=0.2,
+    )
+    SSLAMForAudioClassification(config).save_pretrained(tmp_path / "model")
+    SSLAMFeatureExtractor(num_mel_bins=32, max_length=64).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def table(tmp_path) -> Path:
+    """17 training clips with none to three labels, and 7 to validate on: neither can be shared out evenly."""
+    rows = []
+    for i in range(24):
+        row = make_row(("train", i), seed=0, duration=0.8, rate=16_000, max_sources=2)
+        (tmp_path / f"clip{i:02d}.flac").write_bytes(row["audio"]["bytes"])
+        rows.append((f"clip{i:02d}.flac", ";".join(CLASSES[: i % 4]), "train" if i < 17 else "validation"))
+    with open(tmp_path / "clips.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("path", "labels", "split"), *rows])
+    return tmp_path / "clips.csv"
+
+
+def test_two_processes_give_the_gradient_of_one_batch_and_count_every_clip_once(launch, model, table, tmp_path):
+    arguments = [
+        *("-m", "training.finetune", "--model", model, "--data", table, "--batch_size=2", "--max_updates=4"),
+        *("--data.num_workers=0", "--watch.every=1", "--watch.tracker=none", "--checkpoint.every=2", "--resume=auto"),
+        *("--problem_type=multi", "--drop_path_rate=0", "--evaluate_every=2", "--gradient_accumulation_steps=2"),
+        *("--augmentation.roll_and_gain=false", "--augmentation.mixup_alpha=0", "--augmentation.mask_ratio=0"),
+    ]
+    labels = LabelSet(CLASSES)
+    (tmp_path / "labels.csv").write_text("\n".join(CLASSES))
+    launch(*arguments, "--output_dir", tmp_path / "run")
+
+    # The first update, in plain words: all its clips in one batch.
+    classifier = SSLAMForAudioClassification.from_pretrained(model).train()
+    extractor = SSLAMFeatureExtractor.from_pretrained(model)
+    batches = []
+    for rank in range(2):
+        config = LabelledDataConfig(str(table), num_workers=0)
+        loader = make_loader(config, extractor, batch_size=2, seed=0, rank=rank, world_size=2)
+        iterator = iter(loader)
+        batches += [next(iterator) for _ in range(2)]
+    targets = labels.encode([names for batch in batches for names in batch["labels"]])
+    assert len({batch_targets.sum().item() for batch_targets in targets.split(2)}) > 1
+    logits = classifier(torch.cat([batch["input_values"] for batch in batches])).logits
+    loss = loss_sum(logits, targets, "bce_per_target") / loss_weight(targets, "bce_per_target")
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(classifier.parameters(), 1e9)
+    first, *_ = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert first["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert first["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+    (path,) = (tmp_path / "run" / "model" / "evaluation").glob("*/results.json")
+    results = json.loads(path.read_text())
+    assert results["num_clips"] == 7
+    assert results["num_processes"] == 2
+
+    # Resumed half way, it ends where it ended.
+    last = list_checkpoints(tmp_path / "run")[-1]
+    wanted = load_file(last / "model.safetensors")
+    (last / "manifest.json").unlink()
+    launch(*arguments, "--output_dir", tmp_path / "run")
+    for name, value in load_file(last / "model.safetensors").items():
+        assert torch.equal(value, wanted[name]), name

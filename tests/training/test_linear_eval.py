@@ -1,0 +1,316 @@
+"""Linear evaluation as its users start it, on miniature soundscapes and tiny encoders, in both modes."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+from transformers import pipeline
+
+from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMForPreTraining
+from training import features as features_module
+from training import linear_eval, soundscapes
+from training.features import POOLINGS, read_features
+
+NUM_LAYERS = 2
+
+
+@pytest.fixture(scope="session")
+def scapes(tmp_path_factory):
+    """Soundscapes of one to three sources: 42 to train, 9 to validate, 9 to test with."""
+    folder = tmp_path_factory.mktemp("scapes") / "mini"
+    arguments = ["--clips", "60", "--seconds", "1", "--max-sources", "3", "--held-out", "0.15", "--processes", "1"]
+    soundscapes.main([str(folder), *arguments])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sounds(tmp_path_factory):
+    """Four folds, subfolders of two classes each: low tones and noises."""
+    folder = tmp_path_factory.mktemp("sounds")
+    path = folder / "clips.csv"
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("path", "category", "split"))
+        for i in range(24):
+            rng = np.random.default_rng(i)
+            time = np.arange(8000) / 16_000
+            wave = rng.standard_normal(8000) if i % 2 else np.sin(2 * np.pi * rng.uniform(200, 400) * time)
+            name = f"{('tone', 'noise')[i % 2]}{i:02d}.flac"
+            soundfile.write(folder / name, 0.1 * wave, 16_000)
+            writer.writerow((name, ("tone", "noise")[i % 2], f"fold{1 + i // 2 % 4}"))
+    return path
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "encoder"
+    # Not the seed that new weights are drawn with.
+    torch.manual_seed(1)
+    config = SSLAMConfig(
+        hidden_size=32,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=4,
+        intermediate_size=64,
+        num_mel_bins=32,
+        max_length=96,
+        max_position_embeddings=8,
+        decoder_num_layers=2,
+        initializer_range=0.1,
+    )
+    SSLAMForPreTraining(config).save_pretrained(folder)
+    SSLAMFeatureExtractor(num_mel_bins=32, max_length=96).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def run(encoder, scapes, cache_dir, tmp_path):
+    """Runs the program in this process; gives its folder and results."""
+
+    def run(name="out", **changes):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        settings = {
+            "model": encoder,
+            "data": scapes,
+            "output_dir": tmp_path / name,
+            "cache_dir": cache_dir,
+            "data.num_workers": 0,
+            "watch.tracker": "none",
+            "head.epochs": 5,
+        } | changes
+        linear_eval.main([f"--{key}={value}" for key, value in settings.items()])
+        return tmp_path / name, json.loads((tmp_path / name / "results.json").read_text())
+
+    return run
+
+
+def classified(folder, waveform):
+    """The pipeline's scores by label."""
+    classifier = pipeline("audio-classification", str(folder), trust_remote_code=True)
+    rows = classifier({"array": waveform, "sampling_rate": 16_000}, top_k=None, function_to_apply="sigmoid")
+    return {row["label"]: row["score"] for row in rows}
+
+
+def waveform_of(scapes, id_):
+    (path,) = (scapes / "data").glob("test-*")
+    (row,) = (row for row in pq.read_table(path).to_pylist() if row["id"] == id_)
+    return soundfile.read(io.BytesIO(row["audio"]["bytes"]), dtype="float32")[0]
+
+
+@pytest.mark.parametrize(("layer", "pooling"), [("last", "mean"), ("1", "cls")])
+def test_a_head_becomes_a_model_that_the_pipeline_runs(run, scapes, capsys, layer, pooling):
+    out, results = run(layers=layer, poolings=pooling)
+
+    text = capsys.readouterr().out
+    assert "fast mode (cached)" in text
+    assert results["mode"] == "cached"
+    assert "computed once, without augmentation" in results["protocol"]
+    assert results["num_clips"] == {"test": {"train": 42, "validation": 9, "test": 9}}
+    (head,) = results["heads"]
+    assert head == results["best_head"]
+    assert head["pooling"] == pooling
+    assert head["layer"] == (NUM_LAYERS if layer == "last" else 1)
+    # Computed on tensors for every head, and by scikit-learn for the one that is reported.
+    assert head["test_map"] == pytest.approx(results["metrics"]["map"], abs=1e-5)
+    assert f"{head['test_map']:.4f}" in text
+    assert [row["group"] for row in results["by_group"]] == [1, 2, 3]
+    assert not (out / "sweep.csv").exists()
+
+    predictions = pq.read_table(out / "predictions.parquet").to_pylist()
+    labels = [row["label"] for row in results["per_class"]]
+    for row in predictions[:2]:
+        scores = classified(out / "model", waveform_of(scapes, row["id"]))
+        np.testing.assert_allclose([scores[label] for label in labels], row["scores"], rtol=0, atol=1e-5)
+    model = SSLAMForAudioClassification.from_pretrained(out / "model")
+    assert model.config.num_hidden_layers == head["layer"]
+    assert model.config.problem_type == "multi_label_classification"
+    assert "linear head" in (out / "model" / "README.md").read_text()
+
+
+def test_a_sweep_over_layers_and_poolings(run, monkeypatch):
+    out, results = run(layers="all", poolings="all")
+    rows = list(csv.DictReader((out / "sweep.csv").open()))
+    assert len(rows) == (NUM_LAYERS + 1) * (len(POOLINGS) + 1)
+    assert {row["layer"] for row in rows} == {"0", "1", "2"}
+    assert {row["pooling"] for row in rows} == {*POOLINGS, "cls+mean"}
+    assert (out / "sweep.png").stat().st_size > 10_000
+    best = max(rows, key=lambda row: float(row["validation_map"]))
+    assert results["best_head"]["layer"] == int(best["layer"])
+    assert results["best_head"]["pooling"] == best["pooling"]
+    assert results["metrics"]["map"] == pytest.approx(float(best["test_map"]), abs=1e-5)
+    # A head in a sweep is the head by itself, and a sweep is one pass over the sound.
+    monkeypatch.setattr(features_module, "pooled_states", lambda *arguments: pytest.fail("features were computed"))
+    _, alone = run("alone", layers="1", poolings="cls+mean")
+    (same,) = (row for row in results["heads"] if (row["layer"], row["pooling"]) == (1, "cls+mean"))
+    assert alone["best_head"]["test_map"] == pytest.approx(same["test_map"], abs=1e-5)
+    assert "poolings are cls, mean, lin_softmax, not cls+mean" in alone["best_head_model"]
+    assert not (out.parent / "alone" / "model").exists()
+
+
+def test_parts_of_a_sweep_are_the_sweep(run, monkeypatch):
+    _, whole = run("whole", layers="0,1", poolings="cls,mean", **{"head.epochs": 2})
+    monkeypatch.setattr(linear_eval, "MAX_BYTES_IN_MEMORY", 1)
+    _, parts = run("parts", layers="0,1", poolings="cls,mean", **{"head.epochs": 2})
+    for one, other in zip(whole["heads"], parts["heads"], strict=True):
+        assert one["test_map"] == pytest.approx(other["test_map"], abs=1e-4)
+
+
+def test_new_weights_to_compare_with(run, capsys):
+    _, results = run("new", random_weights="true", poolings="mean")
+    _, trained = run("trained", poolings="mean")
+    assert results["model"].endswith("new weights")
+    assert "new weights" in capsys.readouterr().out
+    assert results["features"] != trained["features"]
+    assert results["best_head"]["test_map"] != trained["best_head"]["test_map"]
+    _, again = run("again", random_weights="true", poolings="mean")
+    assert again["best_head"] == results["best_head"]
+
+
+def test_folds_of_clips_with_one_label(run, sounds):
+    settings = {"data": sounds, "folds": "fold1,fold2,fold3,fold4", "poolings": "mean", "head.learning_rate": 0.01}
+    out, results = run(**settings, **{"head.epochs": 20, "head.batch_size": 8})
+    assert results["metric"] == "accuracy"
+    best = results["best_head"]
+    accuracies = [
+        json.loads((out / f"fold{i}" / "results.json").read_text())["metrics"]["accuracy"] for i in range(1, 5)
+    ]
+    assert best["test_accuracy_by_fold"] == pytest.approx(accuracies)
+    assert best["test_accuracy"] == pytest.approx(np.mean(accuracies))
+    assert best["test_accuracy_spread"] == pytest.approx(np.std(accuracies, ddof=1))
+    assert best["test_accuracy"] > 0.8
+    assert best["best_epochs"] == [20] * 4
+    assert {name: size["train"] for name, size in results["num_clips"].items()} == {
+        f"fold{i}": 18 for i in range(1, 5)
+    }
+    assert not (out / "model").exists()
+    # Once more in the same place.
+    assert run(**settings, **{"head.epochs": 20, "head.batch_size": 8})[1]["heads"] == results["heads"]
+
+
+def test_held_out_clips_choose_where_there_is_no_validation_split(run, sounds):
+    settings = {"data": sounds, "data.split": "fold1+fold2+fold3", "test_split": "fold4"}
+    _, results = run(**settings, **{"data.hold_out": 0.3, "layers": "all"})
+    size = results["num_clips"]["fold4"]
+    assert size["train"] + size["validation"] == 18
+    assert 2 <= size["validation"] <= 9
+    _, on_held_out = run("other", **settings | {"data.hold_out": 0.3, "test_split": "null"})
+    assert on_held_out["num_clips"] == {"held out": size | {"test": size["validation"]}}
+
+
+def test_published_mode_is_fine_tuning_with_a_frozen_encoder(run, encoder, capsys):
+    changes = {"mode": "published", "batch_size": 8, "head.epochs": 2, "poolings": "mean"}
+    out, results = run(**changes, **{"head.learning_rate": 0.02})
+    assert results["mode"] == "published"
+    assert "published mode" in capsys.readouterr().out
+    assert set(results["metrics"]) == {"validation", "test"}
+    evaluated = json.loads((out / "model" / "evaluation" / "mini-test" / "results.json").read_text())
+    assert evaluated["metrics"]["map"] == results["metrics"]["test"]["map"]
+    settings = (out / "config.yaml").read_text()
+    for line in ("freeze_encoder: true", "learning_rate: 0.02", "warmup_updates: 0", "classifier_pooling: mean"):
+        assert line in settings
+    # 42 clips twice, by 8.
+    assert "max_updates: 10\n" in settings
+    before, after = (load_file(folder / "model.safetensors") for folder in (encoder, out / "model"))
+    assert len(after) > 20
+    for name, tensor in after.items():
+        assert torch.equal(tensor, before[name]) if name.startswith("sslam.") else name.startswith("classifier.")
+
+
+def test_a_fine_tuned_model_gets_a_new_head(run, tmp_path, scapes):
+    _, first = run("first", poolings="mean")
+    _, second = run(
+        "second", model=tmp_path / "first" / "model", mode="published", batch_size=21, **{"head.epochs": 1}
+    )
+    assert second["settings"]["model"] == str(tmp_path / "first" / "model")
+    names = load_file(tmp_path / "second" / "encoder" / "model.safetensors")
+    assert not any(name.startswith("classifier") for name in names)
+    _, third = run("third", model=tmp_path / "first" / "model", poolings="mean")
+    assert third["features"] != {}
+    assert third["heads"][0]["test_map"] == pytest.approx(first["heads"][0]["test_map"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": "3"}, "layers: '3' is not one of 0 to 2"),
+        ({"poolings": "median"}, "poolings: 'median' is not one of cls, mean"),
+        ({"mode": "published", "layers": "all"}, "mode=published fits one head"),
+        ({"mode": "published", "poolings": "max"}, "poolings=max: mode=published has cls"),
+        ({"test_split": "nowhere"}, "--test_split null"),
+        ({"test_split": "validation", "validation_split": "nowhere"}, "--data.hold_out 0.1"),
+        ({"problem_type": "single"}, "train clips do not have one label each"),
+        ({"head.learning_rate": 1e30}, "head on layer 2, cls is not finite; lower head.learning_rate"),
+        ({"model": "/no/such/folder", "mode": "published"}, "/no/such/folder"),
+        ({"model": "/no/such/folder"}, "/no/such/folder"),
+    ],
+)
+def test_wrong_settings_end_in_a_line(run, capsys, changes, message):
+    with pytest.raises(SystemExit) as exit_:
+        run(**changes)
+    assert message in f"{exit_.value} {capsys.readouterr().err}"
+
+
+def test_results_of_another_evaluation_are_not_overwritten(run, tmp_path):
+    run(poolings="mean")
+    run(poolings="cls")
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    with pytest.raises(SystemExit, match=r"is of another evaluation \(model.*output_dir"):
+        run(random_weights="true")
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+
+
+def test_training_clips_are_no_test(run, sounds, tmp_path):
+    """A plain folder is one split whatever name is asked for."""
+    folder = tmp_path / "plain"
+    for path in sorted(sounds.parent.glob("*.flac")):
+        target = folder / path.name[:-7] / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    with pytest.raises(SystemExit, match=r"are training clips, such as .*test_split null"):
+        run(data=folder, **{"data.hold_out": 0.3})
+    _, results = run(data=folder, test_split="null", **{"data.hold_out": 0.3})
+    assert results["metric"] == "accuracy"
+
+
+def test_validation_clips_may_be_elsewhere(run, sounds):
+    """In a source of their own, under the name of the training split."""
+    rows = sounds.read_text().splitlines()
+    elsewhere = sounds.with_name("elsewhere.csv")
+    elsewhere.write_text("\n".join([rows[0], *(row.replace("fold4", "fold1") for row in rows if "fold4" in row)]))
+    settings = {"data": sounds, "data.split": "fold1", "validation_source": elsewhere, "validation_split": "fold1"}
+    _, results = run(**settings, test_split="null")
+    assert results["num_clips"] == {"fold1": {"train": 6, "validation": 6, "test": 6}}
+    assert read_features(Path(results["features"]["validation"])).ids == [
+        row.split(",")[0] for row in sorted(rows) if "fold4" in row
+    ]
+
+
+def test_two_processes_find_what_one_does(run, launch, scapes, encoder, tmp_path):
+    _, alone = run("alone", poolings="cls,mean")
+    text = launch(
+        *("-m", "training.linear_eval", "--model", encoder, "--data", scapes, "--output_dir", tmp_path / "both"),
+        *("--cache_dir", tmp_path / "cache", "--poolings", "cls,mean", "--head.epochs", 5, "--data.num_workers", 0),
+        *("--batch_size", 5, "--watch.tracker", "none"),
+    )
+    assert text.count("fast mode (cached)") == 1
+    both = json.loads((tmp_path / "both" / "results.json").read_text())
+    assert both["num_clips"] == alone["num_clips"]
+    for one, other in zip(alone["heads"], both["heads"], strict=True):
+        assert one["test_map"] == pytest.approx(other["test_map"], abs=1e-4)
+    for split, folder in alone["features"].items():
+        one, other = (read_features(Path(path)) for path in (folder, both["features"][split]))
+        assert one.ids == other.ids
+        np.testing.assert_allclose(one.pooled, other.pooled, rtol=0, atol=1e-5)
