@@ -63,6 +63,6 @@ def run(args: argparse.Namespace) -> int:
         raise InferenceError(f'{error}: the page needs pip install "modeling-sslam[app]".') from error
 
     tagger = SSLAMTagger.from_pretrained(args.model, args.device, args.dtype, args.batch_size, args.revision)
-    page = make_page(Listener(tagger, args.max_minutes), Path(args.model).name, examples)
+    page = make_page(Listener(tagger, args.max_minutes), Path(args.model).resolve().name, examples)
     serve(page, args.max_megabytes, args.host, args.port, args.share)
     return 0

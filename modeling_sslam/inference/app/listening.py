@@ -11,7 +11,6 @@ from ..audio import ClipError, duration_seconds, stream_blocks
 from ..embedding import Embedder, embed
 from ..errors import InferenceError
 from ..events import EventSettings
-from ..formats import clock
 from ..plots import TimelinePicture
 from ..tagger import SSLAMTagger
 from ..timelines import Timeline
@@ -140,8 +139,8 @@ class Listener:
                 raise _complaint(path, error) from error
         if seconds > longest:
             raise InferenceError(
-                f"{Path(path).name} is longer than the {clock(longest)} minutes that this page takes. Cut it, or use "
-                "the command sslam timeline: it takes recordings of any length."
+                f"{Path(path).name} is too long: this page takes up to {self.max_minutes:g} min. Cut it, or use the "
+                "command sslam timeline, which takes recordings of any length."
             )
         return seconds
 
@@ -158,5 +157,6 @@ def draw(picture: TimelinePicture, timeline: Timeline) -> Picture:
 
 
 def _complaint(path: str, error: ClipError) -> InferenceError:
-    detail = str(error).removeprefix(f"{error.reason}: ")
+    # Where uploads lie is nobody's business.
+    detail = str(error).removeprefix(f"{error.reason}: ").replace(path, Path(path).name)
     return InferenceError(f"{Path(path).name} {COMPLAINTS[error.reason]} ({detail}).")

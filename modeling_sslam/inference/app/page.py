@@ -29,6 +29,10 @@ CACHE_SECONDS = 3600
 MAX_WAITING = 20
 # One suffix of each format.
 DOWNLOADS = {suffix: name for suffix, name in SUFFIXES.items() if suffix != ".jams"}
+# Pixels that a column needs; where two have not that much they stand one below the other.
+NARROW = 300
+# The picture has a player of its own, in step with the cursor.
+STYLE = "#sound audio { display: none }"
 INVITATION = "<p class='note'>Upload or record a sound, or take one of the examples.</p>"
 
 
@@ -72,7 +76,7 @@ def make_page(listener: Listener, model_name: str, examples: Sequence[str] = ())
     with gr.Blocks(title=f"SSLAM: {model_name}", analytics_enabled=False, delete_cache=(CACHE_SECONDS,) * 2) as page:
         gr.Markdown(
             f"# What sounds when\n{listener.tagger.model.config.num_labels} classes by `{model_name}`, in sounds of "
-            f"up to {listener.max_minutes:g} minutes."
+            f"up to {listener.max_minutes:g} min."
         )
         with gr.Tab("Listen"):
             _listen_tab(listener, examples)
@@ -82,9 +86,21 @@ def make_page(listener: Listener, model_name: str, examples: Sequence[str] = ())
 
 
 def _listen_tab(listener: Listener, examples: Sequence[str]) -> None:
+    # In a narrow window the second column stands below the first: a sound and its picture belong together.
     with gr.Row():
-        with gr.Column(scale=1, min_width=300):
+        with gr.Column(scale=2, min_width=NARROW):
             sound = _sound_input("Sound", "sound")
+            result = gr.HTML(
+                INVITATION,
+                css_template=(FILES / "player.css").read_text(encoding="utf-8"),
+                js_on_load=(FILES / "player.js").read_text(encoding="utf-8"),
+                elem_id="timeline",
+                min_height=100,
+            )
+        with gr.Column(scale=1, min_width=NARROW):
+            labels = gr.Label(label="Labels", num_top_classes=TOP_LABELS, show_heading=False, elem_id="labels")
+            if examples:
+                gr.Examples(list(examples), sound, label="Examples", cache_examples=False)
             with gr.Accordion("Settings", open=False):
                 window = gr.Slider(
                     min(SHORTEST_WINDOW, listener.clip_seconds / 2),
@@ -97,17 +113,6 @@ def _listen_tab(listener: Listener, examples: Sequence[str]) -> None:
                 threshold = gr.Slider(
                     0.01, 1, EventSettings().threshold, step=0.01, label="Threshold", info="Score an event reaches."
                 )
-            if examples:
-                gr.Examples(list(examples), sound, label="Examples", cache_examples=False)
-            labels = gr.Label(label="Labels", num_top_classes=TOP_LABELS, elem_id="labels")
-        with gr.Column(scale=2, min_width=300):
-            result = gr.HTML(
-                INVITATION,
-                css_template=(FILES / "player.css").read_text(encoding="utf-8"),
-                js_on_load=(FILES / "player.js").read_text(encoding="utf-8"),
-                elem_id="timeline",
-                min_height=160,
-            )
 
     @answered({})
     def listen(
@@ -122,11 +127,13 @@ def _listen_tab(listener: Listener, examples: Sequence[str]) -> None:
         return timeline_html(path, analysis), {entry["label"]: entry["score"] for entry in analysis.labels}
 
     gr.on(
-        [sound.change, window.release, threshold.release],
+        # Not `release`, which the keyboard does not cause. Of many changes in a row the first and the last count.
+        [sound.change, window.change, threshold.change],
         listen,
         [sound, window, threshold],
         [result, labels],
         show_progress_on=result,
+        trigger_mode="always_last",
         **ONE_AT_A_TIME,
     )
 
@@ -151,7 +158,15 @@ def _compare_tab(listener: Listener, examples: Sequence[str]) -> None:
 
 
 def _sound_input(label: str, elem_id: str) -> gr.Audio:
-    return gr.Audio(label=label, sources=["upload", "microphone"], type="filepath", elem_id=elem_id, editable=False)
+    return gr.Audio(
+        label=label,
+        sources=["upload", "microphone"],
+        type="filepath",
+        elem_id=elem_id,
+        editable=False,
+        buttons=[],
+        waveform_options=gr.WaveformOptions(show_recording_waveform=False),
+    )
 
 
 def message_html(message: str) -> str:
@@ -220,6 +235,7 @@ def serve(
         footer_links=[],
         # The fonts of the visitor's system: nothing is fetched from elsewhere.
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css=STYLE,
         quiet=True,
     )
     print(f"The page is at {url} (Ctrl-C ends it)", flush=True)
