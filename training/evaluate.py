@@ -25,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs
 from huggingface_hub import EvalResult
@@ -137,7 +138,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         )
         source = loader.stream.source
         labels = find_labels(config, model.config, source)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise EvaluationError(f"data.source={config.data.source!r}: {error}") from error
 
     with logging_redirect_tqdm():
@@ -145,13 +146,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     skipped = skipped_clips(loader)
     problem_type = problem_type_of(model.config.problem_type, predictions)
     if model.config.problem_type is None:
-        logger.info(
-            "The model has no problem_type. %s: taken for %s.",
-            "Every clip has one label"
-            if problem_type == "single_label_classification"
-            else "Not every clip has one label",
-            problem_type,
-        )
+        reason = "Every clip has" if problem_type == "single_label_classification" else "Not every clip has"
+        logger.info("The model has no problem_type. %s one label: taken for %s.", reason, problem_type)
     group_column = source.group_column if config.data.group_column == "auto" else config.data.group_column
     evaluation = Evaluation.of(predictions, problem_type, labels.names, group_column)
     if accelerator.is_main_process:
@@ -175,7 +171,9 @@ def load_classifier(model: str) -> tuple[SSLAMForAudioClassification, SSLAMFeatu
         EvaluationError: If they cannot be read, or there is no classifier among the weights.
     """
     try:
-        classifier, loading = SSLAMForAudioClassification.from_pretrained(model, output_loading_info=True)
+        classifier, loading = SSLAMForAudioClassification.from_pretrained(
+            model, dtype=torch.float32, output_loading_info=True
+        )
         feature_extractor = SSLAMFeatureExtractor.from_pretrained(model)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise EvaluationError(f"model={model!r}: {' '.join(str(error).split())}") from error
@@ -210,13 +208,17 @@ def find_labels(config: EvaluateConfig, model_config: Any, source: Source) -> La
 
 def dataset_name(data: DataConfig) -> str:
     """What people call the data: the last part of an id or a path, and the configuration."""
-    path = Path(data.source).expanduser()
-    name = path.resolve().name if path.exists() else path.name
-    return Path(name).stem + (f"-{data.config_name}" if data.config_name else "")
+    path = Path(data.source).expanduser().resolve()
+    return (path.stem if path.is_file() else path.name) + (f"-{data.config_name}" if data.config_name else "")
+
+
+def split_name(data: DataConfig) -> str:
+    """The split, or which part of one that is divided."""
+    return data.split + ("-held-out" if data.held_out else "-kept" if data.hold_out else "")
 
 
 def describe(data: DataConfig) -> str:
-    return f"{dataset_name(data)}, split {data.split}"
+    return f"{dataset_name(data)}, split {split_name(data)}"
 
 
 def results_dir(config: EvaluateConfig, model_dir: Path | None) -> Path:
@@ -229,7 +231,7 @@ def results_dir(config: EvaluateConfig, model_dir: Path | None) -> Path:
             f"model={config.model!r} is not a folder that results could be put into. If it is an id on the Hub, name "
             "a folder by --output_dir."
         )
-    name = re.sub(r"[^\w.+-]+", "_", f"{dataset_name(config.data)}-{config.data.split}")
+    name = re.sub(r"[^\w.+-]+", "_", f"{dataset_name(config.data)}-{split_name(config.data)}")
     return model_dir / "evaluation" / name
 
 
@@ -257,13 +259,9 @@ def check_results_dir(folder: Path, config: EvaluateConfig) -> None:
 
 def dataset_facts(data: DataConfig) -> dict[str, Any]:
     path = Path(data.source).expanduser()
-    source = str(path.resolve()) if path.exists() else data.source
-    return {
-        "source": source,
-        "config_name": data.config_name,
-        "split": data.split,
-        "revision": data.revision,
-        "data_files": data.data_files,
+    keys = ("config_name", "split", "hold_out", "held_out", "revision", "data_files")
+    return {"source": str(path.resolve()) if path.exists() else data.source} | {
+        key: getattr(data, key) for key in keys
     }
 
 
@@ -289,14 +287,14 @@ def facts(
 
 def card_results(data: DataConfig, evaluation: Evaluation) -> list[EvalResult]:
     """The means as the Hub's `model-index` has them; those that are not defined are left out."""
-    path = Path(data.source).expanduser()
+    is_local = Path(data.source).expanduser().exists()
     return [
         EvalResult(
             task_type=TASK,
-            dataset_type=path.stem if path.exists() else data.source,
+            dataset_type=dataset_name(data) if is_local else data.source,
             dataset_name=dataset_name(data),
             dataset_config=data.config_name,
-            dataset_split=data.split,
+            dataset_split=split_name(data),
             dataset_revision=data.revision,
             metric_type=metric,
             metric_name=name,

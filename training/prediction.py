@@ -13,7 +13,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -161,12 +160,12 @@ def metrics_by_group(
     }
 
 
-@cache
 def load_metric(name: str) -> evaluate.Metric:
     """The module `training/evaluation/<name>`, without a look at the network.
 
     `evaluate` copies it into HF_MODULES_CACHE under a lock and the digest of its content, so that processes do not
-    disturb one another and an edited module is not taken for its former self. Values go through memory alone.
+    disturb one another and an edited module is not taken for its former self. Values go through memory alone. Loaded
+    anew for each use, it has nothing left of a use that failed.
     """
     return evaluate.load(str(METRICS_FOLDER / name), keep_in_memory=True)
 

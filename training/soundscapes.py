@@ -16,27 +16,24 @@ A clip is a function of (seed, split, index), bit for bit, however many processe
 import argparse
 import csv
 import io
-import json
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import soundfile
 from numpy.random import Generator
 from tqdm import tqdm
 
-from conversion.placing import force_to_disk
 from training.seeding import generator_for
+from training.shards import card_header, new_folder, write_labels, write_shards
 
 CLIPS_PER_SHARD = 250
 MIN_EVENT_SECONDS = 0.5
@@ -514,28 +511,21 @@ def write_dataset(
 ) -> None:
     """Writes the shards, `events.csv` and `labels.csv` of a data set with so many clips in each split."""
     columns = features(rate)
-    # As `datasets` itself writes it, so that it knows the audio column for one.
-    schema = columns.arrow_schema.with_metadata({"huggingface": json.dumps({"info": {"features": columns.to_dict()}})})
-    (folder / "data").mkdir(parents=True)
-    with open(folder / "labels.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([("index", "label"), *enumerate(sorted(SOURCES))])
-
+    write_labels(folder, sorted(SOURCES))
     items = [(split, index) for split, count in splits.items() for index in range(count)]
     make = partial(make_row, seed=seed, duration=duration, rate=rate, max_sources=max_sources)
+    rows = iter(tqdm(_map(make, items, num_processes), total=len(items), unit="clip", desc="Soundscapes"))
     with open(folder / "events.csv", "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(("id", "label", "onset", "offset", "snr"))
-        rows = iter(tqdm(_map(make, items, num_processes), total=len(items), unit="clip", desc="Soundscapes"))
+
+        def listed(rows: Iterable[dict]) -> Iterator[dict]:
+            for row in rows:
+                table.writerows((row["id"], *event.values()) for event in row["events"])
+                yield row
+
         for split, count in splits.items():
-            num_shards = math.ceil(count / CLIPS_PER_SHARD)
-            for shard in range(num_shards):
-                size = min(CLIPS_PER_SHARD, count - shard * CLIPS_PER_SHARD)
-                batch = [next(rows) for _ in range(size)]
-                for row in batch:
-                    table.writerows((row["id"], *event.values()) for event in row["events"])
-                path = folder / "data" / f"{split}-{shard:05d}-of-{num_shards:05d}.parquet"
-                # Small row groups, so that several workers can share a shard.
-                pq.write_table(pa.Table.from_pylist(batch, schema), path, row_group_size=50, compression="none")
+            write_shards(folder, split, listed(islice(rows, count)), columns, max_rows=CLIPS_PER_SHARD)
 
 
 def _map(function: Callable, items: list, num_processes: int) -> Iterator:
@@ -579,10 +569,8 @@ def plot(rate: int, seed: int, duration: float, max_sources: int, path: Path) ->
 
 def write_card(folder: Path, splits: dict[str, int], arguments: argparse.Namespace) -> None:
     counts = ", ".join(f"{count} {split}" for split, count in splits.items())
-    files = "\n".join(f"  - split: {split}\n    path: data/{split}-*" for split in splits)
     (folder / "README.md").write_text(
-        f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}\n"
-        "task_categories:\n- audio-classification\n---\n\n# Synthesised soundscapes\n\n"
+        f"{card_header(splits)}\n# Synthesised soundscapes\n\n"
         f"{counts} clips of {arguments.seconds:g} s at {arguments.sampling_rate} Hz, each with 1 to "
         f"{arguments.max_sources} of {len(SOURCES)} classes of sources over coloured noise, made by\n\n"
         f"    python -m training.soundscapes OUT --clips {arguments.clips} --seconds {arguments.seconds:g} "
@@ -636,29 +624,25 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    unfinished = arguments.output.with_name(arguments.output.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    write_dataset(
-        unfinished,
-        arguments.splits,
-        arguments.seconds,
-        arguments.sampling_rate,
-        arguments.seed,
-        arguments.max_sources,
-        arguments.processes,
-    )
-    write_card(unfinished, arguments.splits, arguments)
-    if arguments.plot:
-        plot(
+    with new_folder(arguments.output) as folder:
+        write_dataset(
+            folder,
+            arguments.splits,
+            arguments.seconds,
             arguments.sampling_rate,
             arguments.seed,
-            arguments.seconds,
             arguments.max_sources,
-            unfinished / "soundscapes.png",
+            arguments.processes,
         )
-    for path in [*unfinished.rglob("*"), unfinished]:
-        force_to_disk(path)
-    unfinished.rename(arguments.output)
+        write_card(folder, arguments.splits, arguments)
+        if arguments.plot:
+            plot(
+                arguments.sampling_rate,
+                arguments.seed,
+                arguments.seconds,
+                arguments.max_sources,
+                folder / "soundscapes.png",
+            )
     print(f"Wrote {sum(arguments.splits.values())} clips to {arguments.output}.")
 
 

@@ -22,7 +22,9 @@ import csv
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +72,7 @@ class Source:
         audio_column: A string column of paths, or a struct of `bytes` and `path`.
         id_column, label_column, group_column: `None` where there is none.
         label_names: Names of an integer label column's classes.
+        openers: Open the parts of the dataset again, reading no other columns than `columns`, where its format allows.
     """
 
     dataset: datasets.IterableDataset
@@ -78,6 +81,7 @@ class Source:
     label_column: str | None = None
     group_column: str | None = None
     label_names: list[str] | None = None
+    openers: tuple[Callable[..., datasets.IterableDataset], ...] = ()
 
     def id(self, row: dict[str, Any]) -> str:
         """The name of a clip: by its column, else the audio's path, else a digest of its bytes."""
@@ -102,7 +106,8 @@ class Source:
     def ids_and_labels(self) -> Iterator[tuple[str, list[str]]]:
         """Of all clips, without decoding any; without reading the audio where the names do not follow from it."""
         columns = [self.label_column, self.id_column or self.audio_column]
-        for row in self.dataset.select_columns(columns):
+        parts = [opener(columns=columns) for opener in self.openers] if self.audio_column not in columns else ()
+        for row in chain.from_iterable(parts or [self.dataset.select_columns(columns)]):
             yield self.id(row), self.labels(row)
 
 
@@ -133,7 +138,9 @@ def open_source(config: "DataConfig", num_readers: int, seed: int) -> Source:
     if len(sources) == 1:
         return sources[0]
     dataset = datasets.concatenate_datasets([source.dataset for source in sources])
-    return dataclasses.replace(sources[0], dataset=dataset)
+    return dataclasses.replace(
+        sources[0], dataset=dataset, openers=tuple(opener for source in sources for opener in source.openers)
+    )
 
 
 def _is_dataset(path: Path) -> bool:
@@ -153,7 +160,8 @@ def _open_split(config: "DataConfig", path: Path, num_readers: int, seed: int) -
         names = [name for _, _, files in os.walk(path) for name in files]
         if any(name in METADATA_FILES for name in names) and not _has_shards(names):
             return _from_audiofolder(config, path, num_readers, seed)
-    dataset = datasets.load_dataset(
+    load = partial(
+        datasets.load_dataset,
         str(path) if path.is_dir() else config.source,
         config.config_name,
         data_files=config.data_files,
@@ -162,12 +170,14 @@ def _open_split(config: "DataConfig", path: Path, num_readers: int, seed: int) -
         streaming=config.streaming,
         storage_options=http_options(config.read_timeout),
     )
+    dataset = load()
     if isinstance(dataset, datasets.Dataset):
         return _from_dataset(config, dataset, num_readers)
     if dataset.num_shards < num_readers:
         # Row groups are shards of a parquet file.
         dataset = dataset.reshard()
-    return _select_columns(config, dataset)
+    openers = (load,) if dataset.info.builder_name == "parquet" else ()
+    return dataclasses.replace(_select_columns(config, dataset), openers=openers)
 
 
 def http_options(read_timeout: float) -> dict[str, dict[str, Any]]:
@@ -219,8 +229,10 @@ def _read_manifest(path: Path, with_labels: bool) -> dict[str, list]:
     if with_labels:
         label_file = path.with_suffix(".lbl")
         entries = [line.split("\t") for line in label_file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        stems = [Path(id_).stem for id_ in ids]
-        if [entry[0] for entry in entries] != stems:
+        # Named by the stem or, as SPASS's are, by the path without its suffix.
+        if len(entries) != len(ids) or any(
+            entry[0] not in (Path(id_).stem, os.path.splitext(id_)[0]) for entry, id_ in zip(entries, ids, strict=True)
+        ):
             raise ValueError(f"{label_file} does not list the stems of {path} in the same order.")
         columns["labels"] = [entry[1].split(",") for entry in entries]
     return columns
@@ -248,7 +260,7 @@ def _read_table(config: "DataConfig", path: Path) -> dict[str, list]:
         cells = [(row[label] or "").split(LABEL_SEPARATOR) for row in rows]
         columns["labels"] = [[name.strip() for name in cell if name.strip()] for cell in cells]
     if (group := _find_group(path, names, config.group_column)) is not None:
-        columns["group"] = [row[group] for row in rows]
+        columns[group] = [row[group] for row in rows]
     return columns
 
 
@@ -282,7 +294,7 @@ def _from_listing(config: "DataConfig", columns: dict[str, list], num_readers: i
         audio_column="path",
         id_column="id",
         label_column="labels" if "labels" in columns else None,
-        group_column="group" if "group" in columns else None,
+        group_column=next((name for name in columns if name not in ("id", "path", "labels")), None),
     )
 
 
@@ -314,7 +326,7 @@ def _from_audiofolder(config: "DataConfig", path: Path, num_readers: int, seed: 
     if source.label_column:
         columns["labels"] = [source.labels(row) for row in rows]
     if source.group_column:
-        columns["group"] = [row[source.group_column] for row in rows]
+        columns[source.group_column] = [row[source.group_column] for row in rows]
     return dataclasses.replace(_from_listing(config, columns, num_readers, seed), label_names=source.label_names)
 
 

@@ -121,7 +121,7 @@ def test_it_learns_and_leaves_a_model_that_the_pipeline_runs(train, sounds, caps
         row["validation_accuracy"] for row in read_metrics(run / "metrics.jsonl") if "validation_accuracy" in row
     )
     assert best == 1.0
-    results = json.loads((run / "model" / "evaluation" / f"{sounds.name}-train" / "results.json").read_text())
+    results = json.loads((run / "model" / "evaluation" / f"{sounds.name}-train-held-out" / "results.json").read_text())
     assert results["metrics"]["accuracy"] == best
     assert "accuracy" in capsys.readouterr().out
     card = (run / "model" / "README.md").read_text()

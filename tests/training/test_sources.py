@@ -49,6 +49,8 @@ def test_manifest(make_folder, extractor, tmp_path):
     assert set(read_all(config_for(manifest), extractor)) == {str(file) for file in files}
     clips = read_all(config_for(manifest, label_column="labels"), extractor)
     assert clips["deeper/clip001.flac"][0] == ["/m/1", "/m/clip001"]
+    (tmp_path / "train.lbl").write_text("".join(f"{file.with_suffix('')}\t{file.stem}\n" for file in files))
+    assert read_all(config_for(manifest, label_column="labels"), extractor)["deeper/clip001.flac"][0] == ["clip001"]
 
 
 def test_a_manifest_whose_labels_are_out_of_step(make_folder, tmp_path, extractor):
@@ -185,7 +187,7 @@ def test_a_table_gives_paths_labels_groups_and_splits(make_folder, extractor):
         paths[3]: ["a", "b"],
     }
     source = open_source(config, num_readers=1, seed=0)
-    assert {row["id"]: row["group"] for row in source.dataset} == {paths[1]: "1", paths[2]: "0", paths[3]: "1"}
+    assert {row["id"]: row["num_sources"] for row in source.dataset} == {paths[1]: "1", paths[2]: "0", paths[3]: "1"}
     whole = read_all(config_for(table, split="train+test"), extractor)
     assert sorted(whole) == paths
     with pytest.raises(ValueError, match="has no split 'validation'; it has test, train"):

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from scipy.special import expit, softmax
+import torch
 
 from conversion.placing import force_to_disk
 from training.checkpointing import TEMPORARY_PREFIX
@@ -176,14 +176,14 @@ def _write_files(folder: Path, evaluation: Evaluation, title: str, facts: dict[s
         _write_csv(folder / "by_group.csv", [column, *by_group[0]], rows)
         plot_groups(evaluation.groups, metric, metric_name, column, title, folder / "by_group.png")
 
-    is_single = evaluation.problem_type == "single_label_classification"
-    scores = softmax(predictions.logits, axis=1) if is_single else expit(predictions.logits)
+    logits = torch.from_numpy(predictions.logits)
+    scores = logits.softmax(1) if evaluation.problem_type == "single_label_classification" else logits.sigmoid()
     table = {
         "id": pa.array(predictions.ids, pa.string()),
         "labels": pa.array(
             [[names[k] for k in np.flatnonzero(row)] for row in predictions.targets], pa.list_(pa.string())
         ),
-        "scores": pa.FixedSizeListArray.from_arrays(pa.array(scores.ravel(), pa.float32()), len(names)),
+        "scores": pa.FixedSizeListArray.from_arrays(pa.array(scores.numpy().ravel(), pa.float32()), len(names)),
     }
     if evaluation.groups:
         table["group"] = pa.array(predictions.groups)

@@ -1,0 +1,30 @@
+"""ESC-50: 2000 recordings of 5 s, 50 classes, five folds (Piczak 2015, github.com/karolpiczak/ESC-50).
+
+As downloaded: `meta/esc50.csv` with the columns `filename,fold,target,category`, and `audio/*.wav`. The folds become
+the splits fold1 ... fold5, to train on four and test on the fifth, each in turn. Classes are in the order of `target`.
+"""
+
+from pathlib import Path
+
+from training.preparation.listing import Clip, Findings, Listing, read_table, sound_files
+
+CLASSES = [
+    "dog", "rooster", "pig", "cow", "frog", "cat", "hen", "insects", "sheep", "crow", "rain", "sea_waves",
+    "crackling_fire", "crickets", "chirping_birds", "water_drops", "wind", "pouring_water", "toilet_flush",
+    "thunderstorm", "crying_baby", "sneezing", "clapping", "breathing", "coughing", "footsteps", "laughing",
+    "brushing_teeth", "snoring", "drinking_sipping", "door_wood_knock", "mouse_click", "keyboard_typing",
+    "door_wood_creaks", "can_opening", "washing_machine", "vacuum_cleaner", "clock_alarm", "clock_tick",
+    "glass_breaking", "helicopter", "chainsaw", "siren", "car_horn", "engine", "train", "church_bells", "airplane",
+    "fireworks", "hand_saw",
+]  # fmt: skip
+
+
+def list_clips(source: Path) -> Listing:
+    """See [`training.preparation.esc50`]. A row whose `target` and `category` disagree goes by its category."""
+    clips, findings = [], Findings()
+    for row in read_table(source / "meta" / "esc50.csv", ("filename", "fold", "target", "category")):
+        name, label = row["filename"], row["category"]
+        clips.append(Clip(Path(name).stem, f"fold{row['fold']}", source / "audio" / name, (label,)))
+        if label in CLASSES and row["target"] != str(CLASSES.index(label)):
+            findings.add("conflicting_rows", f"{name}: target {row['target']} is not {label}")
+    return Listing(source, clips, CLASSES, sound_files(source / "audio"), findings=findings)

@@ -1,0 +1,71 @@
+"""A data set as manifests, which EAT and SSLAM were trained from: `.tsv` and `.lbl` files, label_descriptors.csv.
+
+SOURCE is a folder with, for each split, `SPLIT.tsv` (the root folder in the first line, then
+`relative/path.wav<TAB>number` a line) and `SPLIT.lbl` (`name<TAB>label,label,...` a line, in any order; the name is
+the file's, without its suffix, with or without its folders), and `label_descriptors.csv` (`index,label,display name` a
+line). Where the sounds have moved, `--root` says to where.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from conversion import ConversionError
+from conversion.labels import read_label_table
+from training.preparation.listing import Clip, Findings, Listing, PreparationError, read_lines, sound_files
+
+DESCRIPTORS = "label_descriptors.csv"
+OPTIONS: dict[str, dict[str, Any]] = {
+    "root": {"type": Path, "metavar": "FOLDER", "help": "root of the sound files, in place of the manifests' own"}
+}
+
+
+def list_clips(source: Path, root: Path | None = None) -> Listing:
+    """See [`training.preparation.manifest`]."""
+    try:
+        names, ids = zip(*read_label_table(source / DESCRIPTORS), strict=True)
+    except ConversionError as error:
+        raise PreparationError(str(error)) from error
+    clips, findings, roots = [], Findings(), set()
+    for manifest in sorted(source.glob("*.tsv")):
+        first, *lines = read_lines(manifest)
+        folder = root or Path(first.strip())
+        if not folder.is_dir():
+            raise PreparationError(
+                f"{manifest}: {str(folder)!r}, the root in its first line, is no folder; say where it is by --root."
+            )
+        roots.add(folder)
+        labels = read_labels(manifest.with_suffix(".lbl"), findings)
+        for line in filter(None, map(str.strip, lines)):
+            name = line.split("\t")[0]
+            stem = name.removesuffix(Path(name).suffix)
+            key = stem if stem in labels else Path(name).stem
+            if key not in labels:
+                findings.add("clips_without_annotation", name)
+                continue
+            clips.append(Clip(stem, manifest.stem, folder / name, labels[key]))
+        used = {clip.id for clip in clips} | {Path(clip.id).name for clip in clips}
+        findings.add("labels_without_clip", *(key for key in labels if key not in used))
+    if not roots:
+        raise PreparationError(f"{source} has no .tsv manifests.")
+    files = list(dict.fromkeys(path for folder in sorted(roots) for path in sound_files(folder)))
+    return Listing(Path(os.path.commonpath(roots)), clips, names, files, ids, findings=findings)
+
+
+def read_labels(path: Path, findings: Findings) -> dict[str, tuple[str, ...]]:
+    """The labels of each name in an `.lbl` file.
+
+    Raises:
+        PreparationError: If it cannot be read or a line has no labels.
+    """
+    labels: dict[str, tuple[str, ...]] = {}
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        name, tab, text = line.partition("\t")
+        if not tab:
+            raise PreparationError(f"{path}, line {number} is not `name<TAB>label,label,...`: {line!r}.")
+        found = tuple(label.strip() for label in text.split(",") if label.strip())
+        if labels.setdefault(name, found) != found:
+            findings.add("conflicting_rows", f"{path.name}:{number}")
+    return labels
