@@ -75,9 +75,7 @@ def evaluate(
         )
 
     segments = SegmentBasedMetrics(event_label_list=labels, time_resolution=SEGMENT_SECONDS)
-    events = EventBasedMetrics(
-        event_label_list=labels, t_collar=COLLAR_SECONDS, percentage_of_length=SHARE_OF_LENGTH
-    )
+    events = EventBasedMetrics(event_label_list=labels, t_collar=COLLAR_SECONDS, percentage_of_length=SHARE_OF_LENGTH)
     for recording, estimated in zip(recordings, estimates, strict=True):
         reference = container(recording.name, recording.events)
         for metric in (segments, events):

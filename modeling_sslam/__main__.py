@@ -42,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     from .inference.errors import InferenceError
 
     args = make_parser().parse_args(arguments)
+    # Names of files may hold what the terminal's encoding has no character for.
+    sys.stdout.reconfigure(errors="backslashreplace")
     logging.set_verbosity_error()
     # That of loading weights, which takes a second; downloads take longer and keep theirs.
     logging.disable_progress_bar()

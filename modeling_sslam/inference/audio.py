@@ -13,6 +13,7 @@
 
 import io
 import math
+import os
 import shutil
 import struct
 import subprocess
@@ -199,7 +200,7 @@ class CountedBlocks:
 def duration_seconds(audio: bytes | str) -> float | None:
     """Length that the head of a sound file states; `None` where libsndfile cannot tell."""
     try:
-        info = soundfile.info(io.BytesIO(audio) if isinstance(audio, bytes) else audio)
+        info = soundfile.info(_readable(audio))
     except (soundfile.LibsndfileError, TypeError):
         return None
     return info.frames / info.samplerate
@@ -300,7 +301,14 @@ def _open_soundfile(audio: bytes | str) -> soundfile.SoundFile:
     """Raises LibsndfileError, or TypeError for headerless .raw, where another decoder may know better."""
     if not audio:
         raise ClipError("empty", "the file has no bytes")
-    return soundfile.SoundFile(io.BytesIO(audio) if isinstance(audio, bytes) else audio)
+    return soundfile.SoundFile(_readable(audio))
+
+
+def _readable(audio: bytes | str) -> io.BytesIO | bytes | str:
+    """What soundfile takes: it cannot encode file names that are not in the system's encoding, as Python can."""
+    if isinstance(audio, bytes):
+        return io.BytesIO(audio)
+    return audio if os.name == "nt" else os.fsencode(audio)
 
 
 def _read(file: soundfile.SoundFile, num_frames: int) -> torch.Tensor:

@@ -74,7 +74,10 @@ def to_table(timeline: Timeline) -> str:
     if not timeline.events:
         return f"no class reaches {timeline.settings.threshold:g} in {timeline.duration:.2f} s\n"
     lines = [f"{'onset':>9}  {'offset':>9}  score  label"]
-    lines += [f"{clock(e.onset):>9}  {clock(e.offset):>9}  {e.score:.3f}  {e.label}" for e in timeline.events]
+    hours = timeline.duration >= 3600
+    lines += [
+        f"{clock(e.onset, hours):>9}  {clock(e.offset, hours):>9}  {e.score:.3f}  {e.label}" for e in timeline.events
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -100,11 +103,11 @@ def format_of(path: Path) -> str:
     return SUFFIXES[path.suffix.lower()]
 
 
-def clock(seconds: float) -> str:
-    """1:02:03.4, or 2:03.4 within the first hour."""
+def clock(seconds: float, hours: bool = False) -> str:
+    """2:03.4, or 1:02:03.4 where there are hours or all times are to have them."""
     minutes, rest = divmod(round(seconds, 1), 60)
-    hours, minutes = divmod(int(minutes), 60)
-    return f"{hours}:{minutes:02d}:{rest:04.1f}" if hours else f"{minutes}:{rest:04.1f}"
+    num_hours, minutes = divmod(int(minutes), 60)
+    return f"{num_hours}:{minutes:02d}:{rest:04.1f}" if hours or num_hours else f"{minutes}:{rest:04.1f}"
 
 
 def _one_word(text: str) -> str:

@@ -23,6 +23,8 @@ MAX_COLUMNS = 2048
 MAX_CLASSES = 8
 CLASSES_WITHOUT_EVENTS = 3
 DYNAMIC_RANGE_DB = 80.0
+# With more windows than this, thick curves run into each other.
+FEW_WINDOWS = 400
 DECIBELS_PER_NEPER = 10 / math.log(10)
 # Up to here axes count seconds; beyond, hours and minutes are easier to read.
 SECONDS_AXIS_LIMIT = 180.0
@@ -139,8 +141,10 @@ class TimelinePicture:
         scores = self._scores.columns()
         borders = timeline.borders[:: self._scores.vectors_per_column]
         borders = np.append(borders[: len(scores)], timeline.duration)
+        linewidth = 1.4 if len(scores) < FEW_WINDOWS else 0.8
         for name, color in reversed(colors.items()):
-            axes.stairs(scores[:, timeline.labels.index(name)], borders, baseline=None, color=color, linewidth=1.4)
+            curve = scores[:, timeline.labels.index(name)]
+            axes.stairs(curve, borders, baseline=None, color=color, linewidth=linewidth)
         axes.axhline(timeline.settings.threshold, color="0.5", linewidth=0.8, linestyle="--")
         axes.set_ylim(0, 1.02)
         axes.set_ylabel("score")
@@ -177,8 +181,9 @@ def _label_time(axes: "Axes", duration: float) -> None:
         steps = (30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14_400, 28_800, 86_400)
         step = next((step for step in steps if duration / step <= 12), steps[-1])
         axes.xaxis.set_major_locator(MultipleLocator(step))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: clock(seconds).removesuffix(".0")))
-        axes.set_xlabel("time (h:min:s)" if duration >= 3600 else "time (min:s)")
+        hours = duration >= 3600
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: clock(seconds, hours).removesuffix(".0")))
+        axes.set_xlabel("time (h:min:s)" if hours else "time (min:s)")
 
 
 def mel_bin(frequency: float, num_mel_bins: int, sampling_rate: int) -> float:

@@ -14,20 +14,23 @@ from .audio import ClipError, CountedBlocks, waveform_blocks
 from .devices import choose_batch_size, compute_in_parts, resolve_device, resolve_dtype
 from .errors import InferenceError
 from .events import EventDetector, EventSettings
+from .prefetch import prefetch
 from .timelines import Timeline, make_timeline
 from .windows import cut_windows, pad_and_normalize, stream_log_mel
 
 Key = TypeVar("Key")
 # A path, encoded bytes, {"array": ..., "sampling_rate": ...} as `datasets` gives it, or samples at the model's rate.
 Audio = str | Path | bytes | dict[str, Any] | np.ndarray | torch.Tensor
+# Enough for several threads to decode short files while the model is busy with a batch.
+RECORDINGS_AHEAD = 32
 
 
 class SSLAMTagger:
     """A classifier with its feature extractor, applied to windows of recordings of any length.
 
-    A recording is decoded, resampled and goes through the filter bank once, in blocks; windows of it are padded as in
-    training and classified in batches. Scores are the sigmoid of the logits of a multi-label model and the softmax of
-    any other, as in transformers' pipeline.
+    A recording is decoded, resampled and goes through the filter bank once, in blocks and in threads beside the model;
+    windows of it are padded as in training and classified in batches. Scores are the sigmoid of the logits of a
+    multi-label model and the softmax of any other, as in transformers' pipeline.
 
     Args:
         model: The classifier, on the device to compute on.
@@ -252,18 +255,17 @@ class SSLAMTagger:
         """
         length, sampling_rate = self.feature_extractor.max_length, self.feature_extractor.sampling_rate
 
-        def windows() -> Iterator[tuple[ClipError | None, torch.Tensor | None]]:
-            for audio in recordings:
-                try:
-                    for _, frames in cut_windows(self.log_mel(waveform_blocks(audio, sampling_rate)), length, length):
-                        yield None, frames
-                except ClipError as error:
-                    yield error, None
-                else:
-                    yield None, None
+        def windows(audio: Audio) -> Iterator[tuple[ClipError | None, torch.Tensor | None]]:
+            try:
+                for _, frames in cut_windows(self.log_mel(waveform_blocks(audio, sampling_rate)), length, length):
+                    yield None, frames
+            except ClipError as error:
+                yield error, None
+            else:
+                yield None, None
 
         of_recording: list[np.ndarray] = []
-        for error, scores in self.score(windows()):
+        for error, scores in self.score(prefetch(recordings, windows, RECORDINGS_AHEAD)):
             if scores is not None:
                 of_recording.append(scores)
                 continue
@@ -308,7 +310,7 @@ class SSLAMTagger:
         blocks = CountedBlocks(waveform_blocks(audio, self.feature_extractor.sampling_rate))
 
         def all_frames() -> Iterator[torch.Tensor]:
-            for frames in self.log_mel(blocks):
+            for frames in prefetch([blocks], self.log_mel, items_ahead=1):
                 if on_frames is not None:
                     on_frames(frames)
                 yield frames

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -96,10 +97,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     settings = EventSettings(args.threshold, args.release, args.median, args.max_gap, args.min_duration)
+    if os.path.isdir(args.recording):
+        raise InferenceError(f"{args.recording} is a folder; sslam timeline takes one recording, sslam tag folders.")
     formats = {path: format_of(path) for path in args.out}
     if args.plot:
         check_picture_format(args.plot)
     tagger = SSLAMTagger.from_pretrained(args.model, args.device, args.dtype, args.batch_size, args.revision)
+    write_timeline(tagger, args, settings, formats)
+    return 0
+
+
+def write_timeline(
+    tagger: SSLAMTagger, args: argparse.Namespace, settings: EventSettings, formats: dict[Path, str]
+) -> None:
+    """Writes and prints all that the arguments ask for."""
     total = duration_seconds(args.recording)
     with ExitStack() as stack:
         files = {path: stack.enter_context(replacing(path)) for path in (*formats, args.scores, args.plot) if path}
@@ -139,7 +150,6 @@ def run(args: argparse.Namespace) -> int:
             picture.draw(timeline, files[args.plot])
     if args.format or not args.out:
         sys.stdout.write(FORMATS[args.format or "table"](timeline))
-    return 0
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import soundfile
@@ -11,7 +10,6 @@ import torch
 
 from conversion.convert import convert
 from modeling_sslam.inference import SSLAMTagger, stream_blocks
-from modeling_sslam.inference.dataset import EncodedAudio
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +51,10 @@ def recording(audio_dir: Path) -> torch.Tensor:
 @pytest.fixture
 def write_audio_parquet(tmp_path):
     """Sound files as a data set of parquet shards with the columns `id` and `audio`."""
+    # Not at the top: the other tests also run beside an older transformers, whose hub client is too old for datasets.
+    import datasets
+
+    from modeling_sslam.inference.dataset import EncodedAudio
 
     def write(paths, shards=1, name="dataset"):
         rows = [{"id": Path(p).name, "audio": {"bytes": Path(p).read_bytes(), "path": None}} for p in paths]

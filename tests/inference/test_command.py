@@ -72,6 +72,17 @@ def test_every_format_says_the_same(run, tagger, audio_dir):
     assert [line.split()[1] for line in table[1:]] == [entry["label"] for entry in expected]
 
 
+@pytest.mark.parametrize("file_format", ["table", "csv", "jsonl", "json"])
+def test_names_that_are_no_text(run, write_sound, tmp_path, file_format):
+    path = write_sound("sound.wav", seconds=0.1).rename(tmp_path / os.fsdecode(b'odd \xff,\n"name".wav'))
+    status, out, err = run("tag", path.parent, "--format", file_format, "--top-k", 1)
+    assert (status, err) == (0, "")
+    if file_format == "csv":
+        assert list(csv.reader(io.StringIO(out)))[1][0] == str(path).replace("\udcff", "\\udcff")
+    elif file_format.startswith("json"):
+        assert str(path) in json.loads(out if file_format == "jsonl" else out[1:-2])["path"]
+
+
 @pytest.mark.parametrize("separator", ["\n", "\0"])
 def test_lists_on_standard_input(run, sounds, monkeypatch, separator):
     names = [str(sounds / "b.wav"), str(sounds / "deep" / "c.OGG")]
@@ -201,7 +212,7 @@ def test_timeline_prints_what_it_is_asked_for(run, audio_dir):
         (["--hop", "3"], "A hop of 3 s must be at least"),
         (["--release", "0.8"], "release=0.8"),
         (["--median", "2"], "median=2 must be an odd number"),
-        (["--plot", "picture.docx"], "picture.docx"),
+        (["--plot", "picture.docx"], "picture.docx is no picture; end its name in one of ."),
     ],
 )
 def test_timeline_refuses_and_leaves_nothing(run, audio_dir, tmp_path, monkeypatch, options, message):
@@ -212,6 +223,12 @@ def test_timeline_refuses_and_leaves_nothing(run, audio_dir, tmp_path, monkeypat
     assert err.startswith("error: ")
     assert message in err
     assert not list(tmp_path.iterdir())
+
+
+def test_timeline_of_a_folder(run, audio_dir):
+    status, _, err = run("timeline", audio_dir)
+    assert status == 1
+    assert err == f"error: {audio_dir} is a folder; sslam timeline takes one recording, sslam tag folders.\n"
 
 
 def test_a_recording_that_breaks_off_leaves_old_results(run, write_sound, tmp_path):

@@ -88,7 +88,10 @@ def test_more_classes_than_can_be_told_apart():
 
 @pytest.mark.parametrize(
     ("duration", "hop", "label", "ticks"),
-    [(600.0, 1.0, "time (min:s)", ["0:00", "1:00", "2:00"]), (36_000.0, 4.0, "time (h:min:s)", ["0:00", "1:00:00"])],
+    [
+        (600.0, 1.0, "time (min:s)", ["0:00", "1:00", "2:00"]),
+        (36_000.0, 4.0, "time (h:min:s)", ["0:00:00", "1:00:00"]),
+    ],
 )
 def test_hours_have_few_columns_and_readable_ticks(monkeypatch, duration, hop, label, ticks):
     monkeypatch.setattr(plots, "MAX_COLUMNS", 64)
