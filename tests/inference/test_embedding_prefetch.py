@@ -1,0 +1,71 @@
+"""Work ahead in threads: results in order, errors in their place, nothing left behind."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from modeling_sslam.inference.prefetch import OUTPUTS_AHEAD, prefetch
+
+
+def test_outputs_come_in_the_order_of_the_items():
+    pauses = np.random.default_rng(0).uniform(0, 0.01, 30)
+
+    def produce(item):
+        for part in range(item % 4):
+            time.sleep(pauses[item])
+            yield item, part
+
+    expected = [(item, part) for item in range(30) for part in range(item % 4)]
+    assert list(prefetch(range(30), produce, items_ahead=5)) == expected
+
+
+def test_work_is_done_ahead_but_not_without_bound():
+    begun, produced = [], []
+
+    def produce(item):
+        begun.append(item)
+        for part in range(1000):
+            produced.append(part)
+            yield part
+
+    outputs = prefetch(range(100), produce, items_ahead=3)
+    next(outputs)
+    time.sleep(0.3)
+    assert len(begun) >= 2 or len(produced) >= 2
+    # One item is handed out, three wait, and one is about to.
+    assert len(begun) <= 5
+    assert len(produced) <= len(begun) * (OUTPUTS_AHEAD + 1) + 1
+    outputs.close()
+
+
+@pytest.mark.parametrize("place", ["item", "output"])
+def test_errors_come_after_what_came_before_them(place):
+    def items():
+        yield from (1, 2, 3)
+        if place == "item":
+            raise ValueError("no more items")
+
+    def produce(item):
+        yield item
+        if place == "output" and item == 3:
+            raise ValueError("no more outputs")
+
+    found = []
+    with pytest.raises(ValueError, match=f"no more {place}s"):  # noqa: PT012 - it comes in the middle
+        for output in prefetch(items(), produce, 2):
+            found.append(output)
+    assert found == [1, 2, 3]
+
+
+def test_threads_end_with_the_iteration():
+    threads, torch_threads = set(threading.enumerate()), torch.get_num_threads()
+    outputs = prefetch(range(100), lambda item: iter(lambda: item, None), items_ahead=3)
+    assert next(outputs) == 0
+    # A program may also end without closing it, and must not wait for them.
+    assert {thread.daemon for thread in set(threading.enumerate()) - threads} == {True}
+    outputs.close()
+    assert set(threading.enumerate()) == threads
+    assert torch.get_num_threads() == torch_threads
