@@ -18,6 +18,7 @@ import gradio as gr
 from ..errors import InferenceError
 from ..events import EventSettings
 from ..formats import FORMATS, SUFFIXES
+from ..timelines import Timeline
 from .listening import TOP_LABELS, Analysis, Listener
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,6 @@ DOWNLOADS = {suffix: name for suffix, name in SUFFIXES.items() if suffix != ".ja
 NARROW = 300
 # The picture has a player of its own, in step with the cursor.
 STYLE = "#sound audio { display: none }"
-INVITATION = "<p class='note'>Upload or record a sound, or take one of the examples.</p>"
 
 
 # One model, one visitor at a time, the others in a queue. The page is for people: programs have the Python interface.
@@ -75,8 +75,8 @@ def make_page(listener: Listener, model_name: str, examples: Sequence[str] = ())
     """
     with gr.Blocks(title=f"SSLAM: {model_name}", analytics_enabled=False, delete_cache=(CACHE_SECONDS,) * 2) as page:
         gr.Markdown(
-            f"# What sounds when\n{listener.tagger.model.config.num_labels} classes by `{model_name}`, in sounds of "
-            f"up to {listener.max_minutes:g} min."
+            f"# What sounds when\nUpload or record a sound of up to {listener.max_minutes:g} min. "
+            f"`{model_name}` knows {listener.tagger.model.config.num_labels} classes."
         )
         with gr.Tab("Listen"):
             _listen_tab(listener, examples)
@@ -91,7 +91,6 @@ def _listen_tab(listener: Listener, examples: Sequence[str]) -> None:
         with gr.Column(scale=2, min_width=NARROW):
             sound = _sound_input("Sound", "sound")
             result = gr.HTML(
-                INVITATION,
                 css_template=(FILES / "player.css").read_text(encoding="utf-8"),
                 js_on_load=(FILES / "player.js").read_text(encoding="utf-8"),
                 elem_id="timeline",
@@ -122,7 +121,7 @@ def _listen_tab(listener: Listener, examples: Sequence[str]) -> None:
         progress: gr.Progress = gr.Progress(),  # noqa: B008 (how Gradio knows that it is wanted)
     ) -> tuple[str, dict[str, float]]:
         if path is None:
-            return INVITATION, {}
+            return "", {}
         analysis = listener.analyse(path, window, threshold, progress)
         return timeline_html(path, analysis), {entry["label"]: entry["score"] for entry in analysis.labels}
 
@@ -176,24 +175,32 @@ def message_html(message: str) -> str:
 def timeline_html(path: str, analysis: Analysis) -> str:
     """Picture with a cursor, player and events to read and to download; `player.js` makes the cursor move."""
     timeline, picture = analysis.timeline, analysis.picture
-    number = len(timeline.events)
+    description = f"Spectrogram, scores and events ({len(timeline.events)}) over time"
+    span = f"top: {picture.top:.2%}; height: {picture.bottom - picture.top:.2%}"
+    return f"""
+<div class="frame"><div class="picture" data-left="{picture.left}" data-right="{picture.right}"
+  data-duration="{timeline.duration}">
+  <img src="{_data_url("image/png", picture.png)}" alt="{description}">
+  <div class="cursor" style="left: {picture.left:.2%}; {span}"></div>
+</div></div>
+<audio controls preload="auto" src="gradio_api/file={quote(path)}"></audio>
+<p class="note unplayable" hidden>This browser cannot play the file's format.</p>
+{_events_html(path, timeline)}
+"""
+
+
+def _events_html(path: str, timeline: Timeline) -> str:
+    table, number = html.escape(FORMATS["table"](timeline).strip()), len(timeline.events)
+    if not number:
+        return f"<p class='note events'>There are no events: {table}; the threshold is in the settings.</p>"
     texts = {suffix: _data_url("text/plain", FORMATS[name](timeline).encode()) for suffix, name in DOWNLOADS.items()}
     stem = html.escape(Path(path).stem)
     downloads = " ".join(
         f'<a download="{stem}{suffix}" href="{text}">{DOWNLOADS[suffix]}</a>' for suffix, text in texts.items()
     )
-    span = f"top: {picture.top:.2%}; height: {picture.bottom - picture.top:.2%}"
     return f"""
-<div class="frame"><div class="picture" data-left="{picture.left}" data-right="{picture.right}"
-  data-duration="{timeline.duration}">
-  <img src="{_data_url("image/png", picture.png)}" alt="Spectrogram, scores and {number} events over time">
-  <div class="cursor" style="left: {picture.left:.2%}; {span}"></div>
-</div></div>
-<audio controls preload="auto" src="gradio_api/file={quote(path)}"></audio>
-<p class="note unplayable" hidden>This browser cannot play the file's format.</p>
+<details class="events"><summary>{number} event{"s" if number > 1 else ""}</summary><pre>{table}</pre></details>
 <p class="note">Events for other programs: {downloads}</p>
-<details><summary>{number} event{"s" if number != 1 else ""}</summary>
-<pre>{html.escape(FORMATS["table"](timeline))}</pre></details>
 """
 
 
