@@ -260,6 +260,15 @@ def test_a_recording_that_breaks_off_leaves_old_results(run, write_sound, tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["events.csv", "sound.wav"]
 
 
+@pytest.fixture
+def _python_s_own_sigint():
+    """A shell starts what it puts into the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_python_s_own_sigint")
 @pytest.mark.parametrize("command", ["tag", "timeline"])
 def test_control_c(run, write_sound, tmp_path, monkeypatch, command):
     """While windows are being classified, when results and files are half done."""
