@@ -39,7 +39,11 @@ def main(arguments: list[str] | None = None) -> int:
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging
 
-    from .inference.errors import InferenceError
+    try:
+        from .inference.errors import InferenceError
+    except ModuleNotFoundError as error:
+        print(f'error: {error.name} is not there: pip install "modeling-sslam[inference]"', file=sys.stderr)
+        return 1
 
     args = make_parser().parse_args(arguments)
     # Names of files may hold what the terminal's encoding has no character for.

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from ..configuration_sslam import SSLAMConfig
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMModel
 from .audio import ClipError, waveform_blocks
-from .devices import choose_batch_size, compute_in_parts, resolve_device, resolve_dtype
+from .devices import choose_batch_size, compute_in_parts
 from .errors import InferenceError
 from .files import audio_suffixes, find_recordings
+from .loading import load_pretrained
 from .memory import MemoryTrimmer
 from .prefetch import prefetch
-from .windows import cut_windows, pad_and_normalize, stream_log_mel
+from .windows import cut_windows, model_inputs, stream_log_mel
 
 if TYPE_CHECKING:
     from .dataset import AudioDataset
@@ -172,24 +172,8 @@ class Embedder:
         Raises:
             InferenceError: If there is no SSLAM model there, or no such device, or for what the class raises it.
         """
-        device = resolve_device(device)
-        try:
-            # Transformers would take any model for this class, and make up weights that are not there.
-            config, _ = SSLAMConfig.get_config_dict(model, revision=revision)
-            if config.get("model_type") != SSLAMConfig.model_type:
-                raise InferenceError(
-                    f"{model} holds a model of type {config.get('model_type')!r}, not 'sslam'. Published checkpoints "
-                    "of SSLAM and EAT are converted first: python -m conversion."
-                )
-            extractor = SSLAMFeatureExtractor.from_pretrained(model, revision=revision)
-            encoder, loading = SSLAMModel.from_pretrained(
-                model, revision=revision, dtype=resolve_dtype(dtype), output_loading_info=True
-            )
-        except (OSError, ValueError) as error:
-            raise InferenceError(f"{model} cannot be loaded as an encoder: {error}") from error
-        if loading["missing_keys"]:
-            raise InferenceError(f"{model} has no weights for {', '.join(sorted(loading['missing_keys']))}.")
-        return cls(encoder.to(device), extractor, **settings)
+        encoder, extractor = load_pretrained(SSLAMModel, model, device, dtype, revision)
+        return cls(encoder, extractor, **settings)
 
     @property
     def hidden_size(self) -> int:
@@ -238,16 +222,9 @@ class Embedder:
     @torch.inference_mode()
     def states(self, windows: Sequence[Window]) -> torch.Tensor:
         """The pooled states, padding included, on the model's device: `(num_windows, ..., hidden_size)`."""
-        inputs = {
-            "input_values": pad_and_normalize(
-                [window.frames for window in windows], self.padded_length, self.feature_extractor
-            )
-        }
-        counts = torch.tensor([len(window.frames) for window in windows], device=self.model.device)
-        if self.feature_extractor.return_attention_mask:
-            inputs["attention_mask"] = (
-                torch.arange(self.padded_length, device=counts.device) < counts[:, None]
-            ).long()
+        frames = [window.frames for window in windows]
+        inputs = model_inputs(frames, self.padded_length, self.feature_extractor)
+        counts = torch.tensor(list(map(len, frames)), device=self.model.device)
         outputs = self.model(**inputs, output_hidden_states=self.layer != "last")
         if self.layer == "last":
             states = outputs.last_hidden_state

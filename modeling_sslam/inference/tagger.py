@@ -1,6 +1,7 @@
 """Recordings of any length to scores of the classes: the Python interface behind `sslam tag` and `sslam timeline`."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,12 +12,14 @@ from ..configuration_sslam import SSLAMConfig
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMForAudioClassification
 from .audio import ClipError, CountedBlocks, waveform_blocks
-from .devices import choose_batch_size, compute_in_parts, resolve_device, resolve_dtype
+from .devices import choose_batch_size, compute_in_parts
 from .errors import InferenceError
 from .events import EventDetector, EventSettings
+from .loading import load_pretrained
+from .memory import MemoryTrimmer
 from .prefetch import prefetch
 from .timelines import Timeline, make_timeline
-from .windows import cut_windows, pad_and_normalize, stream_log_mel
+from .windows import cut_windows, model_inputs, stream_log_mel
 
 Key = TypeVar("Key")
 # A path, encoded bytes, {"array": ..., "sampling_rate": ...} as `datasets` gives it, or samples at the model's rate.
@@ -85,30 +88,9 @@ class SSLAMTagger:
         Raises:
             InferenceError: If there is no SSLAM classifier there, or no such device.
         """
-        device = resolve_device(device)
-        try:
-            # Transformers would take any model for this class, and make up weights that are not there.
-            settings, _ = SSLAMConfig.get_config_dict(model, revision=revision)
-            if not settings:
-                raise InferenceError(f"{model} has no config.json: it is no folder of a model.")
-            if settings.get("model_type") != SSLAMConfig.model_type:
-                raise InferenceError(
-                    f"{model} holds a model of type {settings.get('model_type')!r}, not 'sslam'. Published "
-                    "checkpoints of SSLAM and EAT are converted first: python -m conversion."
-                )
-            extractor = SSLAMFeatureExtractor.from_pretrained(model, revision=revision)
-            classifier, loading = SSLAMForAudioClassification.from_pretrained(
-                model, revision=revision, dtype=resolve_dtype(dtype), output_loading_info=True
-            )
-        except (OSError, ValueError) as error:
-            where = "" if Path(model).is_dir() else " (no such folder here, so it was looked for on the Hub)"
-            raise InferenceError(f"{model} cannot be loaded as a classifier{where}: {error}") from error
-        if loading["missing_keys"]:
-            raise InferenceError(
-                f"{model} has no classifier, only an encoder (no weights for "
-                f"{', '.join(sorted(loading['missing_keys']))}). Fine-tune it, or convert a fine-tuned checkpoint."
-            )
-        return cls(classifier.to(device), extractor, batch_size)
+        remedy = " It is an encoder without classifier: fine-tune it, or convert a fine-tuned checkpoint."
+        classifier, extractor = load_pretrained(SSLAMForAudioClassification, model, device, dtype, revision, remedy)
+        return cls(classifier, extractor, batch_size)
 
     @property
     def labels(self) -> list[str]:
@@ -176,7 +158,7 @@ class SSLAMTagger:
             In the same order, the key and its scores: float32 of shape `(num_labels,)`.
         """
         waiting: list[tuple[Key, torch.Tensor | None]] = []
-        size, count = None if self.batch_size == "auto" else self.batch_size, 0
+        size, count, trim = None if self.batch_size == "auto" else self.batch_size, 0, MemoryTrimmer()
         for key, frames in windows:
             waiting.append((key, frames))
             count += frames is not None
@@ -185,6 +167,7 @@ class SSLAMTagger:
             if count == size or not count:
                 size = yield from self._score_batch(waiting, size)
                 waiting, count = [], 0
+                trim()
         yield from self._score_batch(waiting, size)
 
     def _score_batch(
@@ -196,7 +179,13 @@ class SSLAMTagger:
             parts, size = compute_in_parts(self._classify, windows, size)
             scores = iter(torch.cat(parts).numpy())
         elif windows:
-            scores = iter(self._classify(windows).numpy())
+            try:
+                scores = iter(self._classify(windows).numpy())
+            except torch.OutOfMemoryError as error:
+                raise InferenceError(
+                    f"The device has not enough memory for {len(windows)} windows at a time; take a smaller batch "
+                    'size, or "auto".'
+                ) from error
         for key, frames in pairs:
             yield key, None if frames is None else next(scores)
         return size
@@ -210,12 +199,7 @@ class SSLAMTagger:
     def model_inputs(self, windows: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Windows of log-mel frames as the feature extractor would give clips to the model: `input_values` of shape
         `(len(windows), T, num_mel_bins)`, and `attention_mask` where the extractor is set to return it."""
-        length = max(map(self._padded, windows))
-        inputs = {"input_values": pad_and_normalize(windows, length, self.feature_extractor)}
-        if self.feature_extractor.return_attention_mask:
-            counts = torch.tensor([len(frames) for frames in windows], device=windows[0].device)
-            inputs["attention_mask"] = (torch.arange(length, device=counts.device) < counts[:, None]).long()
-        return inputs
+        return model_inputs(windows, max(map(self._padded, windows)), self.feature_extractor)
 
     def _padded(self, frames: torch.Tensor) -> int:
         """Frames of a window after padding: the extractor's `max_length`, or whole patches if it is longer."""
@@ -265,14 +249,15 @@ class SSLAMTagger:
                 yield None, None
 
         of_recording: list[np.ndarray] = []
-        for error, scores in self.score(prefetch(recordings, windows, RECORDINGS_AHEAD)):
-            if scores is not None:
-                of_recording.append(scores)
-                continue
-            if error is None:
-                pooled = np.max(of_recording, 0) if self.is_multi_label else np.mean(of_recording, 0)
-            yield rank(pooled, self.labels, top_k, threshold) if error is None else error
-            of_recording = []
+        with closing(prefetch(recordings, windows, RECORDINGS_AHEAD)) as all_windows:
+            for error, scores in self.score(all_windows):
+                if scores is not None:
+                    of_recording.append(scores)
+                    continue
+                if error is None:
+                    pooled = np.max(of_recording, 0) if self.is_multi_label else np.mean(of_recording, 0)
+                yield rank(pooled, self.labels, top_k, threshold) if error is None else error
+                of_recording = []
 
     def timeline(
         self,
@@ -309,20 +294,21 @@ class SSLAMTagger:
         num_window, num_hop = self.num_window_frames(window), self.num_hop_frames(hop, window)
         blocks = CountedBlocks(waveform_blocks(audio, self.feature_extractor.sampling_rate))
 
-        def all_frames() -> Iterator[torch.Tensor]:
-            for frames in prefetch([blocks], self.log_mel, items_ahead=1):
+        def tapped(all_frames: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+            for frames in all_frames:
                 if on_frames is not None:
                     on_frames(frames)
                 yield frames
 
         starts, scores, detector = [], [], EventDetector(settings)
-        for first, row in self.score(cut_windows(all_frames(), num_window, num_hop)):
-            starts.append(first * self.frame_seconds)
-            detector.push(row[None])
-            if keep_scores:
-                scores.append(row)
-            if on_scores is not None:
-                on_scores(starts[-1], row)
+        with closing(prefetch([blocks], self.log_mel, items_ahead=1)) as all_frames:
+            for first, row in self.score(cut_windows(tapped(all_frames), num_window, num_hop)):
+                starts.append(first * self.frame_seconds)
+                detector.push(row[None])
+                if keep_scores:
+                    scores.append(row)
+                if on_scores is not None:
+                    on_scores(starts[-1], row)
         return make_timeline(
             detector.finish(),
             starts=np.array(starts),

@@ -16,7 +16,7 @@ shares with the next carried over, and are the frames that [`SSLAMFeatureExtract
   length (198 in 2 s). Resampling, however, knows what lies around a window; a clip cut out beforehand ends in silence.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -101,7 +101,7 @@ def stand_for(starts: np.ndarray, window: float, duration: float) -> np.ndarray:
     return np.concatenate(([0.0], between, [duration]))
 
 
-def pad_and_normalize(windows: list[torch.Tensor], length: int, extractor: SSLAMFeatureExtractor) -> torch.Tensor:
+def pad_and_normalize(windows: Sequence[torch.Tensor], length: int, extractor: SSLAMFeatureExtractor) -> torch.Tensor:
     """Windows of log-mel frames as the extractor pads and normalises clips: `(len(windows), length, num_mel_bins)`."""
     features = windows[0].new_full((len(windows), length, extractor.num_mel_bins), extractor.padding_value)
     for row, window in zip(features, windows, strict=True):
@@ -109,3 +109,15 @@ def pad_and_normalize(windows: list[torch.Tensor], length: int, extractor: SSLAM
     if extractor.do_normalize:
         features.sub_(extractor.mean).div_(2 * extractor.std)
     return features
+
+
+def model_inputs(
+    windows: Sequence[torch.Tensor], length: int, extractor: SSLAMFeatureExtractor
+) -> dict[str, torch.Tensor]:
+    """What the extractor would give of windows to the model: `input_values` `(len(windows), length, num_mel_bins)`,
+    and `attention_mask` `(len(windows), length)` where it is set to return it."""
+    inputs = {"input_values": pad_and_normalize(windows, length, extractor)}
+    if extractor.return_attention_mask:
+        counts = torch.tensor([len(frames) for frames in windows], device=windows[0].device)
+        inputs["attention_mask"] = (torch.arange(length, device=counts.device) < counts[:, None]).long()
+    return inputs
