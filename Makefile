@@ -5,11 +5,13 @@ BIN := .venv/bin
 # The older end of the supported range, laid over the environment; it needs older versions of two of its dependencies.
 OVERLAY := $(CURDIR)/.venv/transformers-4.57
 PYTEST := -q
+# All but embeddings, whose data sets need a newer client of the Hub than transformers 4.57 has.
+INFERENCE_TESTS := $(filter-out tests/inference/test_embedding%,$(wildcard tests/inference/test_*.py))
 
 .PHONY: help quickstart test lint clean
 
 help:
-	@echo "make quickstart   convert a checkpoint and classify real recordings with it"
+	@echo "make quickstart   pre-train, fine-tune, evaluate and use a tiny model, from sounds it generates"
 	@echo "make test         lint, then the tests on transformers 5 and on 4.57"
 	@echo "make lint         ruff, lint and format"
 	@echo "make clean        remove the environment and what the commands above wrote"
@@ -19,7 +21,7 @@ quickstart: .venv/ready
 
 test: lint $(OVERLAY)/ready
 	$(BIN)/python -m pytest $(PYTEST)
-	PYTHONPATH=$(OVERLAY) $(BIN)/python -m pytest $(PYTEST) tests/modeling_sslam tests/conversion
+	PYTHONPATH=$(OVERLAY) $(BIN)/python -m pytest $(PYTEST) tests/modeling_sslam tests/conversion $(INFERENCE_TESTS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

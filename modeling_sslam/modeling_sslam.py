@@ -332,6 +332,12 @@ class SSLAMPreTrainedModel(PreTrainedModel):
 class SSLAMModel(SSLAMPreTrainedModel):
     """The encoder: `input_values` to one state for each patch and one, the CLS token's, for the clip."""
 
+    # Nor does it miss a classifier's head.
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
+        *SSLAMPreTrainedModel._keys_to_ignore_on_load_unexpected,
+        r"^classifier\.",
+    ]
+
     def __init__(self, config: SSLAMConfig) -> None:
         super().__init__(config)
         self.patch_embeddings = SSLAMPatchEmbeddings(config)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_python_blocks_run_as_printed(golden_dir: Path, tmp_path: Path):
-    convert(golden_dir / "sslam_finetuned.pt", tmp_path / "outputs" / "quickstart")
+    convert(golden_dir / "sslam_finetuned.pt", tmp_path / "outputs" / "quickstart" / "classifier" / "model")
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(blocks) >= 2

@@ -20,18 +20,17 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import InitProcessGroupKwargs
 from huggingface_hub import EvalResult
 from safetensors import SafetensorError
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+from transformers.utils.logging import set_verbosity_error
 
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
 from training.arguments import parse
@@ -41,12 +40,11 @@ from training.evaluation.results import MAIN_METRICS, Evaluation, summary, write
 from training.labels import LabelSet, find_label_set
 from training.loop import plain_settings
 from training.prediction import predict, problem_type_of, skipped_clips
+from training.processes import make_accelerator
 from training.sources import Source
 
 logger = logging.getLogger(__name__)
 
-# A process whose share of the shards is small waits for the others at the end, however long they take.
-LONGEST_WAIT = timedelta(days=1)
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "numpy")
 
 
@@ -99,18 +97,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """One evaluation, from the model's folder to the files; returns what it found, in every process."""
     try:
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)]
-        )
+        accelerator = make_accelerator(config.mixed_precision)
     except ValueError as error:
         raise EvaluationError(f"accelerate: {error}") from error
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        level=logging.INFO if accelerator.is_main_process else logging.WARNING,
-    )
-    if accelerator.mixed_precision == "fp16" and not accelerator.native_amp:
-        raise EvaluationError("mixed_precision=fp16 needs a GPU; on this device use bf16 or no.")
-    disable_progress_bar()
     set_verbosity_error()  # its report of missing weights; see load_classifier
 
     # What can be wrong with the places of the results is found out before the work.

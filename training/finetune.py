@@ -47,7 +47,7 @@ from training.optimization import OptimizerConfig
 from training.prediction import compute_metrics, predict
 from training.report import write_report
 from training.selection import selections_of
-from training.sources import open_source
+from training.sources import is_one_split, open_source
 
 logger = logging.getLogger(__name__)
 
@@ -305,6 +305,7 @@ def settle(config: FinetuneConfig) -> tuple[FinetuneConfig, LabelSet]:
         )
     if not len(labels):
         raise TrainingError(f"{where} has no labels in split {config.data.split!r}.")
+    check_splits(config)
     changes: dict[str, Any] = {"validation_source": config.validation_source or config.data.source}
     if config.data.hold_out:
         changes["validation_split"] = config.data.split
@@ -321,6 +322,23 @@ def settle(config: FinetuneConfig) -> tuple[FinetuneConfig, LabelSet]:
     if config.evaluate_every is None:
         changes["evaluate_every"] = max(1, max_updates // DEFAULT_NUM_EVALUATIONS)
     return replace(config, **changes), labels
+
+
+def check_splits(config: FinetuneConfig) -> None:
+    """
+    Raises:
+        TrainingError: If clips that are trained on would be evaluated on.
+    """
+    if config.validation_source not in (None, config.data.source):
+        return
+    for key, split in {"validation_split": config.validation_split, "test_split": config.test_split}.items():
+        if split is None or (key == "validation_split" and config.data.hold_out):
+            continue
+        if split == config.data.split or is_one_split(replace(config.data, split=split)):
+            raise TrainingError(
+                f"{key}={split!r} of {config.data.source!r} would be the clips that it trains on. Hold some out by "
+                "data.hold_out, or name other data by validation_source."
+            )
 
 
 def evaluation_data(config: FinetuneConfig, split: str) -> EvaluationDataConfig:

@@ -72,7 +72,7 @@ from training.linear_results import (
     write_model,
     write_sweep,
 )
-from training.loop import StopRequest, TrainingError, make_accelerator, run_program
+from training.loop import StopRequest, TrainingError, accelerator_of, run_program
 from training.prediction import Predictions
 from training.selection import is_on_side
 
@@ -250,7 +250,7 @@ def evaluate_as_published(config: LinearEvalConfig, stop: StopRequest) -> None:
 
 def evaluate_cached(config: LinearEvalConfig) -> None:
     """Features, heads, results."""
-    accelerator = make_accelerator(config)
+    accelerator = accelerator_of(config)
     if config.folds:
         # For the classes, which are those of all folds.
         config = replace(config, data=replace(config.data, split="+".join(config.folds)))

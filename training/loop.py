@@ -41,7 +41,6 @@ from accelerate.utils import (
 )
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers.utils.logging import disable_progress_bar
 
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMPreTrainedModel
 from training.arguments import flatten, parse, to_yaml
@@ -64,6 +63,7 @@ from training.checkpointing import (
 from training.data import AudioLoader, DataConfig, DataError
 from training.metrics import append_metrics, truncate_metrics
 from training.optimization import OptimizerConfig, learning_rate, make_optimizer
+from training.processes import join_processes, make_accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -242,6 +242,7 @@ def run_program(
 ) -> None:
     """A training program's `main`: settings from the command line, signals, and errors as one line."""
     config = parse(config_class, argv, description=description)
+    join_processes()
     try:
         with StopRequest() as stop:
             program(config, stop)
@@ -270,7 +271,7 @@ class Run:
         self.config = config
         self.stop = stop
         self.run_dir = config.output_dir
-        self.accelerator = accelerator = make_accelerator(config)
+        self.accelerator = accelerator = accelerator_of(config)
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.clips_per_update = config.batch_size * config.gradient_accumulation_steps * self.world_size
         if accelerator.is_main_process:
@@ -514,16 +515,16 @@ class Run:
             tracker.finish()
 
 
-def make_accelerator(config: RunConfig) -> Accelerator:
-    """Device, precision, processes and tracker of a run; also sets up its logging.
+def accelerator_of(config: RunConfig) -> Accelerator:
+    """Device, precision, processes and tracker of a run.
 
     Raises:
         TrainingError: If what the settings ask for is not there.
     """
     run_dir, tracker = config.output_dir, config.watch.tracker
     try:
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
+        accelerator = make_accelerator(
+            config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=None if tracker == "none" else tracker,
             project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir / "tensorboard")),
@@ -532,15 +533,8 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         )
     except ValueError as error:  # such as a tracker or a precision that it does not know
         raise TrainingError(f"accelerate: {error}") from error
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        level=logging.INFO if accelerator.is_main_process else logging.WARNING,
-    )
     if tracker != "none" and not accelerator.log_with:
         raise TrainingError(f"watch.tracker={tracker!r} is not installed; pip install it, or use none.")
-    if accelerator.mixed_precision == "fp16" and not accelerator.native_amp:
-        raise TrainingError("mixed_precision=fp16 needs a GPU; on this device use bf16 or no.")
-    disable_progress_bar()  # transformers' own, at every checkpoint
     return accelerator
 
 

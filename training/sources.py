@@ -143,6 +143,17 @@ def open_source(config: "DataConfig", num_readers: int, seed: int) -> Source:
     )
 
 
+def is_one_split(config: "DataConfig") -> bool:
+    """Whether the source knows nothing of splits, so that every split is all of it."""
+    path = Path(config.source).expanduser()
+    if path.suffix == ".csv":
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            return "split" not in next(csv.reader(file), [])
+    if path.is_dir() and not (config.data_files or _is_dataset(path)):
+        return not (config.label_column and (path / config.split).is_dir())
+    return path.suffix == ".tsv"
+
+
 def _is_dataset(path: Path) -> bool:
     names = [name for _, _, files in os.walk(path) for name in files]
     return _is_saved_dataset(path) or _has_shards(names) or any(name in METADATA_FILES for name in names)

@@ -225,6 +225,23 @@ def test_timeline_refuses_and_leaves_nothing(run, audio_dir, tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+def test_old_results_are_replaced_whole(run, audio_dir, tmp_path):
+    """Who is reading the old file goes on reading it: the new one takes its name, not its content."""
+    out = tmp_path / "events.csv"
+    out.write_text("before")
+    with out.open() as reader:
+        assert run("timeline", audio_dir / "drum_cowbell.flac", "--out", out)[0] == 0
+        assert reader.read() == "before"
+    assert out.read_text().startswith("onset,offset,label,score\n")
+    assert out.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
 def test_timeline_of_a_folder(run, audio_dir):
     status, _, err = run("timeline", audio_dir)
     assert status == 1
@@ -243,6 +260,15 @@ def test_a_recording_that_breaks_off_leaves_old_results(run, write_sound, tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["events.csv", "sound.wav"]
 
 
+@pytest.fixture
+def _python_s_own_sigint():
+    """A shell starts what it puts into the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_python_s_own_sigint")
 @pytest.mark.parametrize("command", ["tag", "timeline"])
 def test_control_c(run, write_sound, tmp_path, monkeypatch, command):
     """While windows are being classified, when results and files are half done."""

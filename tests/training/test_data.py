@@ -214,7 +214,9 @@ def test_workers_outlive_the_signal_that_ends_a_run(open_loader, number):
     loader = open_loader("folder", num_workers=2)
     batches = iter(loader)
     first = take(batches, 1)
-    workers = psutil.Process().children()
+    # Other tests may have left a helper of multiprocessing's; a forked worker has the command line of its parent.
+    main = psutil.Process()
+    workers = [child for child in main.children() if child.cmdline() == main.cmdline()]
     assert len(workers) == 2
     for worker in workers:
         worker.send_signal(number)

@@ -20,6 +20,7 @@ from transformers import AutoModel
 from conversion.convert import convert
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraining
 from training import loop, pretrain
+from training import processes as start_of_processes
 from training.arguments import parse
 from training.checkpointing import list_checkpoints
 from training.data import AudioLoader
@@ -410,7 +411,7 @@ def test_impossible_runs_are_refused(train):
 
 
 def test_an_overflow_in_fp16_lowers_the_loss_scale_and_nothing_else(train, monkeypatch):
-    class WithScaler(loop.Accelerator):
+    class WithScaler(start_of_processes.Accelerator):
         """fp16's loss scaling, on the CPU too."""
 
         def __init__(self, **kwargs):
@@ -420,7 +421,7 @@ def test_an_overflow_in_fp16_lowers_the_loss_scale_and_nothing_else(train, monke
             self.state._mixed_precision = "fp16"
 
     straight = train("straight", max_updates=4)
-    monkeypatch.setattr(loop, "Accelerator", WithScaler)
+    monkeypatch.setattr(start_of_processes, "Accelerator", WithScaler)
     run = train(max_updates=4)
     row = read_metrics(run / "metrics.jsonl")[-1]
     assert row["dropped_updates"] > 0
