@@ -32,10 +32,13 @@ def server(model_folder, audio_dir, tmp_path_factory) -> Iterator[tuple[str, Pat
     log = tmp_path_factory.mktemp("server") / "log"
     limits = ["--max-minutes", str(MAX_MINUTES), "--max-megabytes", str(MAX_MEGABYTES)]
     command = [sys.executable, "-m", "modeling_sslam", "app", "--model", str(model_folder), "--device", "cpu", *limits]
+    # A shell starts what it puts into the background with SIGINT ignored, and what that starts inherits it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(log, "w") as file:
         process = subprocess.Popen(
             [*command, "--examples", str(audio_dir)], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=file, text=True
         )
+    signal.signal(signal.SIGINT, before)
     try:
         said = process.stdout.readline()
         address = re.search(r"http://\S+", said)
