@@ -73,7 +73,12 @@ def make_page(listener: Listener, model_name: str, examples: Sequence[str] = ())
         model_name: For the heading.
         examples: Paths of sounds to offer.
     """
-    with gr.Blocks(title=f"SSLAM: {model_name}", analytics_enabled=False, delete_cache=(CACHE_SECONDS,) * 2) as page:
+    with gr.Blocks(
+        title=f"SSLAM: {model_name}",
+        analytics_enabled=False,
+        delete_cache=(CACHE_SECONDS, CACHE_SECONDS),
+        fill_width=True,
+    ) as page:
         gr.Markdown(
             f"# What sounds when\nUpload or record a sound of up to {listener.max_minutes:g} min. "
             f"`{model_name}` knows {listener.tagger.model.config.num_labels} classes."
