@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # The older end of the supported range, laid over the environment; it needs older versions of two of its dependencies.
 OVERLAY := $(CURDIR)/.venv/transformers-4.57
-PYTEST := -q
+PYTEST := -q -n auto --maxprocesses 4
 # All but embeddings, whose data sets need a newer client of the Hub than transformers 4.57 has.
 INFERENCE_TESTS := $(filter-out tests/inference/test_embedding%,$(wildcard tests/inference/test_*.py))
 
