@@ -75,6 +75,10 @@ NEUTRAL_SETTINGS = {
 }
 
 
+# Waiting for data is worth a word from this share of the time on.
+NOTABLE_WAIT = 0.1
+
+
 class TrainingError(Exception):
     """The run cannot start or go on; the message says why and what to do."""
 
@@ -356,6 +360,7 @@ class Run:
             self.progress.update,
         )
         self.timer = IntervalTimer()
+        self._has_hinted = False
 
     @property
     def metrics_path(self) -> Path:
@@ -461,6 +466,13 @@ class Run:
         if self.accelerator.scaler is not None:
             row["loss_scale"] = self.accelerator.scaler.get_scale()
         self.write_row(row)
+        if self.timer.wait_fraction > NOTABLE_WAIT and not self._has_hinted:
+            self._has_hinted = True
+            logger.warning(
+                "%.0f %% of the time goes into waiting for data: more workers may help (data.num_workers is %d).",
+                100 * self.timer.wait_fraction,
+                config.data.num_workers,
+            )
         self.timer = IntervalTimer()
 
     def write_row(self, row: dict[str, Any]) -> None:

@@ -13,6 +13,9 @@ import pytest
 import soundfile
 from playwright.sync_api import Page, expect, sync_playwright
 
+# One server and one browser, also where tests run in several processes.
+pytestmark = pytest.mark.xdist_group("browser")
+
 REPOSITORY = Path(__file__).parents[2]
 MAX_MINUTES, MAX_MEGABYTES = 1, 5
 # Starting takes most of it: a machine may be busy.

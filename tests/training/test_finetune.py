@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import pipeline
 
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraining
-from training import finetune
+from training import finetune, loop
 from training.arguments import parse
 from training.checkpointing import list_checkpoints
 from training.loop import StopRequest
@@ -267,6 +267,15 @@ def test_memory_and_speed_options_change_no_result(train):
                 assert torch.allclose(value, weights_of(list_checkpoints(plain)[-1])[key], atol=1e-5)
         digests = [read_metrics(run / "metrics.jsonl")[0]["clips_digest"] for run in (plain, changed)]
         assert (digests[0] == digests[1]) == (name == "checkpointed")
+
+
+@pytest.mark.parametrize(("wait_fraction", "count"), [(0.3, 1), (0.05, 0)])
+def test_waiting_for_data_is_pointed_out_once(train, monkeypatch, caplog, wait_fraction, count):
+    monkeypatch.setattr(loop.IntervalTimer, "wait_fraction", wait_fraction)
+    train()
+    hints = [record.message for record in caplog.records if "waiting for data" in record.message]
+    assert len(hints) == count
+    assert all("30 % of the time" in hint and "num_workers is 0" in hint for hint in hints)
 
 
 @pytest.mark.parametrize(
