@@ -220,10 +220,10 @@ def test_a_narrow_window(page, audio_dir):
     page.set_viewport_size({"width": 390, "height": 844})
     upload(page, "#sound", audio_dir / "guit_e_slide.flac")
     expect(page.locator("#timeline .picture img")).to_be_visible()
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    # Waited for: the page is laid out anew in steps.
+    page.wait_for_function("document.documentElement.scrollWidth <= 390")
     # The picture stays large enough to read, and the sound's end can be scrolled to.
-    frame = page.locator("#timeline .frame")
-    hidden = frame.evaluate("frame => frame.scrollWidth - frame.clientWidth")
-    assert hidden > 100
+    frame = "document.querySelector('#timeline .frame')"
+    page.wait_for_function(f"{frame}.scrollWidth - {frame}.clientWidth > 100")
     page.locator("#timeline audio").evaluate("audio => { audio.currentTime = 3; return audio.play(); }")
-    page.wait_for_function("document.querySelector('#timeline .frame').scrollLeft > 100")
+    page.wait_for_function(f"{frame}.scrollLeft > 100")
