@@ -4,8 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # The older end of the supported range, laid over the environment; it needs older versions of two of its dependencies.
 OVERLAY := $(CURDIR)/.venv/transformers-4.57
-# In groups: the tests of one server and browser stay together.
-PYTEST := -q -n auto --maxprocesses 4 --dist loadgroup
+# By file: a server and a browser are started once.
+PYTEST := -q -n auto --maxprocesses 4 --dist loadfile
 # All but embeddings and the page, whose data sets and Gradio need a newer client of the Hub than transformers 4.57 has.
 NEWER_HUB := test_embedding% test_app_page.py test_app_browser.py
 INFERENCE_TESTS := $(filter-out $(NEWER_HUB:%=tests/inference/%),$(wildcard tests/inference/test_*.py))
