@@ -84,6 +84,13 @@ class TimelinePicture:
 
     def figure(self, timeline: Timeline) -> "Figure":
         """The picture as a matplotlib figure; save it with `figure.savefig`."""
+        from matplotlib import rc_context
+
+        # A $ in the name of a file or class is a $.
+        with rc_context({"text.parse_math": False}):
+            return self._figure(timeline)
+
+    def _figure(self, timeline: Timeline) -> "Figure":
         from matplotlib import colormaps
         from matplotlib.figure import Figure
 

@@ -1,5 +1,7 @@
 """What the picture of a timeline shows."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -113,3 +115,11 @@ def test_hours_have_few_columns_and_readable_ticks(monkeypatch, duration, hop, l
     formatted = [bars.xaxis.get_major_formatter()(tick) for tick in bars.get_xticks() if 0 <= tick <= duration]
     assert formatted[: len(ticks)] == ticks
     assert len(formatted) <= 13
+
+
+def test_names_are_no_formulas(tmp_path):
+    timeline = replace(make_timeline([], 10.0), path="/recordings/a$\\frac{$b.wav")
+    timeline.labels[7] = "$x_"
+    picture = make_picture(timeline, np.eye(len(timeline.starts), 12))
+    picture.draw(timeline, tmp_path / "picture.png")
+    assert picture.figure(timeline).axes[0].get_title("left") == "a$\\frac{$b.wav"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -15,8 +16,11 @@ BAR_INCHES, COLUMN_INCHES = 0.17, 4.2
 MAX_NAMED_CLASSES, MAX_NUMBERED_CLASSES = 130, 20
 MAX_NAME = 32
 COLOUR = "#31688e"
+# A $ in the name of a class is a $.
+PLAIN_TEXT = {"text.parse_math": False}
 
 
+@rc_context(PLAIN_TEXT)
 def plot_per_class(rows: list[dict[str, Any]], key: str, name: str, count_key: str, title: str, path: Path) -> None:
     """Draws `key` of each class as a bar, the best first, beside its name and number of clips.
 
@@ -51,6 +55,7 @@ def plot_per_class(rows: list[dict[str, Any]], key: str, name: str, count_key: s
     figure.savefig(path, dpi=110)
 
 
+@rc_context(PLAIN_TEXT)
 def plot_confusion(counts: list[list[int]], names: list[str], title: str, path: Path) -> None:
     """Draws a confusion matrix, each row (true class) as shares of its clips."""
     matrix = np.array(counts)
@@ -76,6 +81,7 @@ def plot_confusion(counts: list[list[int]], names: list[str], title: str, path: 
     figure.savefig(path, dpi=110)
 
 
+@rc_context(PLAIN_TEXT)
 def plot_groups(groups: dict[Any, dict[str, Any]], key: str, label: str, column: str, title: str, path: Path) -> None:
     """Draws a metric by group, with the number of clips of each; mAP beside that of random scores."""
     defined = [(group, row) for group, row in groups.items() if row[key] is not None]
