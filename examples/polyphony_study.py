@@ -76,21 +76,22 @@ def main() -> None:
             for protocol, path in {"linear": linear / "results.json", "finetuned": results}.items():
                 for sources, value in read_scores(path).items():
                     scores[protocol, name][sources].append(value)
+            chance = read_scores(results, "chance_map")
 
     (out / "results.json").write_text(
         json.dumps({f"{protocol}, {name}": by for (protocol, name), by in scores.items()}, indent=1) + "\n"
     )
-    text = table(scores, len(arguments.seeds))
+    text = table(scores, chance, len(arguments.seeds))
     (out / "table.md").write_text(text)
     plot(scores, out / "table.png")
     print(f"\n{text}\n{out / 'results.json'}\n{out / 'table.md'}\n{out / 'table.png'}")
 
 
-def read_scores(results: Path) -> dict[str, float]:
-    """mAP on the test clips by their number of sources, and on all."""
+def read_scores(results: Path, metric: str = "map") -> dict[str, float]:
+    """A metric on the test clips by their number of sources, and on all."""
     found = json.loads(results.read_text())
-    by_sources = {str(row["group"]): row["map"] for row in found["by_group"]}
-    return by_sources | {ALL: found["metrics"]["map"]}
+    by_sources = {str(row["group"]): row[metric] for row in found["by_group"]}
+    return by_sources | {ALL: found["metrics"][metric]}
 
 
 def moments(values: list[float]) -> tuple[float, float]:
@@ -101,10 +102,12 @@ def columns() -> Iterable[str]:
     return [*map(str, range(1, MAX_SOURCES + 1)), ALL]
 
 
-def table(scores: Scores, num_seeds: int) -> str:
-    """Markdown: for each protocol and encoder the mAP by number of sources, in per cent."""
+def table(scores: Scores, chance: dict[str, float], num_seeds: int) -> str:
+    """Markdown: for each protocol and encoder the mAP by number of sources, in per cent; first that of random scores,
+    which grows with the number of sources."""
     head = ["", "encoder", *(f"{n} source{'s' if n != '1' else ''}" for n in columns() if n != ALL), ALL]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    lines.append(f"| {' | '.join(['', 'random scores', *(f'{100 * chance[n]:.1f}' for n in columns())])} |")
     for protocol, words in PROTOCOLS.items():
         for name in (STAGE1, *OBJECTIVES):
             cells = [
@@ -121,7 +124,10 @@ def plot(scores: Scores, path: Path) -> None:
         for shift, name in enumerate((STAGE1, *OBJECTIVES)):
             means, spreads = zip(*(moments(scores[protocol, name][n]) for n in columns()), strict=True)
             places = [i + 0.06 * (shift - 2) for i in range(len(means))]
-            axes.errorbar(places, means, spreads, marker="o", markersize=4, linewidth=1.2, capsize=2, label=name)
+            style = {"marker": "o", "markersize": 4, "capsize": 2, "color": f"C{shift}"}
+            # All clips are no further step after the largest number of sources.
+            axes.errorbar(places[:-1], means[:-1], spreads[:-1], linewidth=1.2, label=name, **style)
+            axes.errorbar(places[-1:], means[-1:], spreads[-1:], **style)
         axes.set_xticks(range(MAX_SOURCES + 1), list(columns()))
         axes.set_xlabel("sources in a clip")
         axes.set_ylabel("mAP")
