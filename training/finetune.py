@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
@@ -45,6 +45,7 @@ from training.loop import IntervalTimer, Progress, Run, RunConfig, StopRequest, 
 from training.losses import Loss, loss_sum, loss_weight
 from training.optimization import OptimizerConfig
 from training.prediction import compute_metrics, predict
+from training.processes import join_processes
 from training.report import write_report
 from training.selection import selections_of
 from training.sources import is_one_split, open_source
@@ -199,7 +200,7 @@ def finetune(config: FinetuneConfig, stop: StopRequest) -> dict[str, Evaluation]
         )
         if stop.requested:
             return results
-    if PartialState().is_main_process:
+    if join_processes().is_main_process:
         report_folds(config.output_dir, results)
     return results
 
@@ -290,7 +291,7 @@ def settle(config: FinetuneConfig) -> tuple[FinetuneConfig, LabelSet]:
         labels = find_label_set(config.data, source, config.label_file)
         found: Survey | None = None
         if labels is None or config.epochs is not None or config.problem_type == "auto":
-            state = PartialState()
+            state = join_processes()
             found = survey(source, selections_of(config.data, config.seed)) if state.is_main_process else None
             (found,) = broadcast_object_list([found])
     except (ValueError, FileNotFoundError) as error:
@@ -313,7 +314,7 @@ def settle(config: FinetuneConfig) -> tuple[FinetuneConfig, LabelSet]:
     if config.problem_type == "auto":
         changes["problem_type"] = "single" if found.is_single_label else "multi"
     if config.epochs is not None:
-        clips_per_update = config.batch_size * config.gradient_accumulation_steps * PartialState().num_processes
+        clips_per_update = config.batch_size * config.gradient_accumulation_steps * join_processes().num_processes
         max_updates = max(1, round(config.epochs * found.num_clips / clips_per_update))
         changes |= {"epochs": None, "max_updates": max_updates}
     if config.warmup_fraction is not None:
@@ -337,7 +338,7 @@ def check_splits(config: FinetuneConfig) -> None:
         if split == config.data.split or is_one_split(replace(config.data, split=split)):
             raise TrainingError(
                 f"{key}={split!r} of {config.data.source!r} would be the clips that it trains on. Hold some out by "
-                "data.hold_out, or name other data by validation_source."
+                "data.hold_out, name other data by validation_source, or set test_split to null."
             )
 
 

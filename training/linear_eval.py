@@ -38,7 +38,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import set_seed
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -74,6 +73,7 @@ from training.linear_results import (
 )
 from training.loop import StopRequest, TrainingError, accelerator_of, run_program
 from training.prediction import Predictions
+from training.processes import join_processes
 from training.selection import is_on_side
 
 logger = logging.getLogger(__name__)
@@ -217,19 +217,19 @@ def evaluate_as_published(config: LinearEvalConfig, stop: StopRequest) -> None:
         if config.random_weights or "SSLAMForAudioClassification" in architectures:
             # A linear evaluation starts from a new head, also where the model has one.
             model = str(config.output_dir / "encoder")
-            if PartialState().is_main_process:
+            if join_processes().is_main_process:
                 feature_extractor = SSLAMFeatureExtractor.from_pretrained(config.model)
                 encoder = SSLAMModel.from_pretrained(config.model, dtype=torch.float32)
                 encoder = new_weights(encoder, config) if config.random_weights else encoder
                 save_folder(Path(model), encoder, feature_extractor)
-            PartialState().wait_for_everyone()
+            join_processes().wait_for_everyone()
     except (ValueError, OSError) as error:
         raise TrainingError(f"model={config.model!r}: {' '.join(str(error).split())}") from error
     settings = {item.name: getattr(config, item.name) for item in fields(FinetuneConfig)} | {"model": model}
     if config.poolings is not None:
         settings["classifier_pooling"] = config.poolings[0]
     results = finetune(FinetuneConfig(**settings), stop)
-    if not (results and PartialState().is_main_process):
+    if not (results and join_processes().is_main_process):
         return
     metrics = {
         split: {name: evaluation.metrics[name] for name in evaluation.main_metrics}

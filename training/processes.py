@@ -5,6 +5,7 @@ from datetime import timedelta
 from typing import Any
 
 from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
 from transformers.utils.logging import disable_progress_bar
 
 # A process whose share of an uneven pass is small waits for the others at its end, however long they take.
@@ -13,7 +14,8 @@ LONGEST_WAIT = timedelta(days=1)
 
 def join_processes() -> PartialState:
     """Joins the other processes of the launch and sets up logging: the main one says all, the others warn."""
-    state = PartialState(timeout=LONGEST_WAIT)
+    # accelerate itself reads this wish of its launcher only later, when several processes on CPUs would not be joined.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_WAIT)
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         level=logging.INFO if state.is_main_process else logging.WARNING,

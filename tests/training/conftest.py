@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 from modeling_sslam import SSLAMFeatureExtractor
 
@@ -25,6 +26,13 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_state():
+    """accelerate keeps device and precision of a process's first program."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ NUM_CLIPS = 13
 @pytest.fixture(scope="module")
 def soundscapes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "soundscapes"
+    folder.mkdir()
     write_dataset(folder, {"test": NUM_CLIPS, "lone": 1}, 0.7, 16_000, seed=0, max_sources=3, num_processes=1)
     return folder
 

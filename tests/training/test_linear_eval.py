@@ -279,7 +279,7 @@ def test_training_clips_are_no_test(run, sounds, tmp_path):
         target = folder / path.name[:-7] / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
-    with pytest.raises(SystemExit, match=r"are training clips, such as .*test_split null"):
+    with pytest.raises(SystemExit, match=r"would be the clips that it trains on.*test_split to null"):
         run(data=folder, **{"data.hold_out": 0.3})
     _, results = run(data=folder, test_split="null", **{"data.hold_out": 0.3})
     assert results["metric"] == "accuracy"

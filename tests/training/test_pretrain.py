@@ -441,7 +441,7 @@ def test_shipped_configurations_are_whole(path):
     config = parse(pretrain.PretrainConfig, ["--config", str(path)])
     overrides = {key: value for key, value in asdict(config.model).items() if value is not None}
     model_config = SSLAMConfig(**overrides)
-    if "stage2" in path.stem:
+    if "stage2" in path.stem and "tiny" not in path.stem:
         assert (model_config.num_clones, config.optimizer.learning_rate) == (8, 5e-5)
         assert (config.max_updates, config.optimizer.warmup_updates) == (200_000, 25_000)
         assert config.init_from == "runs/stage1/model"
