@@ -34,10 +34,11 @@ import numpy as np
 import soundfile
 from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 
+from modeling_sslam.inference.dataset import ID_COLUMNS, EncodedAudio
+
 if TYPE_CHECKING:
     from training.data import DataConfig
 
-ID_COLUMNS = ("video_id", "id", "__key__")
 # Where a label or group column is "auto". AudioSet's `labels` are ids of the ontology, which label files explain.
 LABEL_COLUMNS = ("labels", "label", "category", "class", "target")
 GROUP_COLUMNS = ("num_sources",)
@@ -49,18 +50,6 @@ AUDIO_SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()} 
 AUDIO_SUFFIXES = (AUDIO_SUFFIXES | {".aif", ".aifc", ".oga", ".m4a", ".aac", ".mka", ".weba"}) - {".raw"}
 # Enough shards that their order alone mixes a folder well, few enough that `datasets` handles them at once.
 MAX_LISTED_SHARDS = 1024
-
-
-@dataclasses.dataclass
-class EncodedAudio(datasets.Audio):
-    """An audio column that stays encoded. For tars and folders, `Audio(decode=False)` asks for torchcodec even so."""
-
-    decode: bool = False
-
-    def encode_example(self, value: str | bytes | dict) -> dict:
-        if isinstance(value, dict):
-            return {"bytes": value.get("bytes"), "path": value.get("path")}
-        return {"bytes": value, "path": None} if isinstance(value, bytes) else {"bytes": None, "path": str(value)}
 
 
 @dataclasses.dataclass

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification
+from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
 from training.checkpointing import list_checkpoints
 from training.data import LabelledDataConfig, make_loader
 from training.labels import LabelSet
@@ -20,21 +20,10 @@ CLASSES = ["a", "b", "c"]
 
 
 @pytest.fixture
-def model(tmp_path) -> Path:
+def model(make_config, tmp_path) -> Path:
     """A classifier for the data's classes, so that fine-tuning starts from its very weights."""
     torch.manual_seed(0)
-    config = SSLAMConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        num_mel_bins=32,
-        max_length=64,
-        max_position_embeddings=8,
-        id2label=dict(enumerate(CLASSES)),
-        problem_type="multi_label_classification",
-        initializer_range=0.2,
-    )
+    config = make_config(id2label=dict(enumerate(CLASSES)), problem_type="multi_label_classification")
     SSLAMForAudioClassification(config).save_pretrained(tmp_path / "model")
     SSLAMFeatureExtractor(num_mel_bins=32, max_length=64).save_pretrained(tmp_path / "model")
     return tmp_path / "model"

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from training.checkpointing import write_text
@@ -19,7 +20,7 @@ def read_card(folder: Path) -> ModelCard:
     if path.is_file():
         try:
             return ModelCard.load(path)
-        except Exception as error:  # of yaml, or of the Hub's client
+        except (yaml.YAMLError, ValueError, OSError) as error:
             raise ValueError(f"The metadata of {path} cannot be read: {' '.join(str(error).split())}") from error
     data = ModelCardData(library_name="transformers", pipeline_tag=TASK, tags=["audio", "sslam"])
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {folder.resolve().name}\n\nAn SSLAM audio classifier.\n")
