@@ -1,0 +1,174 @@
+"""What the benchmarks write: a table for people and JSON for programs, with the machine, the versions and settings."""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measurement import Measurement
+from modeling_sslam import SSLAMConfig
+
+OUTPUT_DIR = Path("outputs/benchmarks")
+PACKAGES = (
+    "torch",
+    "torchaudio",
+    "transformers",
+    "torchao",
+    "onnxruntime",
+    "onnx",
+    "datasets",
+    "numpy",
+    "safetensors",
+)
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure beside what it should reach.
+
+    Attributes:
+        what: What was run.
+        where: On what.
+        figure: What the value is, for example "of the GEMM limit".
+        value: None if there was nothing to measure it on.
+        at_least, at_most: The target; both None for a figure that is only stated.
+        note: Whatever a reader must know to read the figure right.
+    """
+
+    what: str
+    where: str
+    figure: str
+    value: Measurement | float | None
+    at_least: float | None = None
+    at_most: float | None = None
+    note: str = ""
+
+    @property
+    def is_reached(self) -> bool | None:
+        """None if it was not measured or has no target."""
+        if self.value is None or (self.at_least is None and self.at_most is None):
+            return None
+        value = self.value.median if isinstance(self.value, Measurement) else self.value
+        return (self.at_least is None or value >= self.at_least) and (self.at_most is None or value <= self.at_most)
+
+    def as_dict(self) -> dict[str, Any]:
+        value = self.value.as_dict() if isinstance(self.value, Measurement) else self.value
+        return {
+            "what": self.what,
+            "where": self.where,
+            "figure": self.figure,
+            "value": value,
+            "at_least": self.at_least,
+            "at_most": self.at_most,
+            "reached": self.is_reached,
+            "note": self.note,
+        }
+
+
+@dataclass
+class Report:
+    """All that one program measured."""
+
+    program: str
+    settings: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    measurements: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, *rows: Row) -> None:
+        """Takes rows up and prints them at once: the whole takes minutes."""
+        self.rows += rows
+        for row in rows:
+            print(" | ".join(cells_of(row.as_dict())), flush=True)
+
+    def record(self, name: str, value: Any) -> None:
+        """Keeps a figure that no row shows, such as the seconds behind a ratio."""
+        self.measurements[name] = value.as_dict() if isinstance(value, Measurement) else value
+
+    def write(self, path: Path) -> None:
+        """Prints the table and writes the JSON."""
+        content = {
+            "program": self.program,
+            "command": " ".join(["python", "-m", f"benchmarks.{self.program}", *sys.argv[1:]]),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
+            "machine": machine(),
+            "versions": versions(),
+            "settings": self.settings,
+            "rows": [row.as_dict() for row in self.rows],
+            "measurements": self.measurements,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.replace(path)
+        print(f"\n{table_of(content['rows'])}\n\nWritten to {path}")
+
+
+def cells_of(row: dict[str, Any]) -> list[str]:
+    """A row of the JSON as the cells of a table."""
+    value = row["value"]
+    if value is None:
+        measured = "not measured"
+    elif isinstance(value, dict):
+        measured = f"{value['median']:.3g} ({value['lower']:.3g} to {value['upper']:.3g})"
+    else:
+        measured = f"{value:.6g}"
+    targets = [f"{sign} {row[key]:g}" for sign, key in (("≥", "at_least"), ("≤", "at_most")) if row[key] is not None]
+    reached = {True: "yes", False: "no", None: ""}[row["reached"]]
+    return [row["what"], row["where"], row["figure"], measured, " ".join(targets), reached, row["note"]]
+
+
+def table_of(rows: list[dict[str, Any]]) -> str:
+    """Rows of the JSON as a Markdown table, aligned to be read as it is."""
+    header = ["what", "where", "figure", "median (middle half)", "target", "reached", "note"]
+    lines = [header, *map(cells_of, rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    cpu_info = Path("/proc/cpuinfo").read_text().splitlines()
+    features = next((line for line in cpu_info if line.startswith(("flags", "Features"))), "").split()
+    found: dict[str, Any] = {
+        "processor": next((line.partition(": ")[2] for line in cpu_info if line.startswith("model name")), "unknown"),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
+        "instruction_sets": [name for name in features if name.startswith(("avx512f", "avx512_", "amx", "avx2"))],
+        "system": platform.system() + " " + platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of those packages that are installed."""
+    found = {"python": platform.python_version()}
+    installed = {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}
+    return found | {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
+
+
+def make_parser(program: str, description: str | None, rounds: int) -> argparse.ArgumentParser:
+    """What every program takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds, help="how often each contestant runs (%(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU (%(default)s)")
+    parser.add_argument("--layers", type=int, default=12, help="of the model, to try the program out with fewer")
+    parser.add_argument("--out", type=Path, default=OUTPUT_DIR / f"{program}.json", help="JSON to write (%(default)s)")
+    return parser
+
+
+def base_config(num_layers: int, **overrides: Any) -> SSLAMConfig:
+    """The base size with AudioSet's classes."""
+    return SSLAMConfig(num_hidden_layers=num_layers, num_labels=527, **overrides)
