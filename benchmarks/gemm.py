@@ -1,0 +1,132 @@
+"""The limit that the benchmarks hold the model against: what its matrix products alone would take.
+
+Every matrix product that a run of the *eager* model asks torch for is written down (a linear layer, a convolution as
+the product it stands for, the two of attention, and in a backward pass those of the gradients). Each is then computed
+at its own shape and dtype, operands ready and contiguous, by whichever kernel is fastest here. Its FLOPs are 2 * batch
+* rows * inner * columns. What a run does besides, normalisation, activation, softmax, copies, is not in the limit; nor
+are the products that attention's backward pass computes a second time to save memory.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.measurement import time_in_turn
+
+aten = torch.ops.aten
+
+
+class MatrixProduct(NamedTuple):
+    """`batch` products of (rows, inner) with (inner, columns)."""
+
+    batch: int
+    rows: int
+    inner: int
+    columns: int
+    dtype: torch.dtype
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.batch * self.rows * self.inner * self.columns
+
+
+def matrix_products(run: Callable[[], object]) -> Counter[MatrixProduct]:
+    """The products that `run` asks for, backward passes included, each with how often."""
+    with _Recorder() as recorder:
+        run()
+    return recorder.products
+
+
+def total_flops(products: Counter[MatrixProduct]) -> int:
+    return sum(product.flops * count for product, count in products.items())
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: Counter[MatrixProduct] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.products.update(_products_of(func.overloadpacket, args, out))
+        return out
+
+
+def _products_of(op: Any, args: tuple, out: Any) -> Iterator[MatrixProduct]:
+    if op in (aten.mm, aten.bmm):
+        yield _product(*args[:2])
+    elif op in (aten.addmm, aten.baddbmm):
+        yield _product(*args[1:3])
+    elif op is aten.linear:  # this and the next come whole under inference_mode
+        yield _product(args[0].flatten(0, -2), args[1].t())
+    elif op is aten.conv2d:
+        yield _convolution(args[0], args[1], out, groups=args[6] if len(args) > 6 else 1)
+    elif op is aten.convolution:
+        yield _convolution(args[0], args[1], out, groups=args[8])
+    elif op is aten.convolution_backward:
+        forward = _convolution(args[1], args[2], args[0], groups=args[9])
+        if args[10][0]:  # of the input
+            yield forward._replace(inner=forward.columns, columns=forward.inner)
+        if args[10][1]:  # of the weight
+            yield forward._replace(rows=forward.inner, inner=forward.rows)
+    elif "scaled_dot_product" in op.__name__:
+        is_backward = op.__name__.endswith("_backward")
+        query, key, value = args[1:4] if is_backward else args[:3]
+        *batch, length, head_dim = query.shape
+        scores = MatrixProduct(math.prod(batch), length, head_dim, key.shape[-2], query.dtype)
+        attended = scores._replace(inner=key.shape[-2], columns=value.shape[-1])
+        # Backward: the gradients of probabilities, values, queries and keys.
+        yield from (scores, attended, attended, attended) if is_backward else (scores, attended)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> MatrixProduct:
+    *batch, rows, inner = left.shape
+    return MatrixProduct(math.prod(batch), rows, inner, right.shape[-1], left.dtype)
+
+
+def _convolution(image: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, groups: int) -> MatrixProduct:
+    places = out.numel() // out.shape[1]
+    return MatrixProduct(groups, places, weight[0].numel(), len(weight) // groups, image.dtype)
+
+
+def gemm_runner(
+    products: Counter[MatrixProduct], device: torch.device, kernels: tuple[str, ...] = ("torch", "onednn")
+) -> Callable[[], None]:
+    """A function that computes all the products, each as often as it was asked for, by its fastest kernel of
+    `kernels`: "torch" is `torch.bmm`, "onednn" the linear layer of oneDNN, which torch has for CPUs beside the
+    library that `torch.mm` uses there in float32."""
+    fastest = []
+    for product, count in products.items():
+        candidates = dict(_kernels(product, device, kernels))
+        timings = time_in_turn(candidates, rounds=3, device=device)
+        fastest.append((candidates[min(timings, key=lambda name: timings[name].median)], count))
+
+    @torch.no_grad()
+    def run() -> None:
+        for compute, count in fastest:
+            for _ in range(count):
+                compute()
+
+    return run
+
+
+def _kernels(
+    product: MatrixProduct, device: torch.device, kernels: tuple[str, ...]
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    factory: dict[str, Any] = {"dtype": product.dtype, "device": device}
+    batch, rows, inner, columns, _ = product
+    left, right = torch.randn(batch, rows, inner, **factory), torch.randn(batch, columns, inner, **factory)
+    if "torch" in kernels:
+        out = torch.empty(batch, rows, columns, **factory)
+        if batch == 1:
+            yield "torch", lambda: torch.mm(left[0], right[0].t(), out=out[0])
+        else:
+            yield "torch", lambda: torch.bmm(left, right.transpose(1, 2), out=out)
+    if "onednn" in kernels and device.type == "cpu":
+        linear = torch.ops.mkldnn._linear_pointwise
+        pairs = list(zip(left, right, strict=True))
+        yield "onednn", lambda: [linear(row, weight, None, "none", [], "") for row, weight in pairs]
