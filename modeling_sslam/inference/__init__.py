@@ -6,6 +6,7 @@ registers timelines as a pipeline of transformers, "long-audio-classification". 
 """
 
 from .audio import ClipError, stream_blocks
+from .cpu import optimize_for_cpu
 from .embedding import ClipEmbedding, Embedder, embed
 from .errors import InferenceError
 from .events import Event, EventSettings
@@ -24,5 +25,6 @@ __all__ = [
     "SSLAMTagger",
     "Timeline",
     "embed",
+    "optimize_for_cpu",
     "stream_blocks",
 ]

@@ -2,7 +2,7 @@
 
 import argparse
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,7 +13,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", default="auto", help="cpu, cuda, cuda:1, mps, ...; auto takes an accelerator if there is one"
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="precision to compute in; auto: what the model was saved in"
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="precision to compute in; auto: what the model was saved in; int8: an approximation, on CPUs",
     )
     parser.add_argument(
         "--batch-size",

@@ -36,7 +36,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    """What `from_pretrained(dtype=...)` takes: "auto" as it is, a name as torch's type of that name."""
+    """What `from_pretrained(dtype=...)` takes: "auto" as it is, a name as torch's type of that name; for "int8", which
+    weights are rounded to later, float32."""
+    if dtype == "int8":
+        return torch.float32
     return dtype if dtype == "auto" or isinstance(dtype, torch.dtype) else getattr(torch, dtype)
 
 

@@ -10,7 +10,7 @@ A window is padded as in training, and its embedding is that of the same piece o
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,10 +21,11 @@ import torch
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMModel
 from .audio import ClipError, waveform_blocks
+from .cpu import precision_of
 from .devices import choose_batch_size, compute_in_parts
 from .errors import InferenceError
 from .files import audio_suffixes, find_recordings
-from .loading import load_pretrained
+from .loading import load_pretrained, speed_up
 from .memory import MemoryTrimmer
 from .prefetch import prefetch
 from .windows import cut_windows, model_inputs, stream_log_mel
@@ -165,7 +166,7 @@ class Embedder:
         Args:
             model: Folder, or OWNER/NAME.
             device: "auto" takes the accelerator of this machine, or else the CPU.
-            dtype: "auto" is what the weights were saved in.
+            dtype: "auto" is what the weights were saved in; "int8", on a CPU, an approximation of float32.
             revision: Branch, tag or commit on the Hub.
             settings: See the class.
 
@@ -173,21 +174,29 @@ class Embedder:
             InferenceError: If there is no SSLAM model there, or no such device, or for what the class raises it.
         """
         encoder, extractor = load_pretrained(SSLAMModel, model, device, dtype, revision)
-        return cls(encoder, extractor, **settings)
+        embedder = cls(encoder, extractor, **settings)
+        embedder.weights_crc32  # noqa: B018 - now, while the blocks have the weights that were loaded
+        embedder.model = speed_up(encoder, dtype)
+        return embedder
 
     @property
     def hidden_size(self) -> int:
         return self.model.config.hidden_size
 
-    def settings(self) -> dict[str, Any]:
-        """All that the embeddings of a sound depend on, in plain values."""
+    @cached_property
+    def weights_crc32(self) -> str:
+        """Checksum of the weights, in eight hexadecimal digits."""
         checksum = 0
         for _, tensor in sorted(self.model.state_dict().items()):
             checksum = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy(), checksum)
+        return f"{checksum:08x}"
+
+    def settings(self) -> dict[str, Any]:
+        """All that the embeddings of a sound depend on, in plain values."""
         extractor = self.feature_extractor
         return {
-            "weights_crc32": f"{checksum:08x}",
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "weights_crc32": self.weights_crc32,
+            "dtype": precision_of(self.model),
             "pooling": self.pooling,
             "layer": self.layer,
             "window": self.window / self.frames_per_second,

@@ -8,6 +8,7 @@ import torch
 from ..configuration_sslam import SSLAMConfig
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMPreTrainedModel
+from .cpu import PRECISIONS, can_optimize, optimize_for_cpu
 from .devices import resolve_device, resolve_dtype
 from .errors import InferenceError
 
@@ -53,3 +54,24 @@ def load_pretrained(
     if loading["missing_keys"]:
         raise InferenceError(f"{model} has no weights for {', '.join(sorted(loading['missing_keys']))}.{remedy}")
     return loaded.to(device), extractor
+
+
+def speed_up(model: Model, dtype: str | torch.dtype) -> Model:
+    """The loaded model with faster blocks where its device and the processor have them: see [`optimize_for_cpu`].
+
+    Args:
+        dtype: As it was given to [`load_pretrained`].
+
+    Raises:
+        InferenceError: If "int8" is asked for and cannot be had.
+    """
+    precision = "int8" if dtype == "int8" else str(model.dtype).removeprefix("torch.")
+    on_cpu = model.device.type == "cpu"
+    if precision == "int8" and not on_cpu:
+        raise InferenceError(f"int8 is for CPUs, and the model is on {model.device}: take cpu, or bfloat16.")
+    return optimize_for_cpu(model, precision) if on_cpu and _has_kernels(precision) else model
+
+
+def _has_kernels(precision: str) -> bool:
+    # What was asked for by name is tried, so that the error says what is missing.
+    return precision == "int8" or (precision in PRECISIONS and can_optimize(precision))

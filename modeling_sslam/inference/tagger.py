@@ -15,7 +15,7 @@ from .audio import ClipError, CountedBlocks, waveform_blocks
 from .devices import choose_batch_size, compute_in_parts
 from .errors import InferenceError
 from .events import EventDetector, EventSettings
-from .loading import load_pretrained
+from .loading import load_pretrained, speed_up
 from .memory import MemoryTrimmer
 from .prefetch import prefetch
 from .timelines import Timeline, make_timeline
@@ -81,7 +81,7 @@ class SSLAMTagger:
         Args:
             model: Folder, or OWNER/NAME.
             device: "auto" takes the accelerator of this machine, or else the CPU.
-            dtype: "auto" is what the weights were saved in.
+            dtype: "auto" is what the weights were saved in; "int8", on a CPU, an approximation of float32.
             batch_size: See the class.
             revision: Branch, tag or commit on the Hub.
 
@@ -90,7 +90,7 @@ class SSLAMTagger:
         """
         remedy = " It is an encoder without classifier: fine-tune it, or convert a fine-tuned checkpoint."
         classifier, extractor = load_pretrained(SSLAMForAudioClassification, model, device, dtype, revision, remedy)
-        return cls(classifier, extractor, batch_size)
+        return cls(speed_up(classifier, dtype), extractor, batch_size)
 
     @property
     def labels(self) -> list[str]:

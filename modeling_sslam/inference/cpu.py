@@ -1,0 +1,231 @@
+"""The encoder's blocks for inference on CPUs, in float32, bfloat16 or int8.
+
+    model = optimize_for_cpu(SSLAMModel.from_pretrained(folder))               # the same numbers, up to rounding
+    model = optimize_for_cpu(SSLAMModel.from_pretrained(folder), "int8")       # an approximation of them
+
+Worth knowing:
+
+- Torch multiplies float32 matrices by MKL, whose kernels on processors not made by Intel reach less than half of what
+  oneDNN's do. oneDNN is built into torch as well, but `torch.nn.Linear` calls it in float32 only from graphs that
+  inductor compiles, so its operators are called here as inductor calls them. They are no public interface of torch.
+- Weights are brought into the kernels' own layout once, and GELU is computed on a product while it is in cache.
+- Clips go through a block a few at a time, so that intermediate results stay in cache: a tensor of more than 32 MB is
+  new memory in every layer, and the system's clearing of its pages takes longer than the arithmetic on it.
+- int8: weights per output channel, rounded once (by torchao); activations per token, rounded anew in every layer, so a
+  clip's result does not depend on what else is in its batch. Attention, norms and residuals stay in floating point.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from ..configuration_sslam import SSLAMConfig
+from ..modeling_sslam import SSLAMForAudioClassification, SSLAMLayer, SSLAMModel
+from .errors import InferenceError
+
+Model = TypeVar("Model", SSLAMModel, SSLAMForAudioClassification)
+Product = Callable[..., torch.Tensor]
+
+PRECISIONS = ("float32", "bfloat16", "int8")
+# Tokens that go through a block together: enough for a product to keep two cores busy, and their MLP's intermediate
+# results stay in cache.
+TOKENS_AT_A_TIME = 512
+# Attention scores of one head that are computed together: 2 MB in float32, which a core's cache holds.
+SCORES_AT_A_TIME = 1 << 19
+# Codes of activations, which oneDNN's fast kernels take unsigned: this stands for 0.
+ZERO_CODE, LARGEST_CODE = 128, 127
+# Of the largest activation of a token: less is silence, whose reciprocal would overflow.
+SMALLEST_SCALE = 1e-30
+
+
+def can_optimize(precision: str) -> bool:
+    """Whether this processor and this build of torch have the kernels."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return precision != "bfloat16" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def optimize_for_cpu(model: Model, precision: str = "float32") -> Model:
+    """Replaces the encoder's blocks by faster ones, for inference alone: there are no gradients, no attention
+    probabilities, and nothing to save. Everything else is used as before.
+
+    How close the CLS embeddings come to the float32 ones, and how fast: `python -m benchmarks.inference`.
+
+    Args:
+        model: Encoder or classifier, on the CPU. It is changed, and returned.
+        precision: "float32", "bfloat16", or "int8" for the linear layers with the rest in float32 (attention in
+            bfloat16 where the processor has it).
+
+    Raises:
+        ValueError: If the model is not on the CPU, or not a whole encoder or classifier.
+        InferenceError: If the processor or torch lack the kernels, or torchao is missing for "int8".
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}.")
+    if not isinstance(model, (SSLAMModel, SSLAMForAudioClassification)) or model.device.type != "cpu":
+        raise ValueError(
+            f"{type(model).__name__} on {model.device} cannot be optimised for CPUs: take a SSLAMModel or a "
+            "SSLAMForAudioClassification, and move it to the CPU."
+        )
+    if not can_optimize(precision):
+        raise InferenceError(
+            f"This processor, or this build of torch, has no {precision} kernels of oneDNN. Use the model as it is."
+        )
+    encoder = (model if isinstance(model, SSLAMModel) else model.sslam).encoder
+    model.eval().to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    model.set_attn_implementation("sdpa")  # whose mask is the one that the blocks below take
+    for index, layer in enumerate(encoder.layers):
+        if isinstance(layer, PackedLayer):
+            raise ValueError("This model has been optimised already; load it anew for another precision.")
+        encoder.layers[index] = PackedLayer(layer, model.config, precision)
+    return model
+
+
+def precision_of(model: SSLAMModel) -> str:
+    """What its blocks compute in: one of `PRECISIONS`, or another type of torch's."""
+    layer = model.encoder.layers[0]
+    return layer.precision if isinstance(layer, PackedLayer) else str(model.dtype).removeprefix("torch.")
+
+
+class PackedLayer(nn.Module):
+    """[`SSLAMLayer`] in evaluation, out of packed weights."""
+
+    def __init__(self, layer: SSLAMLayer, config: SSLAMConfig, precision: str) -> None:
+        super().__init__()
+        self.precision = precision
+        pack = pack_linear_int8 if precision == "int8" else pack_linear
+        self.num_heads = config.num_attention_heads
+        self.attention_dtype = torch.float32
+        if precision == "bfloat16" or (precision == "int8" and can_optimize("bfloat16")):
+            self.attention_dtype = torch.bfloat16
+        self.qkv = pack(_with_scaled_queries(layer.attention.qkv, layer.attention.scaling))
+        self.attention_output = pack(layer.attention.output)
+        self.attention_layernorm = layer.attention_layernorm.requires_grad_(False)
+        self.fc1 = pack(layer.mlp.fc1, config.hidden_act)
+        self.fc2 = pack(layer.mlp.fc2)
+        self.mlp_layernorm = layer.mlp_layernorm.requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, None, None]:
+        """The block's output; see [`SSLAMLayer.forward`]. What the MLP gave is not kept."""
+        if output_attentions:
+            raise ValueError("A model that is optimised for CPUs gives no attention probabilities; load it anew.")
+        clips_at_a_time = max(1, TOKENS_AT_A_TIME // hidden_states.shape[1])
+        masks = [None] * len(hidden_states) if attention_mask is None else attention_mask[:, 0, 0].split(1)
+        outputs = torch.empty_like(hidden_states)
+        for start in range(0, len(hidden_states), clips_at_a_time):
+            part = slice(start, start + clips_at_a_time)
+            states = hidden_states[part]
+            attended = self._attend(self.qkv(states), masks[part])
+            states = self.attention_layernorm(states + self.attention_output(attended))
+            outputs[part] = self.mlp_layernorm(states + self.fc2(self.fc1(states)))
+        return outputs, None, None
+
+    def _attend(self, qkv: torch.Tensor, masks: list[torch.Tensor | None]) -> torch.Tensor:
+        """Attention of `(clips, tokens, 3 * hidden_size)`, head by head and some queries at a time, so that the scores
+        stay in cache. Queries are scaled already; masks are additive, one `(1, tokens)` a clip."""
+        clips, tokens, _ = qkv.shape
+        qkv = qkv.view(clips, tokens, 3, self.num_heads, -1)
+        queries, keys = self._laid_out(qkv[:, :, :2].permute(2, 0, 3, 1, 4))
+        values = self._laid_out(qkv[:, :, 2].permute(0, 2, 3, 1))
+        attended = qkv.new_empty(clips, tokens, self.num_heads, qkv.shape[-1])
+        step = max(1, SCORES_AT_A_TIME // tokens)
+        for clip, mask in enumerate(masks):
+            for head in range(self.num_heads):
+                for start in range(0, tokens, step):
+                    some = slice(start, start + step)
+                    scores = _onednn_linear(queries[clip, head, some], keys[clip, head])
+                    if mask is not None:
+                        scores += mask
+                    probabilities = scores.softmax(-1)
+                    attended[clip, some, head] = _onednn_linear(probabilities, values[clip, head])
+        return attended.flatten(2)
+
+    def _laid_out(self, view: torch.Tensor) -> torch.Tensor:
+        # One pass for order and precision. Of operands in another order oneDNN has but a slow reference kernel.
+        return torch.empty(view.shape, dtype=self.attention_dtype).copy_(view)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "PackedLayer":
+        weight = self.mlp_layernorm.weight
+        moved = fn(weight)
+        if moved.device != weight.device or moved.dtype != weight.dtype:
+            raise ValueError(
+                f"A model that is optimised for CPUs stays in {weight.dtype} on the CPU; load it anew for "
+                f"{moved.dtype} on {moved.device}."
+            )
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        raise ValueError("A model that is optimised for CPUs cannot be saved; save the one it was made from.")
+
+
+def pack_linear(linear: nn.Linear, activation: str | None = None) -> Product:
+    """`activation(linear(x))` by oneDNN, in the precision of the weights."""
+    fused = "gelu" if activation == "gelu" else "none"
+    rest = nn.Identity() if activation in (None, "gelu") else ACT2FN[activation]
+    weight, bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None), _detached(linear.bias)
+    return lambda x: rest(_onednn_linear(x, weight, bias, fused))
+
+
+def pack_linear_int8(linear: nn.Linear, activation: str | None = None) -> Product:
+    """The same with weights and inputs rounded to 8 bits, float32 in and out."""
+    try:
+        from torchao.quantization import MappingType, choose_qparams_affine, quantize_affine
+    except ModuleNotFoundError as error:
+        raise InferenceError('int8 needs torchao: pip install "modeling-sslam[int8]"') from error
+    weight, act = linear.weight.detach(), nn.Identity() if activation is None else ACT2FN[activation]
+    block = (1, weight.shape[1])  # one scale for each output channel
+    scales, zeros = choose_qparams_affine(
+        weight, MappingType.SYMMETRIC, block, torch.int8, quant_min=-LARGEST_CODE, quant_max=LARGEST_CODE
+    )
+    codes = quantize_affine(weight, block, scales, zeros, torch.int8, -LARGEST_CODE, LARGEST_CODE)
+    packed, scales, zeros = (
+        torch.ops.onednn.qlinear_prepack(codes, None),
+        scales.float().flatten(),
+        zeros.int().flatten(),
+    )
+    zero_and_half = torch.tensor(ZERO_CODE + 0.5)
+    bias = torch.zeros(len(weight)) if linear.bias is None else _detached(linear.bias)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        token_scales = x.abs().amax(-1, keepdim=True).clamp_(min=SMALLEST_SCALE).div_(LARGEST_CODE)
+        # Codes are positive, so cutting their fraction off rounds them.
+        codes = torch.addcmul(zero_and_half, x, token_scales.reciprocal()).to(torch.uint8)
+        # A scale of 1 for all tokens: the operator knows no scale for each.
+        sums = torch.ops.onednn.qlinear_pointwise(
+            codes, 1.0, ZERO_CODE, packed, scales, zeros, None, 1.0, 0, x.dtype, "none", [], ""
+        )
+        return act(torch.addcmul(bias, sums, token_scales))
+
+    return product
+
+
+def _onednn_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str = "none"
+) -> torch.Tensor:
+    # The last argument chooses the exact GELU over the approximation by tanh.
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
+
+
+def _detached(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def _with_scaled_queries(qkv: nn.Linear, scaling: float) -> nn.Linear:
+    """The projection with the factor of the scores in the queries' weights: no pass over the scores for it."""
+    scaled = nn.Linear(qkv.in_features, qkv.out_features, bias=qkv.bias is not None, dtype=qkv.weight.dtype)
+    with torch.no_grad():
+        scaled.weight.copy_(qkv.weight)
+        scaled.weight[: qkv.in_features] *= scaling
+        if qkv.bias is not None:
+            scaled.bias.copy_(qkv.bias)
+            scaled.bias[: qkv.in_features] *= scaling
+    return scaled
