@@ -14,6 +14,8 @@ from conversion import onnx_export
 from modeling_sslam import SSLAMConfig, SSLAMForAudioClassification, SSLAMModel
 
 TOLERANCE = 1e-5
+# The logit of linear softmax has a logarithm that magnifies rounding where a probability is near 1.
+TOLERANCES = {"lin_softmax": 5e-5}
 MODELS = {
     "encoder": ("sslam_pretrained.pt", (), SSLAMModel),
     "encoder of a classifier": ("sslam_finetuned.pt", ("--head", "encoder"), SSLAMModel),
@@ -78,7 +80,7 @@ def test_any_batch_size_and_length(model, converted, session):
             expected = reference(clips).to_tuple()
         found = run_graph(graph, input_values=clips)
         for ours, theirs in zip(found, expected, strict=True):
-            assert max_error(ours, theirs) <= TOLERANCE
+            assert max_error(ours, theirs) <= TOLERANCES.get(model, TOLERANCE)
 
 
 def test_longest_clip_fills_the_position_table(make_config, run, tmp_path):
@@ -121,9 +123,9 @@ def test_padded_clip_gets_the_result_that_it_gets_alone(model, session):
     for row, (clip, length) in enumerate(zip(clips, lengths, strict=True)):
         alone = run_graph(plain, input_values=clip)[0][0]
         together = found[row] if found.ndim == 2 else found[row, : 1 + length // 2]
-        assert max_error(together, alone) <= TOLERANCE
+        assert max_error(together, alone) <= TOLERANCES.get(model, TOLERANCE)
     unmasked = run_graph(masked, input_values=batch, attention_mask=torch.ones_like(mask))[0]
-    assert max_error(unmasked, run_graph(plain, input_values=batch)[0]) <= TOLERANCE
+    assert max_error(unmasked, run_graph(plain, input_values=batch)[0]) <= TOLERANCES.get(model, TOLERANCE)
     assert max_error(unmasked, found) > 100 * TOLERANCE
 
 
@@ -160,21 +162,21 @@ def test_shapes_are_named(session):
     assert shapes == {
         "input_values": ["batch_size", "16*time_patches", 128],
         "attention_mask": ["batch_size", "16*time_patches"],
-        "last_hidden_state": ["batch_size", "128*time_patches//16 + 1", 32],
+        "last_hidden_state": ["batch_size", "8*time_patches + 1", 32],
         "pooler_output": ["batch_size", 32],
     }
 
 
 def test_half_precision_is_exported_in_float32(converted, run, tmp_path):
     source = tmp_path / "source"
-    model = SSLAMModel.from_pretrained(converted("sslam_pretrained.pt")).half()
-    model.save_pretrained(source)
+    SSLAMModel.from_pretrained(converted("sslam_pretrained.pt"), dtype=torch.float16).save_pretrained(source)
     assert load_file(source / "model.safetensors")["encoder.cls_token"].dtype == torch.float16
     assert run(source, tmp_path / "out", "--to", "onnx").code == 0
-    clips = torch.randn(2, 64, 128)
+    clips = torch.randn(2, 1024, 128)
     states, _ = run_graph(onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx"), input_values=clips)
     with torch.inference_mode():
-        assert max_error(states, model.float()(clips).last_hidden_state) <= TOLERANCE
+        expected = SSLAMModel.from_pretrained(source, dtype=torch.float32)(clips).last_hidden_state
+    assert max_error(states, expected) <= TOLERANCE
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
 
 
