@@ -72,6 +72,9 @@ def export_graph(model: SSLAMPreTrainedModel, file: Path, masked: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about names of sizes that agree, and about what torch itself calls
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # that torchvision is not there
+        implementation = config._attn_implementation
+        # The model's own attention: that of transformers 4 cuts the mask to a size that torch cannot express.
+        model.set_attn_implementation("eager")
         try:
             program = torch.onnx.export(
                 ExportedForward(model).eval(),
@@ -84,7 +87,11 @@ def export_graph(model: SSLAMPreTrainedModel, file: Path, masked: bool) -> None:
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
-            raise ConversionError(f"torch makes no ONNX graph of this model: {_first_line(error.__cause__ or error)}") from error
+            raise ConversionError(
+                f"torch makes no ONNX graph of this model: {_first_line(error.__cause__ or error)}"
+            ) from error
+        finally:
+            model.set_attn_implementation(implementation)
     if not isinstance(model, SSLAMForAudioClassification):
         # torch calls this size after a symbol of its own.
         program.model.graph.outputs[0].shape[1] = f"{config.num_mel_patches}*{TIME_PATCHES} + 1"
