@@ -7,10 +7,11 @@ from pathlib import Path
 from . import ConversionError
 
 DESCRIPTION = """\
-Converts a checkpoint of SSLAM or EAT to a transformers folder, or back to a published layout. What SOURCE is, is found
-out: a fairseq .pt (pre-trained or fine-tuned, base or large), a folder or repository in the Hub layout of EATModel, a
-bare state dict (.pt, .bin, .safetensors), or a folder that this program or save_pretrained wrote. Nothing in SOURCE is
-executed, and neither fairseq nor omegaconf is needed. The result is checked before it appears under its name.
+Converts a checkpoint of SSLAM or EAT to a transformers folder, back to a published layout, or to an ONNX graph. What
+SOURCE is, is found out: a fairseq .pt (pre-trained or fine-tuned, base or large), a folder or repository in the Hub
+layout of EATModel, a bare state dict (.pt, .bin, .safetensors), or a folder that this program or save_pretrained
+wrote. Nothing in SOURCE is executed, and neither fairseq nor omegaconf is needed. The result is checked before it
+appears under its name.
 """
 EXAMPLES = """\
 examples:
@@ -31,6 +32,11 @@ examples:
   Back to what published code reads:
     python -m conversion sslam-as2m sslam-as2m.pt --to fairseq
     python -m conversion sslam-as2m sslam-as2m-hub --to hub-eat
+
+  For onnxruntime, with any batch size and length (pip install ".[onnx]"); the same with a second input,
+  attention_mask, under which a padded clip gets the result that it gets alone:
+    python -m conversion sslam-as2m sslam-as2m-onnx --to onnx
+    python -m conversion sslam-as2m sslam-as2m-onnx --to onnx-masked
 """
 
 
@@ -45,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; with --to fairseq, the .pt file")
     parser.add_argument(
         "--to",
-        choices=("transformers", "fairseq", "hub-eat"),
+        choices=("transformers", "fairseq", "hub-eat", "onnx", "onnx-masked"),
         default="transformers",
         help="layout to write (default: transformers)",
     )

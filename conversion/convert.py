@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
 
 from modeling_sslam import (
     SSLAMConfig,
+    SSLAMFeatureExtractor,
     SSLAMForAudioClassification,
     SSLAMForPreTraining,
     SSLAMModel,
@@ -20,9 +21,10 @@ from . import ConversionError
 from .card import model_card
 from .configuration import Choices, describe
 from .layouts import CLASSIFIER_NORM_EPS, POSITIONS, Layout, recognise, to_theirs
+from .onnx_export import write_onnx
 from .placing import replacing
 from .reader import read_checkpoint
-from .writer import WRITERS, Written, check
+from .writer import Check, write_fairseq, write_hub, write_transformers
 
 # The parts of a model under our names, by head.
 HEAD_PARTS = {
@@ -40,6 +42,16 @@ HEADS = {
     "transformers": tuple(HEAD_PARTS),
     "fairseq": ("classification", "pretraining"),
     "hub-eat": ("encoder", "classification"),
+    "onnx": ("encoder", "classification"),
+    "onnx-masked": ("encoder", "classification"),
+}
+Writer = Callable[[SSLAMPreTrainedModel, SSLAMFeatureExtractor, Path], Check]
+WRITERS: dict[str, Writer] = {
+    "transformers": write_transformers,
+    "fairseq": write_fairseq,
+    "hub-eat": write_hub,
+    "onnx": partial(write_onnx, masked=False),
+    "onnx-masked": partial(write_onnx, masked=True),
 }
 # The last bit of a sine may differ from one machine to another.
 POSITION_TOLERANCE = 1e-6
@@ -79,11 +91,9 @@ def convert(
     """
     with replacing(out, overwrite) as place:
         # In a function of its own, at whose end the source's weights leave memory before the result's come into it.
-        model_class, written, summary = _convert(
-            source, place, head, weights, to, choices, title or source.name, report
-        )
-        check(place, model_class, written)
-    report(f"{out}: {summary}; read back and found equal")
+        check, summary = _convert(source, place, head, weights, to, choices, title or source.name, report)
+        account = check(place)
+    report(f"{out}: {summary}; {account}")
 
 
 def _convert(
@@ -95,7 +105,7 @@ def _convert(
     choices: Choices,
     title: str,
     report: Callable[[str], None],
-) -> tuple[type[SSLAMPreTrainedModel], Written, str]:
+) -> tuple[Check, str]:
     checkpoint = read_checkpoint(source)
     layout, tensors = _under_our_names(checkpoint.tensors, title)
     found = Counter(_part(name) for name in tensors)
@@ -126,13 +136,13 @@ def _convert(
     for note in notes:
         report(f"note: {note}")
 
-    written = WRITERS[to](model, extractor, place)
+    check = WRITERS[to](model, extractor, place)
     if to == "transformers":
         origin = {"Converted from": title, "Its layout": f"{layout.title}: {_enumerate(found)}", "Kept of it": kept}
         card = model_card(model, extractor, checkpoint, origin, notes)
         (place / "README.md").write_text(card, encoding="utf-8")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return type(model), written, f"{type(model).__name__}, {num_parameters / 1e6:.2f} M parameters"
+    return check, f"{type(model).__name__}, {num_parameters / 1e6:.2f} M parameters"
 
 
 def _under_our_names(tensors: Tensors, title: str) -> tuple[Layout, Tensors]:

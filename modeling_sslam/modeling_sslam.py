@@ -210,7 +210,7 @@ class SSLAMEncoder(nn.Module):
             patches: Of shape `(batch_size, num_patches, hidden_size)`, positions already added.
             patch_mask: bool of shape `(batch_size, num_patches)`, False for patches that nothing may attend to.
         """
-        cls_tokens = self.cls_token.expand(len(patches), -1, -1).to(patches.dtype)
+        cls_tokens = self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype)
         hidden_states = self.layernorm(torch.cat((cls_tokens, patches), dim=1))
         attention_mask = None
         if patch_mask is not None:

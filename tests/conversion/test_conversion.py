@@ -14,11 +14,10 @@ from huggingface_hub import metadata_load
 from safetensors.torch import load_file, save_file
 
 from conversion.__main__ import make_parser
-from conversion.convert import HEAD_PARTS, HEADS
+from conversion.convert import HEAD_PARTS, HEADS, WRITERS
 from conversion.labels import audioset_labels
 from conversion.layouts import FAIRSEQ_POOLINGS, HUB_EAT, recognise
 from conversion.reader import read_checkpoint
-from conversion.writer import WRITERS
 from modeling_sslam import (
     DATASET_PRESETS,
     SSLAMConfig,
