@@ -339,7 +339,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
             waveforms = buffer[: len(clips[part]), : self.num_samples(num_frames)]
             for waveform, clip in zip(waveforms, clips[part], strict=True):
                 used = clip[: len(waveform)]
-                # The mean is the whole clip's, also of a clip that is cut. Zeros after a clip touch none of its frames.
+                # The mean is the whole clip's, also of one that is cut. Zeros after a clip touch none of its frames.
                 torch.sub(used, clip.mean(), out=waveform[: len(used)])
                 waveform[len(used) :] = 0.0
             transform(waveforms, features[part, :num_frames])
