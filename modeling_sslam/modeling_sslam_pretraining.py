@@ -18,7 +18,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_sslam import SSLAMConfig
-from .modeling_sslam import SSLAMModel, SSLAMPreTrainedModel, check_input_values
+from .modeling_sslam import SSLAMLinear, SSLAMModel, SSLAMPreTrainedModel, check_input_values
 
 logger = logging.get_logger(__name__)
 
@@ -97,7 +97,7 @@ class SSLAMDecoder(nn.Module):
             )
             for _ in range(config.decoder_num_layers)
         )
-        self.projection = nn.Linear(config.hidden_size, config.hidden_size)
+        self.projection = SSLAMLinear(config.hidden_size, config.hidden_size)
 
     def forward(self, grid: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """
