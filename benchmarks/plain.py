@@ -212,9 +212,7 @@ class PlainPreTraining(nn.Module):
             retention_errors = F.mse_loss(
                 predictions[own_clips:][mixture_masks].float(), retention[mixture_masks], reduction="none"
             )
-            terms["srl_loss"] = (
-                config.retention_loss_weight * (retention_errors * per_sqrt_width).sum() / num_masked
-            )
+            terms["srl_loss"] = config.retention_loss_weight * (retention_errors * per_sqrt_width).sum() / num_masked
         with torch.no_grad():
             deviations = {
                 "pred_var": self.deviation(predictions[masks].float()),

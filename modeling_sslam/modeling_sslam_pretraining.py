@@ -81,22 +81,32 @@ def draw_unmixed_starts(
     return first * config.patch_size, second * config.patch_size
 
 
+class SSLAMDecoderLayer(nn.Conv2d):
+    """A grouped convolution over the patch grid `(batch_size, time_patches, mel_patches, hidden_size)`, followed by
+    LayerNorm (no weights) and GELU and with a residual."""
+
+    def __init__(self, config: SSLAMConfig) -> None:
+        super().__init__(
+            config.hidden_size,
+            config.hidden_size,
+            kernel_size=config.decoder_kernel_size,
+            padding="same",
+            groups=config.decoder_groups,
+        )
+
+    def forward(self, grid: torch.Tensor) -> torch.Tensor:
+        # Channels stay innermost in memory: what the convolution sees is a channels-last tensor.
+        update = super().forward(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        update = nn.functional.layer_norm(update, update.shape[-1:], eps=NORM_EPS)
+        return grid + nn.functional.gelu(update)
+
+
 class SSLAMDecoder(nn.Module):
-    """Predicts the teacher's targets at masked patches: grouped convolutions over the patch grid, each followed by
-    LayerNorm (no weights) and GELU and with a residual, then a linear layer."""
+    """Predicts the teacher's targets at masked patches: layers of convolutions, then a linear one."""
 
     def __init__(self, config: SSLAMConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.Conv2d(
-                config.hidden_size,
-                config.hidden_size,
-                kernel_size=config.decoder_kernel_size,
-                padding="same",
-                groups=config.decoder_groups,
-            )
-            for _ in range(config.decoder_num_layers)
-        )
+        self.layers = nn.ModuleList(SSLAMDecoderLayer(config) for _ in range(config.decoder_num_layers))
         self.projection = SSLAMLinear(config.hidden_size, config.hidden_size)
 
     def forward(self, grid: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -109,10 +119,7 @@ class SSLAMDecoder(nn.Module):
             `(batch_size, num_masked, hidden_size)`.
         """
         for layer in self.layers:
-            # Channels stay innermost in memory: what the convolution sees is a channels-last tensor.
-            update = layer(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            update = nn.functional.layer_norm(update, update.shape[-1:], eps=NORM_EPS)
-            grid = grid + nn.functional.gelu(update)
+            grid = layer(grid)
         return self.projection(_gather(grid.flatten(1, 2), index))
 
 
