@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
@@ -97,6 +98,14 @@ def eager_attention_forward(
     return torch.matmul(probabilities, value).transpose(1, 2), probabilities
 
 
+def recomputing(function: Callable[[torch.Tensor], torch.Tensor], input: torch.Tensor) -> torch.Tensor:
+    """`function(input)`, of which the backward pass keeps the input alone: what lies between is computed again. That
+    ends where the last value that it needs is known, so a linear layer at the end of it is not."""
+    if not torch.is_grad_enabled():
+        return function(input)
+    return checkpoint(function, input, use_reentrant=False, preserve_rng_state=False)
+
+
 class SSLAMLinear(nn.Linear):
     """A linear layer that asks for its product as a 1x1 convolution where that is faster.
 
@@ -164,7 +173,10 @@ class SSLAMMLP(nn.Module):
         self.fc2 = SSLAMLinear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.activation(self.fc1(hidden_states)))
+        return recomputing(self._activate_and_project, self.fc1(hidden_states))
+
+    def _activate_and_project(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(hidden_states))
 
 
 def drop_path(branch: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
