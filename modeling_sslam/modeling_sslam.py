@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
@@ -97,6 +98,42 @@ def eager_attention_forward(
     return torch.matmul(probabilities, value).transpose(1, 2), probabilities
 
 
+def recomputing(function: Callable[[torch.Tensor], torch.Tensor], input: torch.Tensor) -> torch.Tensor:
+    """`function(input)`, of which the backward pass keeps the input alone: what lies between is computed again. That
+    ends where the last value that it needs is known, so a linear layer at the end of it is not."""
+    if not torch.is_grad_enabled():
+        return function(input)
+    return checkpoint(function, input, use_reentrant=False, preserve_rng_state=False)
+
+
+class SSLAMLinear(nn.Linear):
+    """A linear layer that asks for its product as a 1x1 convolution where that is faster.
+
+    On x86 CPUs torch computes float32 products with MKL, convolutions with oneDNN, forward and backward. The two are
+    equally fast on Intel's processors; on AMD's oneDNN is twice as fast (benchmarks/NOTES.md).
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not _is_faster_as_convolution(input, self.weight):
+            return super().forward(input)
+        # Tokens lie along the height of one image whose channels are innermost in memory, so nothing is copied.
+        image = input.reshape(1, -1, 1, self.in_features).permute(0, 3, 1, 2)
+        output = nn.functional.conv2d(image, self.weight[..., None, None], self.bias)
+        return output.permute(0, 2, 3, 1).reshape(*input.shape[:-1], self.out_features)
+
+
+def _is_faster_as_convolution(input: torch.Tensor, weight: torch.Tensor) -> bool:
+    return (
+        input.device.type == "cpu"
+        and input.dtype == weight.dtype == torch.float32
+        and type(weight) is nn.Parameter  # others, such as quantised ones, bring products of their own
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_exporting()  # what others run need not have oneDNN
+    )
+
+
 class SSLAMAttention(nn.Module):
     def __init__(self, config: SSLAMConfig) -> None:
         super().__init__()
@@ -104,8 +141,8 @@ class SSLAMAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = False  # read by transformers' attention functions
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
-        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = SSLAMLinear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.output = SSLAMLinear(config.hidden_size, config.hidden_size)
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | BlockMask | None, output_attentions: bool
@@ -131,12 +168,15 @@ class SSLAMAttention(nn.Module):
 class SSLAMMLP(nn.Module):
     def __init__(self, config: SSLAMConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc1 = SSLAMLinear(config.hidden_size, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc2 = SSLAMLinear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.activation(self.fc1(hidden_states)))
+        return recomputing(self._activate_and_project, self.fc1(hidden_states))
+
+    def _activate_and_project(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(hidden_states))
 
 
 def drop_path(branch: torch.Tensor, rate: float, training: bool) -> torch.Tensor:

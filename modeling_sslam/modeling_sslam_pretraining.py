@@ -18,7 +18,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_sslam import SSLAMConfig
-from .modeling_sslam import SSLAMModel, SSLAMPreTrainedModel, check_input_values
+from .modeling_sslam import SSLAMLinear, SSLAMModel, SSLAMPreTrainedModel, check_input_values, recomputing
 
 logger = logging.get_logger(__name__)
 
@@ -81,23 +81,36 @@ def draw_unmixed_starts(
     return first * config.patch_size, second * config.patch_size
 
 
+class SSLAMDecoderLayer(nn.Conv2d):
+    """A grouped convolution over the patch grid `(batch_size, time_patches, mel_patches, hidden_size)`, followed by
+    LayerNorm (no weights) and GELU and with a residual."""
+
+    def __init__(self, config: SSLAMConfig) -> None:
+        super().__init__(
+            config.hidden_size,
+            config.hidden_size,
+            kernel_size=config.decoder_kernel_size,
+            padding="same",
+            groups=config.decoder_groups,
+        )
+
+    def forward(self, grid: torch.Tensor) -> torch.Tensor:
+        # Channels stay innermost in memory: what the convolution sees is a channels-last tensor.
+        update = super().forward(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return grid + recomputing(_norm_and_gelu, update)
+
+
+def _norm_and_gelu(update: torch.Tensor) -> torch.Tensor:
+    return nn.functional.gelu(nn.functional.layer_norm(update, update.shape[-1:], eps=NORM_EPS))
+
+
 class SSLAMDecoder(nn.Module):
-    """Predicts the teacher's targets at masked patches: grouped convolutions over the patch grid, each followed by
-    LayerNorm (no weights) and GELU and with a residual, then a linear layer."""
+    """Predicts the teacher's targets at masked patches: layers of convolutions, then a linear one."""
 
     def __init__(self, config: SSLAMConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.Conv2d(
-                config.hidden_size,
-                config.hidden_size,
-                kernel_size=config.decoder_kernel_size,
-                padding="same",
-                groups=config.decoder_groups,
-            )
-            for _ in range(config.decoder_num_layers)
-        )
-        self.projection = nn.Linear(config.hidden_size, config.hidden_size)
+        self.layers = nn.ModuleList(SSLAMDecoderLayer(config) for _ in range(config.decoder_num_layers))
+        self.projection = SSLAMLinear(config.hidden_size, config.hidden_size)
 
     def forward(self, grid: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """
@@ -109,10 +122,7 @@ class SSLAMDecoder(nn.Module):
             `(batch_size, num_masked, hidden_size)`.
         """
         for layer in self.layers:
-            # Channels stay innermost in memory: what the convolution sees is a channels-last tensor.
-            update = layer(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            update = nn.functional.layer_norm(update, update.shape[-1:], eps=NORM_EPS)
-            grid = grid + nn.functional.gelu(update)
+            grid = layer(grid)
         return self.projection(_gather(grid.flatten(1, 2), index))
 
 
@@ -332,6 +342,10 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         with torch.no_grad():
             teacher_patches = self.teacher.patch_embeddings(inputs)
             local_targets, global_targets = self._targets(teacher_patches)
+            if has_srl:
+                # Before the student's pass, whose intermediate values stay in memory.
+                mixed = (~is_unmixed).repeat_interleave(config.num_mel_patches).nonzero().squeeze(1).to(inputs.device)
+                retention = self._retention_targets(teacher_patches[:batch_size], local_targets[:batch_size], mixed)
         global_predictions, predictions = self._predict(inputs, visible, masked)
 
         scale = 1.0 / masked.numel()
@@ -347,8 +361,6 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
                     global_predictions[part], global_targets[part]
                 )
         if has_srl:
-            mixed = (~is_unmixed).repeat_interleave(config.num_mel_patches).nonzero().squeeze(1).to(inputs.device)
-            retention = self._retention_targets(teacher_patches[:batch_size], local_targets[:batch_size], mixed)
             error = _local_loss(predictions[batch_size:], retention, masked[batch_size:])
             terms["srl_loss"] = config.retention_loss_weight * error * scale
 
@@ -431,7 +443,6 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
             return local, local.mean(1)
         return local, _normalised_mean(ffn_outputs[-num_global_layers:]).mean(1)
 
-    @torch.no_grad()
     def _retention_targets(
         self, patches: torch.Tensor, own_targets: torch.Tensor, mixed: torch.Tensor
     ) -> torch.Tensor:
@@ -454,10 +465,10 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         clones = _gather(patches, visible.flatten(1)).view(-1, visible.shape[2], config.hidden_size)
         states = self.sslam.encoder(clones).last_hidden_state
 
-        grid = torch.randn(len(states), num_patches, config.hidden_size, device=states.device, dtype=states.dtype)
-        grid = grid * config.mask_noise_std
+        grid = torch.empty(len(states), num_patches, config.hidden_size, device=states.device, dtype=states.dtype)
+        grid.normal_(std=config.mask_noise_std)
         index = visible.flatten(0, 1)[..., None].expand(-1, -1, config.hidden_size)
-        grid = grid.scatter(1, index, states[:, 1:]).unflatten(1, (-1, config.num_mel_patches))
+        grid = grid.scatter_(1, index, states[:, 1:]).unflatten(1, (-1, config.num_mel_patches))
         local = self.decoder(grid, masked.flatten(0, 1))
         return states[:, 0].unflatten(0, visible.shape[:2]), local.unflatten(0, visible.shape[:2])
 

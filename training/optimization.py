@@ -83,5 +83,6 @@ def make_optimizer(model: SSLAMPreTrainedModel, config: OptimizerConfig) -> torc
     """AdamW over the trainable parameters of `model`, which is on its device already. The learning rate is set before
     each update, from [`learning_rate`]."""
     groups = parameter_groups(model, config)
-    fused = all(parameter.is_cuda for group in groups for parameter in group["params"])
+    # Elsewhere than on GPUs and CPUs torch has no fused one.
+    fused = all(parameter.device.type in ("cuda", "cpu") for group in groups for parameter in group["params"])
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)

@@ -107,10 +107,7 @@ def pretrain(config: PretrainConfig, stop: StopRequest) -> None:
             "of a device with one another and needs at least 2."
         )
     if config.compile:
-        for encoder in (model.sslam.encoder, model.teacher.encoder):
-            # The blocks are alike, so one is compiled and serves for all.
-            for layer in encoder.layers:
-                layer.compile()
+        compile_blocks(model)
 
     # --- Data
     feature_extractor = SSLAMFeatureExtractor(
@@ -148,6 +145,13 @@ def pretrain(config: PretrainConfig, stop: StopRequest) -> None:
     run.end()
     if run.accelerator.is_main_process and run.is_complete:
         write_report(run.run_dir)
+
+
+def compile_blocks(model: SSLAMForPreTraining) -> None:
+    """Has the blocks of student, teacher and decoder compiled. They are alike, so one of each serves for all."""
+    for layers in (model.sslam.encoder.layers, model.teacher.encoder.layers, model.decoder.layers):
+        for layer in layers:
+            layer.compile()
 
 
 def accumulate_gradients(

@@ -223,7 +223,7 @@ def plain_loss(
         grid[~mask] = states[1:]
         grid = grid.view(time_patches, mel_patches, width).permute(2, 0, 1)[None]
         for layer in model.decoder.layers:
-            update = layer(grid).permute(0, 2, 3, 1)
+            update = nn.Conv2d.forward(layer, grid).permute(0, 2, 3, 1)
             update = nn.functional.gelu(nn.functional.layer_norm(update, (width,))).permute(0, 3, 1, 2)
             grid = grid + update
         return states[0], model.decoder.projection(grid[0].flatten(1).T)

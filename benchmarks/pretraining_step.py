@@ -1,0 +1,186 @@
+"""How long a pre-training step takes and how much memory, beside its matrix products alone and a plain transcription.
+
+    python -m benchmarks.pretraining_step
+
+A step of the second stage (objective "sslam") at the base size: forward, backward, clipping, AdamW, the teacher's
+update. On the CPU all is in float32. On a GPU, if there is one, ours runs as `training.pretrain` does there, bfloat16
+by autocast with its blocks compiled; the transcription in float16 by autocast with scaled gradients, as published.
+
+Peak memory is that of a second step in a process of its own, with weights, gradients and the optimiser's state.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from benchmarks.gemm import gemm_runner, matrix_products, total_flops
+from benchmarks.measurement import Measurement, PeakMemory, peak_memory, ratio, scaled, time_in_turn
+from benchmarks.plain import PlainPreTraining
+from benchmarks.report import Report, Row, base_config, make_parser
+from modeling_sslam import SSLAMForPreTraining
+from training.optimization import OptimizerConfig, make_optimizer
+from training.pretrain import compile_blocks
+
+GB = 10**9
+OPTIMIZER = OptimizerConfig(learning_rate=5e-5)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A step's size: clips, masked copies of each, frames of a clip (10 ms each), blocks of the encoder."""
+
+    batch: int
+    clones: int
+    frames: int
+    layers: int = 12
+    device: str = "cpu"
+
+    def make_batch(self) -> torch.Tensor:
+        return torch.randn(self.batch, self.frames, base_config(self.layers).num_mel_bins, device=self.device)
+
+
+def make_step(setting: Setting, compiled: bool = True) -> Callable[[], None]:
+    """Our step; compiled on GPUs only."""
+    model = SSLAMForPreTraining(base_config(setting.layers, num_clones=setting.clones)).train().to(setting.device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, clips = make_optimizer(model, OPTIMIZER), setting.make_batch()
+    on_gpu = setting.device == "cuda"
+    if on_gpu and compiled:
+        compile_blocks(model)
+
+    def step() -> None:
+        with autocast(torch.bfloat16) if on_gpu else nullcontext():
+            loss = model(clips).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, OPTIMIZER.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_teacher(model.ema_decay(1))
+
+    return step
+
+
+def make_plain_step(setting: Setting) -> Callable[[], None]:
+    """The transcription's."""
+    config = base_config(setting.layers, num_clones=setting.clones)
+    model = PlainPreTraining(config).train().to(setting.device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=OPTIMIZER.learning_rate, betas=OPTIMIZER.betas, weight_decay=OPTIMIZER.weight_decay
+    )
+    clips, on_gpu = setting.make_batch(), setting.device == "cuda"
+    scaler = torch.amp.GradScaler(setting.device, enabled=on_gpu)
+
+    def step() -> None:
+        with autocast(torch.float16) if on_gpu else nullcontext():
+            loss = model(clips)["loss"]
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(trained, OPTIMIZER.max_grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        model.update_teacher(config.ema_decay)
+
+    return step
+
+
+def autocast(dtype: torch.dtype) -> AbstractContextManager:
+    return torch.autocast("cuda", dtype=dtype)
+
+
+def peak_of(make: Callable[[Setting], Callable[[], None]], setting: Setting) -> PeakMemory:
+    return peak_memory(partial(_second_step, make, setting))
+
+
+def _second_step(make: Callable[[Setting], Callable[[], None]], setting: Setting) -> Callable[[], None]:
+    """A step whose optimiser has its state already."""
+    step = make(setting)
+    step()
+    return step
+
+
+def cost_of_step(setting: Setting, rounds: int) -> tuple[Measurement, PeakMemory]:
+    """Seconds and peak memory of our step."""
+    seconds = time_in_turn({"step": make_step(setting)}, rounds, torch.device(setting.device))["step"]
+    return seconds, peak_of(make_step, setting)
+
+
+def measure(report: Report, setting: Setting, rounds: int) -> tuple[dict[str, Measurement], dict[str, PeakMemory]]:
+    """Seconds of our step, of the transcription's and of our matrix products, in turn, and peak memory of the two."""
+    device, name = torch.device(setting.device), setting.device
+    products = matrix_products(make_step(setting, compiled=False))
+    contestants = {"ours": make_step(setting), "plain": make_plain_step(setting)}
+    seconds = time_in_turn({**contestants, "limit": gemm_runner(products, device)}, rounds, device)
+    flops = total_flops(products)
+    report.record(f"{name}: TFLOPs of the matrix products", flops / 1e12)
+    report.record(f"{name}: TFLOP/s of the limit", scaled(seconds["limit"], lambda value: flops / value / 1e12))
+    for contestant, measurement in seconds.items():
+        report.record(f"{name}: seconds, {contestant}", measurement)
+    contestants.clear()  # their memory is wanted
+    peaks = {"ours": peak_of(make_step, setting), "plain": peak_of(make_plain_step, setting)}
+    for contestant, peak in peaks.items():
+        report.record(f"{name}: peak bytes, {contestant}", peak.in_all)
+    return seconds, peaks
+
+
+def cpu_rows(report: Report, setting: Setting, rounds: int) -> list[Row]:
+    what, where = f"pre-training step base, B {setting.batch}, C {setting.clones}", "CPU"
+    seconds, peaks = measure(report, setting, rounds)
+    note = (
+        f"{seconds['ours'].median:.2f} s; plain {seconds['plain'].median:.2f} s, limit {seconds['limit'].median:.2f} s"
+    )
+    memory_note = f"{peaks['ours'].in_all / GB:.2f} GB; plain {peaks['plain'].in_all / GB:.2f} GB"
+    return [
+        Row(what, where, "of the GEMM limit", ratio(seconds["limit"], seconds["ours"]), at_least=0.8, note=note),
+        Row(what, where, "times the plain speed", ratio(seconds["plain"], seconds["ours"]), at_least=1.3),
+        Row(
+            what,
+            where,
+            "of the plain peak memory",
+            peaks["ours"].in_all / peaks["plain"].in_all,
+            at_most=0.7,
+            note=memory_note,
+        ),
+    ]
+
+
+def gpu_rows(report: Report, setting: Setting, rounds: int) -> list[Row]:
+    what = f"pre-training step base, B {setting.batch}, C {setting.clones}, bf16, compiled"
+    share = speed = memory = None
+    where, note = "GPU", ""
+    if torch.cuda.is_available():
+        where = torch.cuda.get_device_name()
+        seconds, peaks = measure(report, setting, rounds)
+        share, speed = ratio(seconds["limit"], seconds["ours"]), ratio(seconds["plain"], seconds["ours"])
+        memory = peaks["ours"].in_all / GB
+        note = f"{seconds['ours'].median:.3f} s; plain {seconds['plain'].median:.3f} s"
+    return [
+        Row(what, where, "of the bf16 GEMM limit", share, at_least=0.4, note=note),
+        Row(what, where, "times the plain speed, fp16", speed, at_least=2.0),
+        Row(what, where, "GB at its peak", memory, at_most=24.0),
+    ]
+
+
+def main() -> None:
+    parser = make_parser("pretraining_step", __doc__, rounds=5)
+    parser.add_argument("--batch", type=int, default=2, help="clips of a step on the CPU (%(default)s)")
+    parser.add_argument("--clones", type=int, default=4, help="clones of each there (%(default)s)")
+    parser.add_argument("--gpu-batch", type=int, default=12, help="clips of a step on a GPU (%(default)s)")
+    parser.add_argument("--gpu-clones", type=int, default=8, help="clones of each there (%(default)s)")
+    parser.add_argument("--frames", type=int, default=1024, help="of a clip (%(default)s)")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    report = Report("pretraining_step", {name: value for name, value in vars(args).items() if name != "out"})
+    report.add(*cpu_rows(report, Setting(args.batch, args.clones, args.frames, args.layers), args.rounds))
+    on_gpu = Setting(args.gpu_batch, args.gpu_clones, args.frames, args.layers, "cuda")
+    report.add(*gpu_rows(report, on_gpu, args.rounds))
+    report.write(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""The program runs at a small size, with what its table and its JSON say of it."""
+
+import json
+import sys
+
+import torch
+
+from benchmarks import pretraining_step
+from benchmarks.pretraining_step import Setting, cost_of_step
+
+TINY = ["--layers", "1", "--batch", "2", "--clones", "1", "--frames", "64", "--rounds", "2", "--threads", "1"]
+
+
+def test_program_writes_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = tmp_path / "step.json"
+    monkeypatch.setattr(sys, "argv", ["pretraining_step", *TINY, "--out", str(path)])
+    pretraining_step.main()
+    written = json.loads(path.read_text())
+
+    on_cpu, on_gpu = written["rows"][:3], written["rows"][3:]
+    assert [row["figure"] for row in on_cpu] == [
+        "of the GEMM limit",
+        "times the plain speed",
+        "of the plain peak memory",
+    ]
+    assert all(len(row["value"]["repeats"]) == 2 for row in on_cpu[:2])
+    assert on_cpu[2]["value"] > 0
+    assert [(row["value"], row["reached"]) for row in on_gpu] == [(None, None)] * 3
+
+    # Of the limit's two figures and the rows' ratio any is given by the others.
+    measured = written["measurements"]
+    limit, ours = (measured[f"cpu: seconds, {name}"]["repeats"] for name in ("limit", "ours"))
+    assert on_cpu[0]["value"]["repeats"] == [first / second for first, second in zip(limit, ours, strict=True)]
+    assert written["settings"]["frames"] == 64
+
+
+def test_cost_is_seconds_and_bytes():
+    small, large = (cost_of_step(Setting(2, clones, 64, layers=1), rounds=1) for clones in (1, 8))
+    for seconds, peak in (small, large):
+        assert seconds.median > 0
+        assert peak.in_all > peak.of_run
+    # Weights, gradients and Adam's averages are the same in both; what the clones add is more than nothing.
+    assert large[1].in_all > small[1].in_all
