@@ -1,23 +1,27 @@
-"""SSLAM for transformers: importing this package registers its classes with transformers' Auto classes."""
+"""SSLAM for transformers: importing this package registers its classes with transformers' Auto classes.
+
+Feature extractor and models are imported when they are first used: they stand on parts of transformers that import
+whatever optional packages are installed, scipy and torchaudio among them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from transformers import (
+    FEATURE_EXTRACTOR_MAPPING,
+    MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING,
+    MODEL_FOR_PRETRAINING_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
-    AutoFeatureExtractor,
-    AutoModel,
-    AutoModelForAudioClassification,
-    AutoModelForPreTraining,
 )
 
 from .configuration_sslam import SSLAMConfig
-from .feature_extraction_sslam import DATASET_PRESETS, SSLAMFeatureExtractor
-from .modeling_sslam import SSLAMForAudioClassification, SSLAMModel, SSLAMPreTrainedModel
-from .modeling_sslam_pretraining import SSLAMForPreTraining, SSLAMForPreTrainingOutput
+from .lazy_class import LazyClass
 
-AutoConfig.register(SSLAMConfig.model_type, SSLAMConfig)
-AutoFeatureExtractor.register(SSLAMConfig, SSLAMFeatureExtractor)
-AutoModel.register(SSLAMConfig, SSLAMModel)
-AutoModelForAudioClassification.register(SSLAMConfig, SSLAMForAudioClassification)
-AutoModelForPreTraining.register(SSLAMConfig, SSLAMForPreTraining)
+if TYPE_CHECKING:
+    from .feature_extraction_sslam import DATASET_PRESETS, SSLAMFeatureExtractor
+    from .modeling_sslam import SSLAMForAudioClassification, SSLAMModel, SSLAMPreTrainedModel
+    from .modeling_sslam_pretraining import SSLAMForPreTraining, SSLAMForPreTrainingOutput
 
 __all__ = [
     "DATASET_PRESETS",
@@ -29,3 +33,37 @@ __all__ = [
     "SSLAMModel",
     "SSLAMPreTrainedModel",
 ]
+
+_MODULES = {
+    "DATASET_PRESETS": "feature_extraction_sslam",
+    "SSLAMFeatureExtractor": "feature_extraction_sslam",
+    "SSLAMForAudioClassification": "modeling_sslam",
+    "SSLAMForPreTraining": "modeling_sslam_pretraining",
+    "SSLAMForPreTrainingOutput": "modeling_sslam_pretraining",
+    "SSLAMModel": "modeling_sslam",
+    "SSLAMPreTrainedModel": "modeling_sslam",
+}
+
+AutoConfig.register(SSLAMConfig.model_type, SSLAMConfig)
+# The tables of AutoFeatureExtractor, AutoModel and so on.
+for _mapping, _name in (
+    (FEATURE_EXTRACTOR_MAPPING, "SSLAMFeatureExtractor"),
+    (MODEL_MAPPING, "SSLAMModel"),
+    (MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING, "SSLAMForAudioClassification"),
+    (MODEL_FOR_PRETRAINING_MAPPING, "SSLAMForPreTraining"),
+):
+    _mapping.register(SSLAMConfig, LazyClass(f"{__name__}.{_MODULES[_name]}", _name, _mapping, SSLAMConfig))
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES.values():
+        return import_module(f".{name}", __name__)
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES.values()})

@@ -3,7 +3,6 @@
 from typing import Any
 
 from transformers import PretrainedConfig
-from transformers.activations import ACT2FN
 
 PRETRAINING_OBJECTIVES = ("ua", "pma", "ua+pma", "sslam")
 POOLINGS = ("cls", "mean", "lin_softmax")
@@ -43,7 +42,6 @@ _NOT_NEGATIVE = (
     "retention_loss_weight",
 )
 _CHOICES = {
-    "hidden_act": tuple(ACT2FN),
     "classifier_pooling": POOLINGS,
     "pretraining_objective": PRETRAINING_OBJECTIVES,
     "problem_type": (None, "regression", "single_label_classification", "multi_label_classification"),
@@ -179,6 +177,8 @@ class SSLAMConfig(PretrainedConfig):
     def validate_architecture(self) -> None:
         """Raises the ValueError described above. Models check once more, since fields given to `from_pretrained` are
         set on the finished configuration."""
+        # Here, as it is slow to import: its module brings accelerate along where that is installed.
+        from transformers.activations import ACT2FN
 
         def require(condition: bool, field: str, remedy: str) -> None:
             if not condition:
@@ -195,7 +195,7 @@ class SSLAMConfig(PretrainedConfig):
             require(getattr(self, field) > 0.0, field, "must be positive")
         for field in _NOT_NEGATIVE:
             require(getattr(self, field) >= 0.0, field, "must not be negative")
-        for field, choices in _CHOICES.items():
+        for field, choices in {"hidden_act": tuple(ACT2FN), **_CHOICES}.items():
             require(getattr(self, field) in choices, field, f"is not one of {', '.join(map(str, choices))}")
         require(0.0 < self.mask_prob < 1.0, "mask_prob", "must leave some patches visible and mask some")
 

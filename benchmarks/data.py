@@ -1,0 +1,300 @@
+"""How fast FLAC in parquet shards becomes batches on the device, and whether a GPU's pre-training step waits for them.
+
+    python -m benchmarks.data [--rounds 5] [--workers N] [--clips-per-worker 128]
+
+The shards are like those of agkphysics/AudioSet: 10 s of FLAC at 48 kHz, 24 bits (its card), in stereo (1.39 MB a clip
+are nearly all that one channel could take). The sound is two soundscapes mixed into two channels, some of them used
+several times under different names.
+
+A pass makes a loader, starts its workers and runs through all clips once. Its processor time is that of this process
+and of the workers; clips/s per core are its inverse, and so hardly depend on what else the machine does. Starting the
+workers is in it (a third of a second of two workers), so a short pass looks slower than a run is. The rival is the
+plain pipeline with as many workers: soundfile.read, torchaudio's resample and kaldi.fbank, padding and normalisation
+clip by clip, in a DataLoader of torch's over clips that are in memory already.
+
+Stages are timed one by one, over the same clips, in this process on one thread. What a pass without workers takes
+beyond them is "the rest": collating, checking, shuffling.
+
+On a GPU, pre-training steps (base, B 12, C 8, bfloat16) take their clips from the loader and from one ready batch in
+turn. Before each turn of the loader all batches are taken that its workers have prepared, so that none are left over.
+"""
+
+import io
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice, repeat
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import soundfile
+import torch
+import torchaudio
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.measurement import Measurement, ratio, scaled, synchronize, time_in_turn
+from benchmarks.report import Report, Row, base_config, make_parser
+from modeling_sslam import SSLAMFeatureExtractor, SSLAMForPreTraining
+from training.audio import read_waveform, resample
+from training.data import AudioLoader, DataConfig, make_loader
+from training.seeding import generator_for
+from training.shards import card_header, write_shards
+from training.soundscapes import soundscape
+
+SECONDS, RATE, SUBTYPE = 10.0, 48_000, "PCM_24"
+NUM_SOUNDS = 16
+BATCH_SIZE, NUM_CLONES = 12, 8
+MAX_STAGE_CLIPS = 8 * BATCH_SIZE
+# What torch's DataLoader has every worker prepare.
+PREFETCHED_PER_WORKER = 2
+MAX_GRAD_NORM = 4.0
+
+
+def encoded_sound(number: int) -> bytes:
+    """FLAC of two soundscapes, each nearer to one of the two channels."""
+    left, right = (
+        soundscape(generator_for(0, "benchmark", number, channel), SECONDS, RATE)[0] for channel in ("left", "right")
+    )
+    stereo = np.stack((0.7 * left + 0.3 * right, 0.3 * left + 0.7 * right), axis=1)
+    file = io.BytesIO()
+    soundfile.write(file, stereo, RATE, format="FLAC", subtype=SUBTYPE)
+    return file.getvalue()
+
+
+def write_clips(folder: Path, num_clips: int, num_shards: int) -> None:
+    """A dataset folder of as many shards, equal in size, as there are workers."""
+    sounds = [encoded_sound(number) for number in range(min(NUM_SOUNDS, num_clips))]
+    features = datasets.Features({"video_id": datasets.Value("string"), "audio": datasets.Audio(sampling_rate=RATE)})
+    rows = (
+        {"video_id": f"{index:06d}", "audio": {"bytes": sounds[index % len(sounds)], "path": f"{index:06d}.flac"}}
+        for index in range(num_clips)
+    )
+    per_shard = -(-num_clips // num_shards)
+    write_shards(folder, "train", rows, features, max_rows=per_shard, rows_per_group=per_shard)
+    (folder / "README.md").write_text(card_header(["train"]))
+
+
+class PlainClips(Dataset):
+    """The rival: each clip by itself, as one would write it down."""
+
+    def __init__(self, folder: Path, extractor: SSLAMFeatureExtractor) -> None:
+        tables = [pq.read_table(path) for path in sorted((folder / "data").glob("*.parquet"))]
+        self.rows = [row for table in tables for row in table.to_pylist()]
+        self.extractor = extractor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        extractor, row = self.extractor, self.rows[index]
+        samples, rate = soundfile.read(io.BytesIO(row["audio"]["bytes"]), dtype="float32", always_2d=True)
+        waveform = torch.from_numpy(samples).mean(1, keepdim=True).T
+        waveform = torchaudio.functional.resample(waveform, rate, extractor.sampling_rate)
+        features = torchaudio.compliance.kaldi.fbank(
+            waveform - waveform.mean(),
+            htk_compat=True,
+            sample_frequency=extractor.sampling_rate,
+            use_energy=False,
+            window_type="hanning",
+            num_mel_bins=extractor.num_mel_bins,
+            dither=0.0,
+            frame_shift=10,
+        )[: extractor.max_length]
+        features = torch.nn.functional.pad(features, (0, 0, 0, extractor.max_length - len(features)))
+        return {"ids": row["video_id"], "input_values": (features - extractor.mean) / (2 * extractor.std)}
+
+
+def own_loader(
+    folder: Path, extractor: SSLAMFeatureExtractor, workers: int, front_end: str, endless: bool = False
+) -> AudioLoader:
+    config = DataConfig(str(folder), num_workers=workers, front_end=front_end, shuffle_buffer=BATCH_SIZE)
+    return make_loader(config, extractor, batch_size=BATCH_SIZE, seed=0, repeat=endless)
+
+
+def own_batches(
+    folder: Path, extractor: SSLAMFeatureExtractor, workers: int, front_end: str, device: torch.device
+) -> Iterator[torch.Tensor]:
+    loader = own_loader(folder, extractor, workers, front_end)
+    return (loader.input_values(batch, device) for batch in loader)
+
+
+def plain_batches(clips: PlainClips, workers: int, device: torch.device) -> Iterator[torch.Tensor]:
+    loader = DataLoader(clips, BATCH_SIZE, num_workers=workers, pin_memory=torch.cuda.is_available())
+    return (batch["input_values"].to(device, non_blocking=True) for batch in loader)
+
+
+def processor_seconds() -> float:
+    """Of this process and of those that it started and that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+class Pass:
+    """One pass over all clips, to be called; keeps the processor time of each call."""
+
+    def __init__(self, make_batches: Callable[[], Iterable[torch.Tensor]], num_clips: int) -> None:
+        self.make_batches = make_batches
+        self.num_clips = num_clips
+        self.processor_seconds: list[float] = []
+
+    def __call__(self) -> None:
+        before = processor_seconds()
+        given = sum(len(batch) for batch in self.make_batches())
+        self.processor_seconds.append(processor_seconds() - before)
+        if given != self.num_clips:
+            raise RuntimeError(f"A pass gave {given} clips of {self.num_clips}.")
+
+
+def stages(folder: Path, extractor: SSLAMFeatureExtractor, num_clips: int) -> dict[str, Callable[[], object]]:
+    """Each stage by itself over the same clips, and the whole."""
+    source = own_loader(folder, extractor, 0, "worker").stream.source
+    encoded = [source.audio(row)[0] for row in islice(source.dataset, num_clips)]
+
+    def decode(audio: bytes) -> torch.Tensor:
+        with soundfile.SoundFile(io.BytesIO(audio)) as file:
+            return torch.from_numpy(file.read(dtype="float32", always_2d=True).T).mean(0)
+
+    decoded = [decode(audio) for audio in encoded]
+    max_samples = extractor.num_samples(extractor.max_length)
+    waveforms = [read_waveform(audio, extractor.sampling_rate, max_samples) for audio in encoded]
+    batches = [waveforms[start : start + BATCH_SIZE] for start in range(0, num_clips, BATCH_SIZE)]
+    return {
+        "read": lambda: list(islice(source.dataset, num_clips)),
+        "decode": lambda: [decode(audio) for audio in encoded],
+        "resample": lambda: [resample(waveform, RATE, extractor.sampling_rate) for waveform in decoded],
+        "filter bank": lambda: [extractor(batch, extractor.sampling_rate, return_tensors="pt") for batch in batches],
+        "all": lambda: list(islice(own_loader(folder, extractor, 0, "worker"), len(batches))),
+    }
+
+
+def make_step(model: SSLAMForPreTraining, device: torch.device) -> Callable[[torch.Tensor], None]:
+    """A step of pre-training on a batch of `input_values`."""
+    optimizer = torch.optim.AdamW(
+        (parameter for parameter in model.parameters() if parameter.requires_grad), fused=device.type == "cuda"
+    )
+
+    def step(input_values: torch.Tensor) -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = model(input_values).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_teacher(model.config.ema_decay)
+
+    return step
+
+
+def time_steps(
+    step: Callable[[torch.Tensor], None],
+    loader: AudioLoader,
+    workers: int,
+    num_steps: int,
+    rounds: int,
+    device: torch.device,
+) -> dict[str, Measurement]:
+    """Seconds of so many steps on what the loader gives, and on a ready batch, in turn."""
+    given = (loader.input_values(batch, device) for batch in loader)
+    ready = next(given)
+    step(ready)
+    seconds: dict[str, list[float]] = {"ready batch": [], "loader": []}
+    for _ in range(rounds):
+        for name, batches in (("ready batch", repeat(ready)), ("loader", given)):
+            if name == "loader":
+                for _ in islice(given, PREFETCHED_PER_WORKER * workers):
+                    pass
+            synchronize(device)
+            start = time.perf_counter()
+            for input_values in islice(batches, num_steps):
+                step(input_values)
+            synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: Measurement.of(values) for name, values in seconds.items()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser("data", __doc__, rounds=5)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="(default: one a core)")
+    parser.add_argument("--clips-per-worker", type=int, default=128, help="of a pass (%(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="of a turn on a GPU (%(default)s)")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    workers, num_clips = arguments.workers, arguments.workers * arguments.clips_per_worker
+    names = ("rounds", "layers", "workers", "clips_per_worker", "steps")
+    report = Report("data", {name: getattr(arguments, name) for name in names})
+    extractor = SSLAMFeatureExtractor()
+    config = base_config(arguments.layers, num_clones=NUM_CLONES, pretraining_objective="sslam")
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_clips(folder, num_clips, num_shards=workers)
+        size = sum(path.stat().st_size for path in folder.glob("data/*")) / num_clips
+        report.record("bytes of a clip", size)
+        plain = PlainClips(folder, extractor)
+        own = partial(own_batches, folder, extractor)
+        passes = {
+            "no workers": Pass(partial(own, 0, "worker", device), num_clips),
+            "workers": Pass(partial(own, workers, "worker", device), num_clips),
+            "workers, filter bank on the device": Pass(partial(own, workers, "device", device), num_clips),
+            "plain pipeline": Pass(partial(plain_batches, plain, workers, device), num_clips),
+        }
+        wall = time_in_turn(passes, arguments.rounds, device)
+        processor = {name: Measurement.of(run.processor_seconds[-arguments.rounds :]) for name, run in passes.items()}
+        where = f"{workers} workers, {device.type}"
+        for name in passes:
+            report.record(f"seconds of a pass: {name}", wall[name])
+            report.record(f"processor seconds of a pass: {name}", processor[name])
+            place = where if name != "no workers" else device.type
+            report.add(
+                Row(f"batches, {name}", place, "clips/s", scaled(wall[name], lambda value: num_clips / value)),
+                Row(
+                    f"batches, {name}",
+                    place,
+                    "clips/s per core",
+                    scaled(processor[name], lambda value: num_clips / value),
+                ),
+            )
+        for times, figure in ((wall, "clips/s of the plain pipeline's"), (processor, "clips/s per core of the same")):
+            report.add(Row("batches, workers", where, figure, ratio(times["plain pipeline"], times["workers"])))
+
+        parts = time_in_turn(
+            stages(folder, extractor, min(num_clips, MAX_STAGE_CLIPS)), arguments.rounds, torch.device("cpu")
+        )
+        for name, measurement in parts.items():
+            report.record(f"seconds of a stage: {name}", measurement)
+            if name != "all":
+                report.add(
+                    Row(f"{name}, by itself", "CPU, 1 thread", "of the whole", ratio(measurement, parts["all"]))
+                )
+        known = sum(measurement.median for name, measurement in parts.items() if name != "all")
+        report.add(Row("the rest", "CPU, 1 thread", "of the whole", 1 - known / parts["all"].median))
+
+        fed = None
+        if device.type == "cuda":
+            step = make_step(SSLAMForPreTraining(config).to(device).train(), device)
+            loader = own_loader(folder, extractor, workers, "worker", endless=True)
+            seconds = time_steps(step, loader, workers, arguments.steps, arguments.rounds, device)
+            for name, measurement in seconds.items():
+                report.record(f"seconds of {arguments.steps} steps: {name}", measurement)
+            fed = ratio(seconds["ready batch"], seconds["loader"])
+        report.add(
+            Row(
+                f"pre-training step base, B {BATCH_SIZE}, C {NUM_CLONES}, bf16, from the loader",
+                f"one GPU, {workers} workers",
+                "steps/s of those on a ready batch",
+                fed,
+                at_least=0.98,
+            )
+        )
+    report.write(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
