@@ -21,6 +21,11 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_sslam import SSLAMConfig
 
+IS_X86_WITH_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in (
+    "AVX2",
+    "AVX512",
+)
+
 
 def sincos_position_table(config: SSLAMConfig) -> torch.Tensor:
     """Fixed 2-D positions: the first half of the channels encodes the mel coordinate, the second half time, each as
@@ -127,8 +132,7 @@ def _is_faster_as_convolution(input: torch.Tensor, weight: torch.Tensor) -> bool
         input.device.type == "cpu"
         and input.dtype == weight.dtype == torch.float32
         and type(weight) is nn.Parameter  # others, such as quantised ones, bring products of their own
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+        and IS_X86_WITH_ONEDNN
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_exporting()  # what others run need not have oneDNN
     )
