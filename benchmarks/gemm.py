@@ -98,7 +98,8 @@ def gemm_runner(
 ) -> Callable[[], None]:
     """A function that computes all the products, each as often as it was asked for, by its fastest kernel of
     `kernels`: "torch" is `torch.bmm`, "onednn" the linear layer of oneDNN, which torch has for CPUs beside the
-    library that `torch.mm` uses there in float32."""
+    library that `torch.mm` uses there in float32, and "packed" the same with the second factor in oneDNN's own layout,
+    as inference may have its weights ready."""
     fastest = []
     for product, count in products.items():
         candidates = dict(_kernels(product, device, kernels))
@@ -130,3 +131,6 @@ def _kernels(
         linear = torch.ops.mkldnn._linear_pointwise
         pairs = list(zip(left, right, strict=True))
         yield "onednn", lambda: [linear(row, weight, None, "none", [], "") for row, weight in pairs]
+    if "packed" in kernels and device.type == "cpu" and batch == 1:
+        packed = torch.ops.mkldnn._reorder_linear_weight(right[0], rows)
+        yield "packed", lambda: torch.ops.mkldnn._linear_pointwise(left[0], packed, None, "none", [], "")
