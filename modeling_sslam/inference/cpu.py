@@ -133,25 +133,24 @@ class PackedLayer(nn.Module):
         """Attention of `(clips, tokens, 3 * hidden_size)`, head by head and some queries at a time, so that the scores
         stay in cache. Queries are scaled already; masks are additive, one `(1, tokens)` a clip."""
         clips, tokens, _ = qkv.shape
-        qkv = qkv.view(clips, tokens, 3, self.num_heads, -1)
-        queries, keys = self._laid_out(qkv[:, :, :2].permute(2, 0, 3, 1, 4))
-        values = self._laid_out(qkv[:, :, 2].permute(0, 2, 3, 1))
+        qkv = qkv.to(self.attention_dtype).view(clips, tokens, 3, self.num_heads, -1)
+        queries, keys, values = qkv.permute(2, 0, 3, 1, 4)
+        values, multiply = values.transpose(2, 3), _transposed_product
+        if self.attention_dtype == torch.float32:
+            # torch.mm would be MKL's, and operands in another order have but a slow reference kernel of oneDNN.
+            queries, keys, values = (operand.contiguous() for operand in (queries, keys, values))
+            multiply = _onednn_linear
         attended = qkv.new_empty(clips, tokens, self.num_heads, qkv.shape[-1])
         step = max(1, SCORES_AT_A_TIME // tokens)
         for clip, mask in enumerate(masks):
             for head in range(self.num_heads):
                 for start in range(0, tokens, step):
                     some = slice(start, start + step)
-                    scores = _onednn_linear(queries[clip, head, some], keys[clip, head])
+                    scores = multiply(queries[clip, head, some], keys[clip, head])
                     if mask is not None:
                         scores += mask
-                    probabilities = scores.softmax(-1)
-                    attended[clip, some, head] = _onednn_linear(probabilities, values[clip, head])
+                    attended[clip, some, head] = multiply(scores.softmax(-1), values[clip, head])
         return attended.flatten(2)
-
-    def _laid_out(self, view: torch.Tensor) -> torch.Tensor:
-        # One pass for order and precision. Of operands in another order oneDNN has but a slow reference kernel.
-        return torch.empty(view.shape, dtype=self.attention_dtype).copy_(view)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "PackedLayer":
         weight = self.mlp_layernorm.weight
@@ -176,7 +175,7 @@ def pack_linear(linear: nn.Linear, activation: str | None = None) -> Product:
 
 
 def pack_linear_int8(linear: nn.Linear, activation: str | None = None) -> Product:
-    """The same with weights and inputs rounded to 8 bits, float32 in and out."""
+    """The same with weights and inputs rounded to 8 bits; float32 comes out."""
     try:
         from torchao.quantization import MappingType, choose_qparams_affine, quantize_affine
     except ModuleNotFoundError as error:
@@ -192,20 +191,24 @@ def pack_linear_int8(linear: nn.Linear, activation: str | None = None) -> Produc
         scales.float().flatten(),
         zeros.int().flatten(),
     )
-    zero_and_half = torch.tensor(ZERO_CODE + 0.5)
     bias = torch.zeros(len(weight)) if linear.bias is None else _detached(linear.bias)
 
     def product(x: torch.Tensor) -> torch.Tensor:
-        token_scales = x.abs().amax(-1, keepdim=True).clamp_(min=SMALLEST_SCALE).div_(LARGEST_CODE)
+        largest = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).float()
+        token_scales = largest.clamp_(min=SMALLEST_SCALE).div_(LARGEST_CODE)
         # Codes are positive, so cutting their fraction off rounds them.
-        codes = torch.addcmul(zero_and_half, x, token_scales.reciprocal()).to(torch.uint8)
+        codes = (x * token_scales.reciprocal()).add_(ZERO_CODE + 0.5).to(torch.uint8)
         # A scale of 1 for all tokens: the operator knows no scale for each.
         sums = torch.ops.onednn.qlinear_pointwise(
-            codes, 1.0, ZERO_CODE, packed, scales, zeros, None, 1.0, 0, x.dtype, "none", [], ""
+            codes, 1.0, ZERO_CODE, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
         return act(torch.addcmul(bias, sums, token_scales))
 
     return product
+
+
+def _transposed_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return left @ right.t()
 
 
 def _onednn_linear(
