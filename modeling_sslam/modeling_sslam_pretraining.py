@@ -95,13 +95,13 @@ class SSLAMDecoderLayer(nn.Conv2d):
         )
 
     def forward(self, grid: torch.Tensor) -> torch.Tensor:
+        return grid + recomputing(self._update, grid)
+
+    def _update(self, grid: torch.Tensor) -> torch.Tensor:
         # Channels stay innermost in memory: what the convolution sees is a channels-last tensor.
         update = super().forward(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return grid + recomputing(_norm_and_gelu, update)
-
-
-def _norm_and_gelu(update: torch.Tensor) -> torch.Tensor:
-    return nn.functional.gelu(nn.functional.layer_norm(update, update.shape[-1:], eps=NORM_EPS))
+        update = nn.functional.layer_norm(update, update.shape[-1:], eps=NORM_EPS)
+        return nn.functional.gelu(update)
 
 
 class SSLAMDecoder(nn.Module):
