@@ -103,12 +103,12 @@ def eager_attention_forward(
     return torch.matmul(probabilities, value).transpose(1, 2), probabilities
 
 
-def recomputing(function: Callable[[torch.Tensor], torch.Tensor], input: torch.Tensor) -> torch.Tensor:
-    """`function(input)`, of which the backward pass keeps the input alone: what lies between is computed again. That
-    ends where the last value that it needs is known, so a linear layer at the end of it is not."""
+def recomputing(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """`function(*inputs)`, of which the backward pass keeps the inputs alone: what lies between is computed again.
+    That ends where the last value that it needs is known, so a linear layer at the end of it is not."""
     if not torch.is_grad_enabled():
-        return function(input)
-    return checkpoint(function, input, use_reentrant=False, preserve_rng_state=False)
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class SSLAMLinear(nn.Linear):

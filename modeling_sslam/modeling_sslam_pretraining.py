@@ -27,6 +27,9 @@ logger = logging.get_logger(__name__)
 MIXING_GRID, WINDOW_PATCHES, LAST_FIRST_START = 64, 15, 31
 # Of the norms that have no weights: the decoder's and those of the targets.
 NORM_EPS = 1e-5
+# The decoder takes a batch in this many parts and computes each again for the backward pass, so that the values
+# between its layers are in memory for one part at a time.
+DECODER_PARTS = 8
 
 
 def inverse_block_masks(
@@ -95,13 +98,10 @@ class SSLAMDecoderLayer(nn.Conv2d):
         )
 
     def forward(self, grid: torch.Tensor) -> torch.Tensor:
-        return grid + recomputing(self._update, grid)
-
-    def _update(self, grid: torch.Tensor) -> torch.Tensor:
         # Channels stay innermost in memory: what the convolution sees is a channels-last tensor.
         update = super().forward(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         update = nn.functional.layer_norm(update, update.shape[-1:], eps=NORM_EPS)
-        return nn.functional.gelu(update)
+        return grid + nn.functional.gelu(update)
 
 
 class SSLAMDecoder(nn.Module):
@@ -121,6 +121,10 @@ class SSLAMDecoder(nn.Module):
         Returns:
             `(batch_size, num_masked, hidden_size)`.
         """
+        parts = zip(grid.chunk(DECODER_PARTS), index.chunk(DECODER_PARTS), strict=True)
+        return torch.cat([recomputing(self._predict, *part) for part in parts])
+
+    def _predict(self, grid: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
             grid = layer(grid)
         return self.projection(_gather(grid.flatten(1, 2), index))
