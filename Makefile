@@ -10,11 +10,12 @@ PYTEST := -q -n auto --maxprocesses 4 --dist loadfile
 NEWER_HUB := test_embedding% test_app_page.py test_app_browser.py
 INFERENCE_TESTS := $(filter-out $(NEWER_HUB:%=tests/inference/%),$(wildcard tests/inference/test_*.py))
 
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart test bench lint clean
 
 help:
 	@echo "make quickstart   pre-train, fine-tune, evaluate and use a tiny model, from sounds it generates"
 	@echo "make test         lint, then the tests on transformers 5 and on 4.57"
+	@echo "make bench        speed and memory, beside rivals in the same run: half an hour on two cores"
 	@echo "make lint         ruff, lint and format"
 	@echo "make clean        remove the environment and what the commands above wrote"
 
@@ -24,6 +25,9 @@ quickstart: .venv/ready
 test: lint $(OVERLAY)/ready
 	$(BIN)/python -m pytest $(PYTEST)
 	PYTHONPATH=$(OVERLAY) $(BIN)/python -m pytest $(PYTEST) tests/modeling_sslam tests/conversion $(INFERENCE_TESTS)
+
+bench: .venv/ready
+	$(BIN)/python -m benchmarks
 
 lint: .venv/ready
 	$(BIN)/ruff check .

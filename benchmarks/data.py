@@ -7,16 +7,16 @@ are nearly all that one channel could take). The sound is two soundscapes mixed 
 several times under different names.
 
 A pass makes a loader, starts its workers and runs through all clips once. Its processor time is that of this process
-and of the workers; clips/s per core are its inverse, and so hardly depend on what else the machine does. Starting the
-workers is in it (a third of a second of two workers), so a short pass looks slower than a run is. The rival is the
-plain pipeline with as many workers: soundfile.read, torchaudio's resample and kaldi.fbank, padding and normalisation
-clip by clip, in a DataLoader of torch's over clips that are in memory already.
+and of the workers, whose start is in it; clips/s per core are its inverse, and so hardly depend on what else the
+machine does. The rival is the plain pipeline with as many workers: soundfile.read, torchaudio's resample and
+kaldi.fbank, padding and normalisation clip by clip, in a DataLoader of torch's over clips that are in memory already.
 
 Stages are timed one by one, over the same clips, in this process on one thread. What a pass without workers takes
 beyond them is "the rest": collating, checking, shuffling.
 
-On a GPU, pre-training steps (base, B 12, C 8, bfloat16) take their clips from the loader and from one ready batch in
-turn. Before each turn of the loader all batches are taken that its workers have prepared, so that none are left over.
+On a GPU, pre-training steps (base, B 12, C 8, bfloat16, compiled) take their clips from the loader and from one ready
+batch in turn. Before each turn of the loader all batches are taken that its workers have prepared, so that none are
+left over.
 """
 
 import io
@@ -43,6 +43,7 @@ from benchmarks.report import Report, Row, base_config, make_parser
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForPreTraining
 from training.audio import read_waveform, resample
 from training.data import AudioLoader, DataConfig, make_loader
+from training.pretrain import compile_blocks
 from training.seeding import generator_for
 from training.shards import card_header, write_shards
 from training.soundscapes import soundscape
@@ -278,7 +279,9 @@ def main(argv: list[str] | None = None) -> None:
 
         fed = None
         if device.type == "cuda":
-            step = make_step(SSLAMForPreTraining(config).to(device).train(), device)
+            model = SSLAMForPreTraining(config).to(device).train()
+            compile_blocks(model)
+            step = make_step(model, device)
             loader = own_loader(folder, extractor, workers, "worker", endless=True)
             seconds = time_steps(step, loader, workers, arguments.steps, arguments.rounds, device)
             for name, measurement in seconds.items():
@@ -286,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
             fed = ratio(seconds["ready batch"], seconds["loader"])
         report.add(
             Row(
-                f"pre-training step base, B {BATCH_SIZE}, C {NUM_CLONES}, bf16, from the loader",
+                f"pre-training step base, B {BATCH_SIZE}, C {NUM_CLONES}, bf16, compiled, from the loader",
                 f"one GPU, {workers} workers",
                 "steps/s of those on a ready batch",
                 fed,

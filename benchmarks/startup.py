@@ -37,7 +37,7 @@ IMPORTS = {
     "modeling_sslam": "import torch, modeling_sslam",
     "SSLAMModel": "import torch; from modeling_sslam import SSLAMModel",
 }
-BY_TRANSFORMERS = "by transformers' own modeling_utils"
+BY_TRANSFORMERS = "by transformers' own modules"
 
 
 def import_seconds(statement: str) -> float:

@@ -114,8 +114,8 @@ def recomputing(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) ->
 class SSLAMLinear(nn.Linear):
     """A linear layer that asks for its product as a 1x1 convolution where that is faster.
 
-    On x86 CPUs torch computes float32 products with MKL, convolutions with oneDNN, forward and backward. The two are
-    equally fast on Intel's processors; on AMD's oneDNN is twice as fast (benchmarks/NOTES.md).
+    On x86 CPUs torch computes float32 products with MKL, convolutions with oneDNN, forward and backward. On the AMD
+    processor that this was measured on, oneDNN is twice as fast (benchmarks/NOTES.md).
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -5,9 +5,10 @@
 
 Worth knowing:
 
-- Torch multiplies float32 matrices by MKL, whose kernels on processors not made by Intel reach less than half of what
-  oneDNN's do. oneDNN is built into torch as well, but `torch.nn.Linear` calls it in float32 only from graphs that
-  inductor compiles, so its operators are called here as inductor calls them. They are no public interface of torch.
+- Torch multiplies float32 matrices by MKL, which on the AMD processor measured reaches less than half of oneDNN's rate
+  (benchmarks/NOTES.md). The model's own linear layers reach oneDNN by way of convolutions. Here its operators for
+  linear layers are called, on packed weights, as the graphs that inductor compiles call them; they are no public
+  interface of torch.
 - Weights are brought into the kernels' own layout once, and GELU is computed on a product while it is in cache.
 - Clips go through a block a few at a time, so that intermediate results stay in cache: a tensor of more than 32 MB is
   new memory in every layer, and the system's clearing of its pages takes longer than the arithmetic on it.
