@@ -8,6 +8,7 @@ all JSON that is there, also of earlier runs. Half an hour on two cores; a quiet
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ from typing import Any
 from benchmarks.report import OUTPUT_DIR, table_of
 
 PROGRAMS = ("startup", "front_end", "inference", "onnx_inference", "pretraining_step", "data", "scaling")
+
+# What `scaling` draws; it lies beside the page.
+PICTURE = OUTPUT_DIR / "scaling.png"
 
 
 def page_of(reports: list[dict[str, Any]]) -> str:
@@ -39,8 +43,8 @@ def page_of(reports: list[dict[str, Any]]) -> str:
         ]
         if report["rows"]:
             lines += ["", table_of(report["rows"])]
-        if "picture" in report["settings"]:
-            lines += ["", f"![How cost grows]({report['settings']['picture']})"]
+        if report["program"] == "scaling":
+            lines += ["", f"![How cost grows]({PICTURE.name})"]
         lines += ["", "<details><summary>Figures behind it</summary>", "", "```"]
         lines += [f"{name}: {_short(value)}" for name, value in report["measurements"].items()]
         lines += ["```", "", "</details>"]
@@ -73,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     paths = [OUTPUT_DIR / f"{program}.json" for program in PROGRAMS]
     args.results.parent.mkdir(parents=True, exist_ok=True)
     args.results.write_text(page_of([json.loads(path.read_text()) for path in paths if path.exists()]))
+    if PICTURE.exists() and args.results.parent.resolve() != PICTURE.parent.resolve():
+        shutil.copy(PICTURE, args.results.parent)
     print(f"\nResults of all programs: {args.results}")
     if failed:
         print(f"Failed: {', '.join(failed)}; the errors are above.", file=sys.stderr)
