@@ -70,7 +70,9 @@ def draw(curves: dict[str, dict[str, dict[float, dict[str, float]]]], title: str
             plot.set_xscale("log", base=2)
             plot.set_yscale("log")
             ticks = sorted({place for points in named.values() for place in points})
-            plot.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            plot.set_xticks(ticks, [f"{tick:.2g}" if tick < 100 else f"{tick:.0f}" for tick in ticks])
+            for formatted in (plot.yaxis.set_major_formatter, plot.yaxis.set_minor_formatter):
+                formatted(lambda value, _: f"{value:.2g}")
             plot.set_xlabel(axis)
             plot.grid(which="both", alpha=0.3)
             plot.legend()
