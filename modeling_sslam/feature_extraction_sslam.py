@@ -83,13 +83,18 @@ def frames_per_block(device: torch.device) -> int:
 
 
 def log_mel_transform(
-    num_mel_bins: int, sampling_rate: int, max_frames: int, device: torch.device
+    num_mel_bins: int,
+    sampling_rate: int,
+    max_frames: int,
+    device: torch.device,
+    mean: float = 0.0,
+    scale: float = 1.0,
 ) -> Callable[[torch.Tensor, torch.Tensor], None]:
-    """The filter bank as a function that fills a tensor `(batch_size, num_frames, num_mel_bins)` from waveforms
-    `(batch_size, num_samples)`, `max_frames` frames at a time.
+    """The filter bank as a function that fills a tensor `(batch_size, num_frames, num_mel_bins)` with
+    `(log_mel - mean) / scale` of waveforms `(batch_size, num_samples)`, `max_frames` frames at a time.
 
     All its blocks and calls share one memory for what lies between: to get it anew each time would, on a CPU, take as
-    long as the arithmetic.
+    long as the arithmetic. The result is written once, as it leaves the cache: its memory too is new.
     """
     frame_length, frame_shift = (sampling_rate * ms // 1000 for ms in (FRAME_LENGTH_MS, FRAME_SHIFT_MS))
     fft_length = 1 << (frame_length - 1).bit_length()
@@ -99,12 +104,13 @@ def log_mel_transform(
     centered, previous = (torch.empty(max_frames, frame_length, **factory) for _ in range(2))
     padded = torch.zeros(max_frames, fft_length, **factory)
     powers = torch.empty(max_frames, fft_length // 2 + 1, **factory)
+    mels = torch.empty(max_frames, num_mel_bins, **factory)
 
-    def transform_block(frames: torch.Tensor, log_mel: torch.Tensor) -> None:
+    def transform_block(frames: torch.Tensor, output: torch.Tensor) -> None:
         batch_size, num_frames = frames.shape[:2]
-        block, scaled, windowed, power = (
+        block, scaled, windowed, power, mel = (
             buffer[: batch_size * num_frames].view(batch_size, num_frames, -1)
-            for buffer in (centered, previous, padded, powers)
+            for buffer in (centered, previous, padded, powers, mels)
         )
         torch.sub(frames, frames.mean(-1, keepdim=True), out=block)
         torch.mul(block, PREEMPHASIS, out=scaled)
@@ -117,15 +123,20 @@ def log_mel_transform(
         torch.add(spectrum[..., 0], spectrum[..., 1], out=power)
         with torch.autocast(device.type, enabled=False):
             for fft_bins, mel_bins, weights in bands:
-                log_mel[..., mel_bins] = power[..., fft_bins].to(weights.dtype) @ weights
-        log_mel.clamp_(min=LOG_FLOOR).log_()
+                factors = power[..., fft_bins].flatten(0, 1).to(weights.dtype), weights
+                if weights.dtype == mel.dtype:
+                    torch.mm(*factors, out=mel.flatten(0, 1)[:, mel_bins])
+                else:
+                    mel.flatten(0, 1)[:, mel_bins] = torch.mm(*factors)
+        mel.clamp_(min=LOG_FLOOR).log_().sub_(mean)
+        torch.div(mel, scale, out=output)
 
-    def transform(waveforms: torch.Tensor, log_mel: torch.Tensor) -> None:
+    def transform(waveforms: torch.Tensor, outputs: torch.Tensor) -> None:
         frames = waveforms.unfold(-1, frame_length, frame_shift)
         clips_per_block = max(1, max_frames // frames.shape[1])
-        for clips, outputs in zip(frames.split(clips_per_block), log_mel.split(clips_per_block), strict=True):
-            for block, output in zip(clips.split(max_frames, 1), outputs.split(max_frames, 1), strict=True):
-                transform_block(block, output)
+        for clips, results in zip(frames.split(clips_per_block), outputs.split(clips_per_block), strict=True):
+            for block, result in zip(clips.split(max_frames, 1), results.split(max_frames, 1), strict=True):
+                transform_block(block, result)
 
     return transform
 
@@ -329,7 +340,9 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         """Fills `features` `(len(clips), T, num_mel_bins)` with the clips' first frames and padding."""
         longest = max(frame_counts)
         max_frames = min(len(clips) * longest, frames_per_block(features.device))
-        transform = log_mel_transform(self.num_mel_bins, self.sampling_rate, max_frames, features.device)
+        mean, scale = (self.mean, 2 * self.std) if self.do_normalize else (0.0, 1.0)
+        padding = torch.tensor(self.padding_value, dtype=torch.float32, device=features.device).sub_(mean).div_(scale)
+        transform = log_mel_transform(self.num_mel_bins, self.sampling_rate, max_frames, features.device, mean, scale)
         clips_per_part = max(1, max_frames // longest)
         shape = (min(len(clips), clips_per_part), self.num_samples(longest))
         buffer = torch.empty(shape, dtype=torch.float32, device=features.device)
@@ -344,9 +357,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
                 waveform[len(used) :] = 0.0
             transform(waveforms, features[part, :num_frames])
             for clip_features, count in zip(features[part], frame_counts[part], strict=True):
-                clip_features[count:] = self.padding_value
-            if self.do_normalize:
-                features[part].sub_(self.mean).div_(2 * self.std)
+                clip_features[count:] = padding
 
     def _to_waveform(self, clip: Any, index: int) -> torch.Tensor:
         """A clip of any accepted form as float32 of shape `(num_samples,)` at full scale 1."""
