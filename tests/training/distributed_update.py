@@ -111,6 +111,6 @@ if __name__ == "__main__":
     for kind in ("ddp", "fsdp"):
         update(Path(sys.argv[1]), kind, num_micro_batches=1)
     Accelerator().end_training()
-    # The interpreter's own end aborts now and then ("terminate called without an active exception"): threads of torch's
-    # process groups are still running when their owners are destroyed. All there is to test is written by now.
+    # The interpreter's own end aborts now and then ("terminate called without an active exception"): threads of
+    # torch's process groups still run when their owners are destroyed. All there is to test is written by now.
     os._exit(0)
