@@ -106,6 +106,10 @@ def log_mel_transform(
     powers = torch.empty(max_frames, fft_length // 2 + 1, **factory)
     mels = torch.empty(max_frames, num_mel_bins, **factory)
 
+    @lru_cache  # nearly all blocks are of one size: their views need not be made again
+    def products(num_rows: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        return [(powers[:num_rows, fft], weights, mels[:num_rows, mel]) for fft, mel, weights in bands]
+
     def transform_block(frames: torch.Tensor, output: torch.Tensor) -> None:
         batch_size, num_frames = frames.shape[:2]
         block, scaled, windowed, power, mel = (
@@ -122,12 +126,11 @@ def log_mel_transform(
         spectrum = torch.view_as_real(torch.fft.rfft(windowed)).square_()
         torch.add(spectrum[..., 0], spectrum[..., 1], out=power)
         with torch.autocast(device.type, enabled=False):
-            for fft_bins, mel_bins, weights in bands:
-                factors = power[..., fft_bins].flatten(0, 1).to(weights.dtype), weights
-                if weights.dtype == mel.dtype:
-                    torch.mm(*factors, out=mel.flatten(0, 1)[:, mel_bins])
+            for passed, weights, filtered in products(batch_size * num_frames):
+                if weights.dtype == filtered.dtype:
+                    torch.mm(passed, weights, out=filtered)
                 else:
-                    mel.flatten(0, 1)[:, mel_bins] = torch.mm(*factors)
+                    filtered.copy_(torch.mm(passed.to(weights.dtype), weights))
         mel.clamp_(min=LOG_FLOOR).log_().sub_(mean)
         torch.div(mel, scale, out=output)
 
