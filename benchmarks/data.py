@@ -38,6 +38,7 @@ import torch
 import torchaudio
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.front_end import published
 from benchmarks.measurement import Measurement, ratio, scaled, synchronize, time_in_turn
 from benchmarks.report import Report, Row, base_config, make_parser
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForPreTraining
@@ -97,20 +98,9 @@ class PlainClips(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         extractor, row = self.extractor, self.rows[index]
         samples, rate = soundfile.read(io.BytesIO(row["audio"]["bytes"]), dtype="float32", always_2d=True)
-        waveform = torch.from_numpy(samples).mean(1, keepdim=True).T
+        waveform = torch.from_numpy(samples).mean(1)
         waveform = torchaudio.functional.resample(waveform, rate, extractor.sampling_rate)
-        features = torchaudio.compliance.kaldi.fbank(
-            waveform - waveform.mean(),
-            htk_compat=True,
-            sample_frequency=extractor.sampling_rate,
-            use_energy=False,
-            window_type="hanning",
-            num_mel_bins=extractor.num_mel_bins,
-            dither=0.0,
-            frame_shift=10,
-        )[: extractor.max_length]
-        features = torch.nn.functional.pad(features, (0, 0, 0, extractor.max_length - len(features)))
-        return {"ids": row["video_id"], "input_values": (features - extractor.mean) / (2 * extractor.std)}
+        return {"ids": row["video_id"], "input_values": published(extractor, [waveform], extractor.max_length)[0]}
 
 
 def own_loader(
