@@ -40,6 +40,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.front_end import published
 from benchmarks.measurement import Measurement, ratio, scaled, synchronize, time_in_turn
+from benchmarks.pretraining_step import make_update
 from benchmarks.report import Report, Row, base_config, make_parser
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForPreTraining
 from training.audio import read_waveform, resample
@@ -55,7 +56,6 @@ BATCH_SIZE, NUM_CLONES = 12, 8
 MAX_STAGE_CLIPS = 8 * BATCH_SIZE
 # What torch's DataLoader has every worker prepare.
 PREFETCHED_PER_WORKER = 2
-MAX_GRAD_NORM = 4.0
 # More than the workers of a pass hold.
 WARM_BYTES = 1 << 30
 
@@ -171,24 +171,6 @@ def stages(folder: Path, extractor: SSLAMFeatureExtractor, num_clips: int) -> di
     }
 
 
-def make_step(model: SSLAMForPreTraining, device: torch.device) -> Callable[[torch.Tensor], None]:
-    """A step of pre-training on a batch of `input_values`."""
-    optimizer = torch.optim.AdamW(
-        (parameter for parameter in model.parameters() if parameter.requires_grad), fused=device.type == "cuda"
-    )
-
-    def step(input_values: torch.Tensor) -> None:
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = model(input_values).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-        model.update_teacher(model.config.ema_decay)
-
-    return step
-
-
 def time_steps(
     step: Callable[[torch.Tensor], None],
     loader: AudioLoader,
@@ -279,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
         if device.type == "cuda":
             model = SSLAMForPreTraining(config).to(device).train()
             compile_blocks(model)
-            step = make_step(model, device)
+            step = make_update(model)
             loader = own_loader(folder, extractor, workers, "worker", endless=True)
             seconds = time_steps(step, loader, workers, arguments.steps, arguments.rounds, device)
             for name, measurement in seconds.items():

@@ -43,25 +43,29 @@ class Setting:
         return torch.randn(self.batch, self.frames, base_config(self.layers).num_mel_bins, device=self.device)
 
 
-def make_step(setting: Setting, compiled: bool = True) -> Callable[[], None]:
-    """Our step; compiled on GPUs only."""
-    model = SSLAMForPreTraining(base_config(setting.layers, num_clones=setting.clones)).train().to(setting.device)
+def make_update(model: SSLAMForPreTraining) -> Callable[[torch.Tensor], None]:
+    """A step of that model on a batch of `input_values`."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, clips = make_optimizer(model, OPTIMIZER), setting.make_batch()
-    on_gpu = setting.device == "cuda"
-    if on_gpu and compiled:
-        compile_blocks(model)
+    optimizer = make_optimizer(model, OPTIMIZER)
 
-    def step() -> None:
-        with autocast(torch.bfloat16) if on_gpu else nullcontext():
-            loss = model(clips).loss
+    def update(input_values: torch.Tensor) -> None:
+        with autocast(torch.bfloat16) if model.device.type == "cuda" else nullcontext():
+            loss = model(input_values).loss
         loss.backward()
         nn.utils.clip_grad_norm_(trained, OPTIMIZER.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         model.update_teacher(model.ema_decay(1))
 
-    return step
+    return update
+
+
+def make_step(setting: Setting, compiled: bool = True) -> Callable[[], None]:
+    """Our step on a ready batch; compiled on GPUs only."""
+    model = SSLAMForPreTraining(base_config(setting.layers, num_clones=setting.clones)).train().to(setting.device)
+    if setting.device == "cuda" and compiled:
+        compile_blocks(model)
+    return partial(make_update(model), setting.make_batch())
 
 
 def make_plain_step(setting: Setting) -> Callable[[], None]:

@@ -17,6 +17,7 @@ Worth knowing:
 """
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -24,11 +25,11 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from ..configuration_sslam import SSLAMConfig
-from ..modeling_sslam import SSLAMForAudioClassification, SSLAMLayer, SSLAMModel
+from ..modeling_sslam import IS_X86_WITH_ONEDNN, SSLAMForAudioClassification, SSLAMLayer, SSLAMModel
 from .errors import InferenceError
 
 Model = TypeVar("Model", SSLAMModel, SSLAMForAudioClassification)
-Product = Callable[..., torch.Tensor]
+Product = Callable[[torch.Tensor], torch.Tensor]
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 # Tokens that go through a block together: enough for a product to keep two cores busy, and their MLP's intermediate
@@ -38,15 +39,13 @@ TOKENS_AT_A_TIME = 512
 SCORES_AT_A_TIME = 1 << 19
 # Codes of activations, which oneDNN's fast kernels take unsigned: this stands for 0.
 ZERO_CODE, LARGEST_CODE = 128, 127
-# Of the largest activation of a token: less is silence, whose reciprocal would overflow.
-SMALLEST_SCALE = 1e-30
+# Below this a token's activations are silence, and the reciprocal of their scale would overflow.
+SMALLEST_PEAK = 1e-30
 
 
 def can_optimize(precision: str) -> bool:
     """Whether this processor and this build of torch have the kernels."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return precision != "bfloat16" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return IS_X86_WITH_ONEDNN and (precision != "bfloat16" or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def optimize_for_cpu(model: Model, precision: str = "float32") -> Model:
@@ -76,11 +75,13 @@ def optimize_for_cpu(model: Model, precision: str = "float32") -> Model:
             f"This processor, or this build of torch, has no {precision} kernels of oneDNN. Use the model as it is."
         )
     encoder = (model if isinstance(model, SSLAMModel) else model.sslam).encoder
+    if isinstance(encoder.layers[0], PackedLayer):
+        raise ValueError("This model has been optimised already; load it anew for another precision.")
+    if precision == "int8":
+        _torchao_quantization()  # before anything is changed
     model.eval().to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
     model.set_attn_implementation("sdpa")  # whose mask is the one that the blocks below take
     for index, layer in enumerate(encoder.layers):
-        if isinstance(layer, PackedLayer):
-            raise ValueError("This model has been optimised already; load it anew for another precision.")
         encoder.layers[index] = PackedLayer(layer, model.config, precision)
     return model
 
@@ -177,26 +178,20 @@ def pack_linear(linear: nn.Linear, activation: str | None = None) -> Product:
 
 def pack_linear_int8(linear: nn.Linear, activation: str | None = None) -> Product:
     """The same with weights and inputs rounded to 8 bits; float32 comes out."""
-    try:
-        from torchao.quantization import MappingType, choose_qparams_affine, quantize_affine
-    except ModuleNotFoundError as error:
-        raise InferenceError('int8 needs torchao: pip install "modeling-sslam[int8]"') from error
+    quantization = _torchao_quantization()
     weight, act = linear.weight.detach(), nn.Identity() if activation is None else ACT2FN[activation]
     block = (1, weight.shape[1])  # one scale for each output channel
-    scales, zeros = choose_qparams_affine(
-        weight, MappingType.SYMMETRIC, block, torch.int8, quant_min=-LARGEST_CODE, quant_max=LARGEST_CODE
-    )
-    codes = quantize_affine(weight, block, scales, zeros, torch.int8, -LARGEST_CODE, LARGEST_CODE)
-    packed, scales, zeros = (
-        torch.ops.onednn.qlinear_prepack(codes, None),
-        scales.float().flatten(),
-        zeros.int().flatten(),
-    )
+    limits = {"quant_min": -LARGEST_CODE, "quant_max": LARGEST_CODE}
+    symmetric = quantization.MappingType.SYMMETRIC
+    scales, zeros = quantization.choose_qparams_affine(weight, symmetric, block, torch.int8, **limits)
+    codes = quantization.quantize_affine(weight, block, scales, zeros, torch.int8, **limits)
+    packed = torch.ops.onednn.qlinear_prepack(codes, None)
+    scales, zeros = scales.float().flatten(), zeros.int().flatten()
     bias = torch.zeros(len(weight)) if linear.bias is None else _detached(linear.bias)
 
     def product(x: torch.Tensor) -> torch.Tensor:
-        largest = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).float()
-        token_scales = largest.clamp_(min=SMALLEST_SCALE).div_(LARGEST_CODE)
+        peaks = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).float()
+        token_scales = peaks.clamp_(min=SMALLEST_PEAK).div_(LARGEST_CODE)
         # Codes are positive, so cutting their fraction off rounds them.
         codes = (x * token_scales.reciprocal()).add_(ZERO_CODE + 0.5).to(torch.uint8)
         # A scale of 1 for all tokens: the operator knows no scale for each.
@@ -206,6 +201,14 @@ def pack_linear_int8(linear: nn.Linear, activation: str | None = None) -> Produc
         return act(torch.addcmul(bias, sums, token_scales))
 
     return product
+
+
+def _torchao_quantization() -> ModuleType:
+    try:
+        import torchao.quantization
+    except ModuleNotFoundError as error:
+        raise InferenceError('int8 needs torchao: pip install "modeling-sslam[int8]"') from error
+    return torchao.quantization
 
 
 def _transposed_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

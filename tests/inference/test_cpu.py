@@ -130,7 +130,8 @@ def test_what_an_optimised_model_refuses(config, input_values, tmp_path):
     with pytest.raises(ValueError, match="no attention probabilities"):
         model(input_values, output_attentions=True)
     with pytest.raises(ValueError, match="optimised already"):
-        optimize_for_cpu(model)
+        optimize_for_cpu(model, "bfloat16")
+    assert model(input_values).last_hidden_state.dtype == torch.float32
 
 
 def test_what_cannot_be_optimised(config):
@@ -144,12 +145,15 @@ def test_what_cannot_be_optimised(config):
 
 def test_missing_kernels_and_packages(config, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        patch.setattr(cpu, "IS_X86_WITH_ONEDNN", False)
         with pytest.raises(InferenceError, match="no float32 kernels"):
             optimize_for_cpu(SSLAMModel(config))
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    model = SSLAMModel(config).half().train()
     with pytest.raises(InferenceError, match=r"int8 needs torchao: pip install"):
-        optimize_for_cpu(SSLAMModel(config), "int8")
+        optimize_for_cpu(model, "int8")
+    assert model.dtype == torch.float16
+    assert model.training
 
 
 def test_commands_use_them(model_folder: Path, audio_dir: Path):
