@@ -8,6 +8,7 @@ wherever a mel bin holds little energy.
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ PEAK_LIMIT = 10.0
 # Integer PCM: zero and full scale of each sample format that sound files hold.
 PCM_ZERO_AND_SCALE = {torch.uint8: (128.0, 128.0), torch.int16: (0.0, 2.0**15), torch.int32: (0.0, 2.0**31)}
 MEL_BINS_PER_BAND = 16
+HUGE_PAGE_BYTES = 1 << 21
 
 
 @lru_cache
@@ -90,11 +92,17 @@ def log_mel_transform(
     mean: float = 0.0,
     scale: float = 1.0,
 ) -> Callable[[torch.Tensor, torch.Tensor], None]:
-    """The filter bank as a function that fills a tensor `(batch_size, num_frames, num_mel_bins)` with
-    `(log_mel - mean) / scale` of waveforms `(batch_size, num_samples)`, `max_frames` frames at a time.
+    """Prepares the filter bank, with the memory that all its blocks of frames and all its calls share for what lies
+    between: small enough, on a CPU, to stay in cache.
 
-    All its blocks and calls share one memory for what lies between: to get it anew each time would, on a CPU, take as
-    long as the arithmetic. The result is written once, as it leaves the cache: its memory too is new.
+    Args:
+        max_frames: Frames of a block, counted over clips; no block has more.
+        device: Of the waveforms and results.
+        mean, scale: What the result is normalised by, as it leaves the cache.
+
+    Returns:
+        A function `(waveforms, outputs)` that fills float32 outputs `(batch_size, num_frames, num_mel_bins)` with
+        `(log_mel - mean) / scale` of zero-mean float32 waveforms `(batch_size, num_samples)`.
     """
     frame_length, frame_shift = (sampling_rate * ms // 1000 for ms in (FRAME_LENGTH_MS, FRAME_SHIFT_MS))
     fft_length = 1 << (frame_length - 1).bit_length()
@@ -107,32 +115,47 @@ def log_mel_transform(
     mels = torch.empty(max_frames, num_mel_bins, **factory)
 
     @lru_cache  # nearly all blocks are of one size: their views need not be made again
-    def products(num_rows: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        return [(powers[:num_rows, fft], weights, mels[:num_rows, mel]) for fft, mel, weights in bands]
-
-    def transform_block(frames: torch.Tensor, output: torch.Tensor) -> None:
-        batch_size, num_frames = frames.shape[:2]
-        block, scaled, windowed, power, mel = (
+    def views(batch_size: int, num_frames: int) -> SimpleNamespace:
+        block, scaled, padded_block, power, mel = (
             buffer[: batch_size * num_frames].view(batch_size, num_frames, -1)
             for buffer in (centered, previous, padded, powers, mels)
         )
-        torch.sub(frames, frames.mean(-1, keepdim=True), out=block)
-        torch.mul(block, PREEMPHASIS, out=scaled)
-        # The sample before a frame's first is that first. In one long row: many rows of 399 are slow.
-        first_samples = block[..., 0] - scaled[..., 0]
-        block.view(-1)[1:] -= scaled.view(-1)[:-1]
-        block[..., 0] = first_samples
-        torch.mul(block, window, out=windowed[..., :frame_length])
-        spectrum = torch.view_as_real(torch.fft.rfft(windowed)).square_()
-        torch.add(spectrum[..., 0], spectrum[..., 1], out=power)
+        return SimpleNamespace(
+            block=block,
+            scaled=scaled,
+            # Samples with one before them, and those before. In one long row: many rows of 399 are slow.
+            later=block.view(-1)[1:],
+            before=scaled.view(-1)[:-1],
+            first=block[..., 0],
+            before_first=scaled[..., 0],
+            windowed=padded_block[..., :frame_length],
+            padded=padded_block,
+            power=power,
+            mel=mel,
+            products=[
+                (power.flatten(0, 1)[:, fft_bins], weights, mel.flatten(0, 1)[:, mel_bins])
+                for fft_bins, mel_bins, weights in bands
+            ],
+        )
+
+    def transform_block(frames: torch.Tensor, output: torch.Tensor) -> None:
+        of = views(*frames.shape[:2])
+        torch.sub(frames, frames.mean(-1, keepdim=True), out=of.block)
+        torch.mul(of.block, PREEMPHASIS, out=of.scaled)
+        first_samples = of.first - of.before_first  # the sample before a frame's first is that first
+        of.later.sub_(of.before)
+        of.first.copy_(first_samples)
+        torch.mul(of.block, window, out=of.windowed)
+        spectrum = torch.view_as_real(torch.fft.rfft(of.padded)).square_()
+        torch.add(spectrum[..., 0], spectrum[..., 1], out=of.power)
         with torch.autocast(device.type, enabled=False):
-            for passed, weights, filtered in products(batch_size * num_frames):
+            for passed, weights, filtered in of.products:
                 if weights.dtype == filtered.dtype:
                     torch.mm(passed, weights, out=filtered)
                 else:
                     filtered.copy_(torch.mm(passed.to(weights.dtype), weights))
-        mel.clamp_(min=LOG_FLOOR).log_().sub_(mean)
-        torch.div(mel, scale, out=output)
+        of.mel.clamp_(min=LOG_FLOOR).log_().sub_(mean)
+        torch.div(of.mel, scale, out=output)
 
     def transform(waveforms: torch.Tensor, outputs: torch.Tensor) -> None:
         frames = waveforms.unfold(-1, frame_length, frame_shift)
@@ -321,7 +344,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         device = clips[0].device if device is None else torch.device(device)
         clips = [clip.to(device) for clip in clips]
         self._check_samples(clips)
-        features = torch.empty(len(clips), length, self.num_mel_bins, dtype=torch.float32, device=device)
+        features = _empty((len(clips), length, self.num_mel_bins), device)
         self._extract(clips, frame_counts, features)
 
         outputs = {"input_values": features}
@@ -344,7 +367,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         longest = max(frame_counts)
         max_frames = min(len(clips) * longest, frames_per_block(features.device))
         mean, scale = (self.mean, 2 * self.std) if self.do_normalize else (0.0, 1.0)
-        padding = torch.tensor(self.padding_value, dtype=torch.float32, device=features.device).sub_(mean).div_(scale)
+        padding = torch.tensor(self.padding_value, dtype=torch.float32, device="cpu").sub_(mean).div_(scale).item()
         transform = log_mel_transform(self.num_mel_bins, self.sampling_rate, max_frames, features.device, mean, scale)
         clips_per_part = max(1, max_frames // longest)
         shape = (min(len(clips), clips_per_part), self.num_samples(longest))
@@ -357,10 +380,10 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
                 used = clip[: len(waveform)]
                 # The mean is the whole clip's, also of one that is cut. Zeros after a clip touch none of its frames.
                 torch.sub(used, clip.mean(), out=waveform[: len(used)])
-                waveform[len(used) :] = 0.0
+                waveform[len(used) :].zero_()
             transform(waveforms, features[part, :num_frames])
-            for clip_features, count in zip(features[part], frame_counts[part], strict=True):
-                clip_features[count:] = padding
+        for clip_features, count in zip(features, frame_counts, strict=True):
+            clip_features[count:].fill_(padding)
 
     def _to_waveform(self, clip: Any, index: int) -> torch.Tensor:
         """A clip of any accepted form as float32 of shape `(num_samples,)` at full scale 1."""
@@ -399,7 +422,8 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
 
     @staticmethod
     def _check_samples(clips: list[torch.Tensor]) -> None:
-        peaks = torch.stack([torch.stack(torch.aminmax(clip)).abs().amax() for clip in clips]).tolist()
+        bounds = torch.stack([bound for clip in clips for bound in torch.aminmax(clip)])
+        peaks = bounds.view(-1, 2).abs().amax(1).tolist()
         for index, peak in enumerate(peaks):
             if not math.isfinite(peak):
                 raise ValueError(f"Clip {index} has NaN or infinite samples; repair or drop it.")
@@ -408,6 +432,17 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
                     f"Clip {index} peaks at {peak:g}, but full scale is 1: these look like integer samples kept as "
                     "floats. Divide them by their full scale (32768 for 16-bit audio)."
                 )
+
+
+def _empty(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """New float32 memory. On a CPU it is numpy's, which asks Linux for huge pages where it is large: the system clears
+    pages before their first use, and of small ones that takes a sixth of the whole front end's time."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=torch.float32, device=device)
+    memory = np.empty(shape, dtype=np.float32)
+    # Threads that meet in a page nobody has used yet would each clear one, and throw all but one away.
+    memory.reshape(-1)[:: HUGE_PAGE_BYTES // memory.itemsize] = 0
+    return torch.from_numpy(memory)
 
 
 def _as_clips(raw_speech: Any) -> list:
