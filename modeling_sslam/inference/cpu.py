@@ -35,8 +35,8 @@ PRECISIONS = ("float32", "bfloat16", "int8")
 # Tokens that go through a block together: enough for a product to keep two cores busy, and their MLP's intermediate
 # results stay in cache.
 TOKENS_AT_A_TIME = 512
-# Attention scores of one head that are computed together: 2 MB in float32, which a core's cache holds.
-SCORES_AT_A_TIME = 1 << 19
+# Attention scores that are computed together: a core's cache holds half of them.
+SCORE_BYTES_AT_A_TIME = 1 << 21
 # Codes of activations, which oneDNN's fast kernels take unsigned: this stands for 0.
 ZERO_CODE, LARGEST_CODE = 128, 127
 # Below this a token's activations are silence, and the reciprocal of their scale would overflow.
@@ -132,26 +132,29 @@ class PackedLayer(nn.Module):
         return outputs, None, None
 
     def _attend(self, qkv: torch.Tensor, masks: list[torch.Tensor | None]) -> torch.Tensor:
-        """Attention of `(clips, tokens, 3 * hidden_size)`, head by head and some queries at a time, so that the scores
-        stay in cache. Queries are scaled already; masks are additive, one `(1, tokens)` a clip."""
+        """Attention of `(clips, tokens, 3 * hidden_size)`, some heads or queries at a time, so that the scores stay
+        in cache. Queries are scaled already; masks are additive, one `(1, tokens)` a clip."""
         clips, tokens, _ = qkv.shape
-        qkv = qkv.to(self.attention_dtype).view(clips, tokens, 3, self.num_heads, -1)
-        queries, keys, values = qkv.permute(2, 0, 3, 1, 4)
-        values, multiply = values.transpose(2, 3), _transposed_product
+        by_head = qkv.view(clips, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        scores_at_a_time = SCORE_BYTES_AT_A_TIME // self.attention_dtype.itemsize
         if self.attention_dtype == torch.float32:
-            # torch.mm would be MKL's, and operands in another order have but a slow reference kernel of oneDNN.
-            queries, keys, values = (operand.contiguous() for operand in (queries, keys, values))
-            multiply = _onednn_linear
-        attended = qkv.new_empty(clips, tokens, self.num_heads, qkv.shape[-1])
-        step = max(1, SCORES_AT_A_TIME // tokens)
+            # torch.bmm would be MKL's, and operands in another order have but a slow reference kernel of oneDNN.
+            queries, keys, values = by_head[0].contiguous(), by_head[1].contiguous(), by_head[2].mT.contiguous()
+            multiply, heads_at_a_time = _product_of_one, 1
+        else:
+            queries, keys, values = by_head.new_empty(by_head.shape, dtype=self.attention_dtype).copy_(by_head)
+            multiply, values, heads_at_a_time = _products, values.mT, max(1, scores_at_a_time // tokens**2)
+        queries_at_a_time = max(1, scores_at_a_time // tokens)
+        attended = qkv.new_empty(clips, tokens, self.num_heads, queries.shape[-1])
         for clip, mask in enumerate(masks):
-            for head in range(self.num_heads):
-                for start in range(0, tokens, step):
-                    some = slice(start, start + step)
-                    scores = multiply(queries[clip, head, some], keys[clip, head])
+            for head in range(0, self.num_heads, heads_at_a_time):
+                heads = slice(head, head + heads_at_a_time)
+                for query in range(0, tokens, queries_at_a_time):
+                    some = slice(query, query + queries_at_a_time)
+                    scores = multiply(queries[clip, heads, some], keys[clip, heads])
                     if mask is not None:
                         scores += mask
-                    attended[clip, some, head] = multiply(scores.softmax(-1), values[clip, head])
+                    attended[clip, some, heads] = multiply(scores.softmax(-1), values[clip, heads]).transpose(0, 1)
         return attended.flatten(2)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "PackedLayer":
@@ -192,13 +195,13 @@ def pack_linear_int8(linear: nn.Linear, activation: str | None = None) -> Produc
     def product(x: torch.Tensor) -> torch.Tensor:
         peaks = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).float()
         token_scales = peaks.clamp_(min=SMALLEST_PEAK).div_(LARGEST_CODE)
-        # Codes are positive, so cutting their fraction off rounds them.
-        codes = (x * token_scales.reciprocal()).add_(ZERO_CODE + 0.5).to(torch.uint8)
+        # To signed codes first, and from them by the highest bit: conversion to unsigned ones is four times as slow.
+        codes = (x * token_scales.reciprocal()).round_().to(torch.int8).view(torch.uint8).bitwise_xor_(ZERO_CODE)
         # A scale of 1 for all tokens: the operator knows no scale for each.
         sums = torch.ops.onednn.qlinear_pointwise(
             codes, 1.0, ZERO_CODE, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        return act(torch.addcmul(bias, sums, token_scales))
+        return act(torch.addcmul(bias, sums, token_scales, out=sums))
 
     return product
 
@@ -211,8 +214,12 @@ def _torchao_quantization() -> ModuleType:
     return torchao.quantization
 
 
-def _transposed_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return left @ right.t()
+def _products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(left, right.mT)
+
+
+def _product_of_one(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return _onednn_linear(left[0], right[0])[None]
 
 
 def _onednn_linear(

@@ -70,9 +70,9 @@ def test_other_activations_and_no_bias(config, input_values, act):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("scores_at_a_time", [cpu.SCORES_AT_A_TIME, 1000])
-def test_padding_is_attended_to_by_none(config, precision, scores_at_a_time, monkeypatch):
-    monkeypatch.setattr(cpu, "SCORES_AT_A_TIME", scores_at_a_time)
+@pytest.mark.parametrize("score_bytes", [cpu.SCORE_BYTES_AT_A_TIME, 80_000, 4_000])  # all heads, two, a part of one
+def test_padding_is_attended_to_by_none(config, precision, score_bytes, monkeypatch):
+    monkeypatch.setattr(cpu, "SCORE_BYTES_AT_A_TIME", score_bytes)
     model = optimize_for_cpu(SSLAMModel(config), precision)
     clips = torch.randn(3, 256, 128)
     attention_mask = torch.ones(3, 256, dtype=torch.long)
