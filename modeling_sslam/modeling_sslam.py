@@ -131,11 +131,11 @@ def _is_faster_as_convolution(input: torch.Tensor, weight: torch.Tensor) -> bool
     return (
         input.device.type == "cpu"
         and input.dtype == weight.dtype == torch.float32
-        and input.numel() > 0  # which a convolution refuses
         and type(weight) is nn.Parameter  # others, such as quantised ones, bring products of their own
         and IS_X86_WITH_ONEDNN
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_exporting()  # what others run need not have oneDNN
+        and input.numel() > 0  # a convolution refuses an empty image
     )
 
 
