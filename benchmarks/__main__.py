@@ -3,7 +3,7 @@
     python -m benchmarks [PROGRAM ...] [--results benchmarks/RESULTS.md]
 
 Each program runs in a process of its own, prints its table and writes JSON to outputs/benchmarks/. The page is made of
-all JSON that is there, also of earlier runs. Half an hour on two cores; a quieter machine gives narrower figures.
+all JSON that is there, also of earlier runs. Half an hour on two cores.
 """
 
 import argparse
