@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
         if device.type == "cuda":
             model = SSLAMForPreTraining(config).to(device).train()
             compile_blocks(model)
-            step = make_update(model)
+            step = make_update(model, half_precision=True)
             loader = own_loader(folder, extractor, workers, "worker", endless=True)
             seconds = time_steps(step, loader, workers, arguments.steps, arguments.rounds, device)
             for name, measurement in seconds.items():

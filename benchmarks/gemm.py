@@ -103,8 +103,9 @@ def gemm_runner(
     fastest = []
     for product, count in products.items():
         candidates = dict(_kernels(product, device, kernels))
-        timings = time_in_turn(candidates, rounds=3, device=device)
-        fastest.append((candidates[min(timings, key=lambda name: timings[name].median)], count))
+        timings = time_in_turn(candidates, rounds=7, device=device)
+        # By their best: what else the machine does in these milliseconds must not choose.
+        fastest.append((candidates[min(timings, key=lambda name: min(timings[name].repeats))], count))
 
     @torch.no_grad()
     def run() -> None:

@@ -21,7 +21,7 @@ from transformers import ASTConfig, ASTForAudioClassification
 
 from benchmarks import plain
 from benchmarks.gemm import gemm_runner, matrix_products, total_flops
-from benchmarks.measurement import ratio, scaled, time_in_turn
+from benchmarks.measurement import Measurement, ratio, scaled, time_in_turn
 from benchmarks.report import Report, Row, base_config, make_parser
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
 from modeling_sslam.inference.cpu import can_optimize, optimize_for_cpu
@@ -112,31 +112,40 @@ def cpu_rows(report: Report, config: SSLAMConfig, batch_size: int, rounds: int) 
 
 
 @torch.inference_mode()
+def time_from_waveforms(
+    config: SSLAMConfig, batch_size: int, rounds: int, device: torch.device
+) -> tuple[dict[str, Measurement], int]:
+    """Seconds of a batch from waveforms on the device to embeddings, in bfloat16 and compiled, and of what it is held
+    against; and the FLOPs of its matrix products."""
+    extractor = SSLAMFeatureExtractor()
+    num_samples = round(SECONDS * extractor.sampling_rate)
+    waveforms = list(torch.randn(batch_size, num_samples, device=device) / 10)
+    features = partial(extractor, waveforms, extractor.sampling_rate, return_tensors="pt")
+    input_values = features()["input_values"]
+    model = SSLAMModel(config).eval().to(device, torch.bfloat16)
+    ast = torch.compile(make_ast(config).to(device, torch.bfloat16))
+    products = matrix_products(lambda: model(input_values))
+    compiled = torch.compile(model)
+    contestants: dict[str, Callable[[], object]] = {
+        "ours": lambda: compiled(features()["input_values"]),
+        "ours, without the filter bank": lambda: compiled(input_values),
+        "AST, without the filter bank": lambda: ast(input_values.to(torch.bfloat16)),
+        "matrix products": gemm_runner(products, device),
+    }
+    return time_in_turn(contestants, rounds, device), total_flops(products)
+
+
 def gpu_rows(report: Report, config: SSLAMConfig, batch_size: int, rounds: int) -> None:
     what = f"inference base from waveforms, bf16, batch {batch_size}, compiled"
     where, share, times_ast, note = "GPU", None, None, ""
     if torch.cuda.is_available():
-        device, where, extractor = torch.device("cuda"), torch.cuda.get_device_name(), SSLAMFeatureExtractor()
-        num_samples = round(SECONDS * extractor.sampling_rate)
-        waveforms = list(torch.randn(batch_size, num_samples, device=device) / 10)
-        features = partial(extractor, waveforms, extractor.sampling_rate, return_tensors="pt")
-        input_values = features()["input_values"]
-        model = SSLAMModel(config).eval().to(device, torch.bfloat16)
-        ast = torch.compile(make_ast(config).to(device, torch.bfloat16))
-        products = matrix_products(lambda: model(input_values))
-        compiled = torch.compile(model)
-        contestants: dict[str, Callable[[], object]] = {
-            "ours": lambda: compiled(features()["input_values"]),
-            "ours, without the filter bank": lambda: compiled(input_values),
-            "AST, without the filter bank": lambda: ast(input_values.to(torch.bfloat16)),
-            "matrix products": gemm_runner(products, device),
-        }
-        seconds = time_in_turn(contestants, rounds, device)
+        where = torch.cuda.get_device_name()
+        seconds, flops = time_from_waveforms(config, batch_size, rounds, torch.device("cuda"))
         for name, measurement in seconds.items():
             report.record(f"{where}: clips/s, {name}", scaled(measurement, lambda value: batch_size / value))
         share = ratio(seconds["matrix products"], seconds["ours"])
         times_ast = ratio(seconds["AST, without the filter bank"], seconds["ours, without the filter bank"])
-        rate = total_flops(products) / seconds["matrix products"].median / 1e12
+        rate = flops / seconds["matrix products"].median / 1e12
         note = f"{batch_size / seconds['ours'].median:.0f} clips/s; limit {rate:.0f} TFLOP/s"
     report.add(
         Row(what, where, "of the bf16 GEMM limit", share, at_least=0.5, note=note),

@@ -10,7 +10,6 @@ Peak memory is that of a second step in a process of its own, with weights, grad
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,25 +30,27 @@ OPTIMIZER = OptimizerConfig(learning_rate=5e-5)
 
 @dataclass(frozen=True)
 class Setting:
-    """A step's size: clips, masked copies of each, frames of a clip (10 ms each), blocks of the encoder."""
+    """A step's size: clips, masked copies of each, frames of a clip (10 ms each), blocks of the encoder; and how it is
+    computed: in float32, or by autocast in half precision with our blocks compiled."""
 
     batch: int
     clones: int
     frames: int
     layers: int = 12
     device: str = "cpu"
+    half_precision: bool = False
 
     def make_batch(self) -> torch.Tensor:
         return torch.randn(self.batch, self.frames, base_config(self.layers).num_mel_bins, device=self.device)
 
 
-def make_update(model: SSLAMForPreTraining) -> Callable[[torch.Tensor], None]:
+def make_update(model: SSLAMForPreTraining, half_precision: bool) -> Callable[[torch.Tensor], None]:
     """A step of that model on a batch of `input_values`."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(model, OPTIMIZER)
 
     def update(input_values: torch.Tensor) -> None:
-        with autocast(torch.bfloat16) if model.device.type == "cuda" else nullcontext():
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=half_precision):
             loss = model(input_values).loss
         loss.backward()
         nn.utils.clip_grad_norm_(trained, OPTIMIZER.max_grad_norm)
@@ -61,11 +62,11 @@ def make_update(model: SSLAMForPreTraining) -> Callable[[torch.Tensor], None]:
 
 
 def make_step(setting: Setting, compiled: bool = True) -> Callable[[], None]:
-    """Our step on a ready batch; compiled on GPUs only."""
+    """Our step on a ready batch."""
     model = SSLAMForPreTraining(base_config(setting.layers, num_clones=setting.clones)).train().to(setting.device)
-    if setting.device == "cuda" and compiled:
+    if setting.half_precision and compiled:
         compile_blocks(model)
-    return partial(make_update(model), setting.make_batch())
+    return partial(make_update(model, setting.half_precision), setting.make_batch())
 
 
 def make_plain_step(setting: Setting) -> Callable[[], None]:
@@ -76,11 +77,11 @@ def make_plain_step(setting: Setting) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(
         trained, lr=OPTIMIZER.learning_rate, betas=OPTIMIZER.betas, weight_decay=OPTIMIZER.weight_decay
     )
-    clips, on_gpu = setting.make_batch(), setting.device == "cuda"
-    scaler = torch.amp.GradScaler(setting.device, enabled=on_gpu)
+    clips = setting.make_batch()
+    scaler = torch.amp.GradScaler(setting.device, enabled=setting.half_precision)
 
     def step() -> None:
-        with autocast(torch.float16) if on_gpu else nullcontext():
+        with torch.autocast(setting.device, torch.float16, enabled=setting.half_precision):
             loss = model(clips)["loss"]
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -91,10 +92,6 @@ def make_plain_step(setting: Setting) -> Callable[[], None]:
         model.update_teacher(config.ema_decay)
 
     return step
-
-
-def autocast(dtype: torch.dtype) -> AbstractContextManager:
-    return torch.autocast("cuda", dtype=dtype)
 
 
 def peak_of(make: Callable[[Setting], Callable[[], None]], setting: Setting) -> PeakMemory:
@@ -181,7 +178,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     report = Report("pretraining_step", {name: value for name, value in vars(args).items() if name != "out"})
     report.add(*cpu_rows(report, Setting(args.batch, args.clones, args.frames, args.layers), args.rounds))
-    on_gpu = Setting(args.gpu_batch, args.gpu_clones, args.frames, args.layers, "cuda")
+    on_gpu = Setting(args.gpu_batch, args.gpu_clones, args.frames, args.layers, "cuda", half_precision=True)
     report.add(*gpu_rows(report, on_gpu, args.rounds))
     report.write(args.out)
 

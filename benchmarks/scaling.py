@@ -108,7 +108,8 @@ def main(argv: list[str] | None = None) -> None:
             setting = Inference(model, args.layers, 1, frames, device)
             add("seconds of one clip", model, frames / 100, cost_of_inference(setting, args.rounds))
     for clones in args.clones:
-        seconds, peak = cost_of_step(Setting(CLIPS_OF_A_STEP, clones, max_length, args.layers, device), args.rounds)
+        setting = Setting(CLIPS_OF_A_STEP, clones, max_length, args.layers, device, half_precision=device == "cuda")
+        seconds, peak = cost_of_step(setting, args.rounds)
         cost = {"clips/s": CLIPS_OF_A_STEP / seconds.median, "GiB": peak.in_all / GIB}
         add(f"clones, step of {CLIPS_OF_A_STEP} clips", "SSLAM, stage 2", clones, cost)
 

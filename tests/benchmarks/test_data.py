@@ -33,7 +33,8 @@ def test_steps_on_the_loader_and_on_a_ready_batch(folder, make_config, monkeypat
     before = model.sslam.encoder.cls_token.detach().clone()
     teacher = model.teacher.encoder.cls_token.detach().clone()
     loader = data.own_loader(folder, extractor, 0, "worker", endless=True)
-    seconds = data.time_steps(data.make_update(model), loader, 0, num_steps=2, rounds=3, device=CPU)
+    step = data.make_update(model, half_precision=False)
+    seconds = data.time_steps(step, loader, 0, num_steps=2, rounds=3, device=CPU)
     assert {name: len(measurement.repeats) for name, measurement in seconds.items()} == {"ready batch": 3, "loader": 3}
     assert loader.num_clips == 2 * (1 + 3 * 2)
     assert not torch.equal(model.sslam.encoder.cls_token, before)

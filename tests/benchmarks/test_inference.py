@@ -2,7 +2,10 @@
 
 import json
 
+import torch
+
 from benchmarks import inference, scaling
+from benchmarks.report import base_config
 
 
 def test_inference(tmp_path):
@@ -21,6 +24,15 @@ def test_inference(tmp_path):
     assert report["settings"]["layers"] == 1
     assert report["machine"]["cores"] >= 1
     assert report["versions"]["torch"].startswith("2.")
+
+
+def test_what_runs_on_gpus_runs():
+    """On the CPU here, one block deep."""
+    seconds, flops = inference.time_from_waveforms(base_config(1), batch_size=2, rounds=1, device=torch.device("cpu"))
+    assert set(seconds) == {"ours", "ours, without the filter bank", "AST, without the filter bank", "matrix products"}
+    assert seconds["ours"].median > seconds["ours, without the filter bank"].median > 0
+    # The patch embedding and one block of 513 tokens, without attention.
+    assert flops > 2 * 2 * 513 * 12 * 768**2
 
 
 def test_scaling(tmp_path):

@@ -6,7 +6,10 @@ import sys
 import torch
 
 from benchmarks import pretraining_step
-from benchmarks.pretraining_step import Setting, cost_of_step
+from benchmarks.gemm import matrix_products
+from benchmarks.pretraining_step import Setting, cost_of_step, make_plain_step, make_step, measure
+from benchmarks.report import Report
+from training.pretrain import compile_blocks
 
 TINY = ["--layers", "1", "--batch", "2", "--clones", "1", "--frames", "64", "--rounds", "2", "--threads", "1"]
 
@@ -42,3 +45,21 @@ def test_cost_is_seconds_and_bytes():
         assert peak.in_all > peak.of_run
     # Weights, gradients and Adam's averages are the same in both; what the clones add is more than nothing.
     assert large[1].in_all > small[1].in_all
+
+
+def test_what_runs_on_gpus_runs(monkeypatch):
+    """Half precision and compiled blocks, on the CPU here and one block deep."""
+    compiled = []
+    monkeypatch.setattr(pretraining_step, "compile_blocks", lambda model: compiled.append(compile_blocks(model)))
+    report = Report("pretraining_step", {})
+    seconds, peaks = measure(report, Setting(2, 2, 64, layers=1, half_precision=True), rounds=1)
+    assert len(compiled) == 1  # the process for memory has a copy of its own
+    assert all(seconds[name].median > 0 for name in ("ours", "plain", "limit"))
+    assert all(peak.of_run > 0 for peak in peaks.values())
+
+
+def test_half_precision_is_what_it_says():
+    setting = Setting(2, 2, 64, layers=1, half_precision=True)
+    ours, plain = (matrix_products(step) for step in (make_step(setting, compiled=False), make_plain_step(setting)))
+    assert {product.dtype for product in ours} == {torch.bfloat16}
+    assert {product.dtype for product in plain} == {torch.float16}
