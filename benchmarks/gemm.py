@@ -9,7 +9,8 @@ are the products that attention's backward pass computes a second time to save m
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.measurement import time_in_turn
 
 aten = torch.ops.aten
+
+# Of a product by oneDNN, whose results then are memory that has been used before.
+ROWS_AT_A_TIME = 1024
 
 
 class MatrixProduct(NamedTuple):
@@ -129,9 +133,15 @@ def _kernels(
         else:
             yield "torch", lambda: torch.bmm(left, right.transpose(1, 2), out=out)
     if "onednn" in kernels and device.type == "cpu":
-        linear = torch.ops.mkldnn._linear_pointwise
-        pairs = list(zip(left, right, strict=True))
-        yield "onednn", lambda: [linear(row, weight, None, "none", [], "") for row, weight in pairs]
+        yield "onednn", partial(_multiply_by_onednn, left, right)
     if "packed" in kernels and device.type == "cpu" and batch == 1:
-        packed = torch.ops.mkldnn._reorder_linear_weight(right[0], rows)
-        yield "packed", lambda: torch.ops.mkldnn._linear_pointwise(left[0], packed, None, "none", [], "")
+        packed = torch.ops.mkldnn._reorder_linear_weight(right[0], min(rows, ROWS_AT_A_TIME))
+        yield "packed", partial(_multiply_by_onednn, left, [packed])
+
+
+def _multiply_by_onednn(left: Iterable[torch.Tensor], right: Iterable[torch.Tensor]) -> None:
+    """Products that are dropped as they come, some rows at a time: a large result is new memory, and clearing its
+    pages can take a fifth of the product's own time or more."""
+    for rows, weight in zip(left, right, strict=True):
+        for part in rows.split(ROWS_AT_A_TIME):
+            torch.ops.mkldnn._linear_pointwise(part, weight, None, "none", [], "")
