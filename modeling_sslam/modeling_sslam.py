@@ -27,6 +27,11 @@ IS_X86_WITH_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu
 )
 
 
+# Tokens of a clip that have their attention computed by convolutions where that is faster, and how many of its scores
+# at a time (benchmarks/NOTES.md).
+CONVOLVED_LENGTHS, SCORES_AT_A_TIME = range(200, 2100), 1 << 20
+
+
 def sincos_position_table(config: SSLAMConfig) -> torch.Tensor:
     """Fixed 2-D positions: the first half of the channels encodes the mel coordinate, the second half time, each as
     [sin(p w), cos(p w)] with w_k = 10000^(-k / (hidden_size / 4)).
@@ -121,10 +126,19 @@ class SSLAMLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not _is_faster_as_convolution(input, self.weight):
             return super().forward(input)
-        # Tokens lie along the height of one image whose channels are innermost in memory, so nothing is copied.
-        image = input.reshape(1, -1, 1, self.in_features).permute(0, 3, 1, 2)
-        output = nn.functional.conv2d(image, self.weight[..., None, None], self.bias)
-        return output.permute(0, 2, 3, 1).reshape(*input.shape[:-1], self.out_features)
+        return _convolve_tokens(input.reshape(-1, self.in_features), self.weight, self.bias).view(
+            *input.shape[:-1], self.out_features
+        )
+
+
+def _convolve_tokens(
+    tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: int = 1
+) -> torch.Tensor:
+    """Tokens `(length, in_features)` times the transposed weight, each group of features with its rows of it."""
+    # Tokens lie along the height of one image whose channels are innermost in memory, so nothing is copied.
+    image = tokens[None, :, None].permute(0, 3, 1, 2)
+    output = nn.functional.conv2d(image, weight[..., None, None], bias, groups=groups)
+    return output.permute(0, 2, 3, 1).view(len(tokens), len(weight))
 
 
 def _is_faster_as_convolution(input: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -137,6 +151,34 @@ def _is_faster_as_convolution(input: torch.Tensor, weight: torch.Tensor) -> bool
         and not torch.compiler.is_exporting()  # what others run need not have oneDNN
         and input.numel() > 0  # a convolution refuses an empty image
     )
+
+
+def convolution_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention by convolutions of which a head is a group, clip by clip and some heads at a time: see
+    [`SSLAMLinear`]. It is for use without gradients."""
+    batch_size, num_heads, length, head_dim = query.shape
+    heads_at_a_time = max(1, SCORES_AT_A_TIME // length**2)
+    attended = query.new_empty(batch_size, length, num_heads, head_dim)
+    for clip in range(batch_size):
+        for head in range(0, num_heads, heads_at_a_time):
+            heads = slice(head, head + heads_at_a_time)
+            queries = (query[clip, heads] * scaling).transpose(0, 1).flatten(1)
+            keys, values = key[clip, heads].flatten(0, 1), value[clip, heads].mT.flatten(0, 1)
+            groups = len(keys) // length
+            # The mask, which is the same for all queries, is the bias of the channels: each holds the scores of a key.
+            bias = None if attention_mask is None else attention_mask[clip, 0, 0].repeat(groups)
+            scores = _convolve_tokens(queries, keys, bias, groups).unflatten(1, (groups, length))
+            mixed = _convolve_tokens(scores.softmax(-1).flatten(1), values, None, groups)
+            attended[clip, :, heads] = mixed.unflatten(1, (groups, head_dim))
+    return attended, None
 
 
 class SSLAMAttention(nn.Module):
@@ -155,19 +197,24 @@ class SSLAMAttention(nn.Module):
         qkv = self.qkv(hidden_states).unflatten(-1, (3, -1, self.head_dim))
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         implementation = _attention_implementation(self.config, output_attentions)
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         attend: Callable = (
             eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
         )
+        if implementation == "sdpa" and dropout == 0.0 and self._is_faster_by_convolution(hidden_states):
+            attend = convolution_attention_forward
         attended, probabilities = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
-            scaling=self.scaling,
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling
         )
         return self.output(attended.flatten(2)), probabilities if output_attentions else None
+
+    def _is_faster_by_convolution(self, hidden_states: torch.Tensor) -> bool:
+        return (
+            hidden_states.shape[1] in CONVOLVED_LENGTHS
+            and _is_faster_as_convolution(hidden_states, self.qkv.weight)
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()  # the graph would have every clip and head in it
+        )
 
 
 class SSLAMMLP(nn.Module):

@@ -136,8 +136,8 @@ def _normalised_mean(ffn_outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
     total: torch.Tensor | float = 0.0
     for output in ffn_outputs:
         output = output.float()
-        variance, mean = torch.var_mean(output, dim=1, correction=0, keepdim=True)
-        total = total + (output - mean) * torch.rsqrt(variance + NORM_EPS)
+        centered = output - output.mean(1, keepdim=True)  # torch.var_mean is several times as slow along tokens
+        total = total + centered * torch.rsqrt(centered.square().mean(1, keepdim=True) + NORM_EPS)
     mean_over_blocks = total / len(ffn_outputs)
     return nn.functional.layer_norm(mean_over_blocks, mean_over_blocks.shape[-1:], eps=NORM_EPS)
 

@@ -10,8 +10,8 @@ Worth knowing:
   linear layers are called, on packed weights, as the graphs that inductor compiles call them; they are no public
   interface of torch.
 - Weights are brought into the kernels' own layout once, and GELU is computed on a product while it is in cache.
-- Clips go through a block a few at a time, so that intermediate results stay in cache: a tensor of more than 32 MB is
-  new memory in every layer, and the system's clearing of its pages takes longer than the arithmetic on it.
+- Clips go through a block a few at a time: a tensor of more than 32 MB is new memory in every layer, and the system's
+  clearing of its pages takes longer than the arithmetic on it.
 - int8: weights per output channel, rounded once (by torchao); activations per token, rounded anew in every layer, so a
   clip's result does not depend on what else is in its batch. Attention, norms and residuals stay in floating point.
 """
@@ -32,9 +32,9 @@ Model = TypeVar("Model", SSLAMModel, SSLAMForAudioClassification)
 Product = Callable[[torch.Tensor], torch.Tensor]
 
 PRECISIONS = ("float32", "bfloat16", "int8")
-# Tokens that go through a block together: enough for a product to keep two cores busy, and their MLP's intermediate
-# results stay in cache.
-TOKENS_AT_A_TIME = 512
+# Tokens that go through a block together: four clips of 10 s, whose largest intermediate result is not yet new memory.
+# In int8 there are more such results, and those of one clip stay in cache.
+TOKENS_AT_A_TIME = {"float32": 2100, "bfloat16": 2100, "int8": 512}
 # Attention scores that are computed together: a core's cache holds half of them.
 SCORE_BYTES_AT_A_TIME = 1 << 21
 # Codes of activations, which oneDNN's fast kernels take unsigned: this stands for 0.
@@ -120,7 +120,7 @@ class PackedLayer(nn.Module):
         """The block's output; see [`SSLAMLayer.forward`]. What the MLP gave is not kept."""
         if output_attentions:
             raise ValueError("A model that is optimised for CPUs gives no attention probabilities; load it anew.")
-        clips_at_a_time = max(1, TOKENS_AT_A_TIME // hidden_states.shape[1])
+        clips_at_a_time = max(1, TOKENS_AT_A_TIME[self.precision] // hidden_states.shape[1])
         masks = [None] * len(hidden_states) if attention_mask is None else attention_mask[:, 0, 0].split(1)
         outputs = torch.empty_like(hidden_states)
         for start in range(0, len(hidden_states), clips_at_a_time):

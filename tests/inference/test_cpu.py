@@ -20,9 +20,15 @@ from modeling_sslam.inference import Embedder, InferenceError, SSLAMTagger, cpu,
 PRECISIONS = [precision for precision in cpu.PRECISIONS if cpu.can_optimize(precision)]
 
 
+@pytest.fixture(autouse=True)
+def _two_clips_at_a_time(monkeypatch):
+    """So that there are several slices of the clips below, and a part of one at the end."""
+    monkeypatch.setattr(cpu, "TOKENS_AT_A_TIME", dict.fromkeys(cpu.PRECISIONS, 300))
+
+
 @pytest.fixture
 def config() -> SSLAMConfig:
-    """Wide enough for oneDNN's blocked kernels, with several clips to a slice and a part slice at the end."""
+    """Wide enough for oneDNN's blocked kernels."""
     return SSLAMConfig(
         hidden_size=96,
         num_hidden_layers=3,

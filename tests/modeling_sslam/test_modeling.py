@@ -634,6 +634,33 @@ class TestFastPaths:
         assert actual.dtype == torch.bfloat16
         assert torch.equal(actual, expected)
 
+    @pytest.mark.parametrize("scores_at_a_time", [1 << 20, 2 * TOKENS**2, 1])  # all heads, two, one
+    def test_attention_by_convolution(self, make_config, monkeypatch, scores_at_a_time):
+        monkeypatch.setattr(modeling, "CONVOLVED_LENGTHS", range(TOKENS, TOKENS + 1))
+        monkeypatch.setattr(modeling, "SCORES_AT_A_TIME", scores_at_a_time)
+        by_convolution, calls = modeling.convolution_attention_forward, []
+
+        def spy(*args, **kwargs):
+            calls.append(args)
+            return by_convolution(*args, **kwargs)
+
+        monkeypatch.setattr(modeling, "convolution_attention_forward", spy)
+        model = SSLAMModel(make_config(attn_implementation="sdpa", attention_probs_dropout_prob=0.5)).eval()
+        _, batch, mask = padded_batch()
+        for attention_mask in (None, mask):
+            expected = model(batch, attention_mask=attention_mask, output_hidden_states=True)
+            assert not calls  # it has no use for gradients
+            with torch.no_grad():
+                actual = model(batch, attention_mask=attention_mask, output_hidden_states=True)
+                assert len(calls) == modeling.IS_X86_WITH_ONEDNN * model.config.num_hidden_layers
+                calls.clear()
+                assert_same_outputs(actual, expected)
+                model.train()(batch)  # with dropout
+                model.eval()(batch[:, :16])  # of another length
+                model.double()(batch)
+                model.float()
+            assert not calls
+
     @pytest.mark.parametrize("hidden_act", ["gelu", "relu"])
     def test_mlp_that_recomputes(self, make_config, hidden_act):
         mlp = SSLAMMLP(make_config(hidden_act=hidden_act))
