@@ -302,14 +302,7 @@ class SSLAMEncoder(nn.Module):
             patches: Of shape `(batch_size, num_patches, hidden_size)`, positions already added.
             patch_mask: bool of shape `(batch_size, num_patches)`, False for patches that nothing may attend to.
         """
-        cls_tokens = self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype)
-        hidden_states = self.layernorm(torch.cat((cls_tokens, patches), dim=1))
-        attention_mask = None
-        if patch_mask is not None:
-            token_mask = nn.functional.pad(patch_mask, (1, 0), value=True)
-            implementation = _attention_implementation(self.config, output_attentions)
-            attention_mask = _attention_mask(token_mask, hidden_states.dtype, implementation)
-
+        hidden_states, attention_mask = self.prepare(patches, patch_mask, output_attentions)
         all_hidden_states, all_attentions, all_ffn_outputs = [hidden_states], [], []
         for layer in self.layers:
             hidden_states, ffn_output, attentions = layer(hidden_states, attention_mask, output_attentions)
@@ -325,6 +318,18 @@ class SSLAMEncoder(nn.Module):
             attentions=tuple(all_attentions) if output_attentions else None,
             ffn_outputs=tuple(all_ffn_outputs) if output_ffn else None,
         )
+
+    def prepare(
+        self, patches: torch.Tensor, patch_mask: torch.Tensor | None, output_attentions: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | BlockMask | None]:
+        """The first block's input `(batch_size, 1 + num_patches, hidden_size)`, and the mask that all blocks take."""
+        cls_tokens = self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype)
+        hidden_states = self.layernorm(torch.cat((cls_tokens, patches), dim=1))
+        if patch_mask is None:
+            return hidden_states, None
+        token_mask = nn.functional.pad(patch_mask, (1, 0), value=True)
+        implementation = _attention_implementation(self.config, output_attentions)
+        return hidden_states, _attention_mask(token_mask, hidden_states.dtype, implementation)
 
 
 def _attention_implementation(config: SSLAMConfig, output_attentions: bool) -> str:

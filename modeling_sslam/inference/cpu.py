@@ -25,7 +25,14 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from ..configuration_sslam import SSLAMConfig
-from ..modeling_sslam import IS_X86_WITH_ONEDNN, SSLAMForAudioClassification, SSLAMLayer, SSLAMModel
+from ..modeling_sslam import (
+    IS_X86_WITH_ONEDNN,
+    SSLAMEncoder,
+    SSLAMEncoderOutput,
+    SSLAMForAudioClassification,
+    SSLAMLayer,
+    SSLAMModel,
+)
 from .errors import InferenceError
 
 Model = TypeVar("Model", SSLAMModel, SSLAMForAudioClassification)
@@ -74,22 +81,58 @@ def optimize_for_cpu(model: Model, precision: str = "float32") -> Model:
         raise InferenceError(
             f"This processor, or this build of torch, has no {precision} kernels of oneDNN. Use the model as it is."
         )
-    encoder = (model if isinstance(model, SSLAMModel) else model.sslam).encoder
-    if isinstance(encoder.layers[0], PackedLayer):
+    body = model if isinstance(model, SSLAMModel) else model.sslam
+    if isinstance(body.encoder, PackedEncoder):
         raise ValueError("This model has been optimised already; load it anew for another precision.")
     if precision == "int8":
         _torchao_quantization()  # before anything is changed
     model.eval().to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
     model.set_attn_implementation("sdpa")  # whose mask is the one that the blocks below take
-    for index, layer in enumerate(encoder.layers):
-        encoder.layers[index] = PackedLayer(layer, model.config, precision)
+    body.encoder = PackedEncoder(body.encoder, precision)
     return model
 
 
 def precision_of(model: SSLAMModel) -> str:
     """What its blocks compute in: one of `PRECISIONS`, or another type of torch's."""
-    layer = model.encoder.layers[0]
-    return layer.precision if isinstance(layer, PackedLayer) else str(model.dtype).removeprefix("torch.")
+    if isinstance(model.encoder, PackedEncoder):
+        return model.encoder.layers[0].precision
+    return str(model.dtype).removeprefix("torch.")
+
+
+class PackedEncoder(SSLAMEncoder):
+    """[`SSLAMEncoder`] in evaluation, out of packed blocks."""
+
+    def __init__(self, encoder: SSLAMEncoder, precision: str) -> None:
+        nn.Module.__init__(self)
+        self.config = encoder.config
+        self.cls_token, self.layernorm = encoder.cls_token, encoder.layernorm
+        self.layers = nn.ModuleList(PackedLayer(layer, encoder.config, precision) for layer in encoder.layers)
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        patches: torch.Tensor,
+        patch_mask: torch.Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        output_ffn: bool = False,
+    ) -> SSLAMEncoderOutput:
+        """See [`SSLAMEncoder.forward`]."""
+        if output_attentions or output_ffn:
+            raise ValueError(
+                "A model that is optimised for CPUs gives no attention probabilities and no outputs of its MLPs; load "
+                "it anew."
+            )
+        hidden_states, attention_mask = self.prepare(patches, patch_mask)
+        all_hidden_states = [hidden_states.clone()] if output_hidden_states else []
+        for layer in self.layers:
+            layer(hidden_states, attention_mask)
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states.clone())
+        return SSLAMEncoderOutput(
+            hidden_states, tuple(all_hidden_states) if output_hidden_states else None, None, None
+        )
 
 
 class PackedLayer(nn.Module):
@@ -105,31 +148,22 @@ class PackedLayer(nn.Module):
             self.attention_dtype = torch.bfloat16
         self.qkv = pack(_with_scaled_queries(layer.attention.qkv, layer.attention.scaling))
         self.attention_output = pack(layer.attention.output)
-        self.attention_layernorm = layer.attention_layernorm.requires_grad_(False)
+        self.attention_layernorm = layer.attention_layernorm
         self.fc1 = pack(layer.mlp.fc1, config.hidden_act)
         self.fc2 = pack(layer.mlp.fc2)
-        self.mlp_layernorm = layer.mlp_layernorm.requires_grad_(False)
+        self.mlp_layernorm = layer.mlp_layernorm
 
-    @torch.no_grad()
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        output_attentions: bool = False,
-    ) -> tuple[torch.Tensor, None, None]:
-        """The block's output; see [`SSLAMLayer.forward`]. What the MLP gave is not kept."""
-        if output_attentions:
-            raise ValueError("A model that is optimised for CPUs gives no attention probabilities; load it anew.")
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> None:
+        """Turns the block's input into its output, in place: new memory for it, in every block anew, would take longer
+        to get than some of the arithmetic."""
         clips_at_a_time = max(1, TOKENS_AT_A_TIME[self.precision] // hidden_states.shape[1])
         masks = [None] * len(hidden_states) if attention_mask is None else attention_mask[:, 0, 0].split(1)
-        outputs = torch.empty_like(hidden_states)
         for start in range(0, len(hidden_states), clips_at_a_time):
             part = slice(start, start + clips_at_a_time)
             states = hidden_states[part]
             attended = self._attend(self.qkv(states), masks[part])
-            states = self.attention_layernorm(states + self.attention_output(attended))
-            outputs[part] = self.mlp_layernorm(states + self.fc2(self.fc1(states)))
-        return outputs, None, None
+            attended = self.attention_layernorm(states + self.attention_output(attended))
+            states.copy_(self.mlp_layernorm(attended + self.fc2(self.fc1(attended))))
 
     def _attend(self, qkv: torch.Tensor, masks: list[torch.Tensor | None]) -> torch.Tensor:
         """Attention of `(clips, tokens, 3 * hidden_size)`, some heads or queries at a time, so that the scores stay
