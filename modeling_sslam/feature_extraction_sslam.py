@@ -343,7 +343,6 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
 
         device = clips[0].device if device is None else torch.device(device)
         clips = [clip.to(device) for clip in clips]
-        self._check_samples(clips)
         features = _empty((len(clips), length, self.num_mel_bins), device)
         self._extract(clips, frame_counts, features)
 
@@ -363,7 +362,8 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
 
     @torch.no_grad()
     def _extract(self, clips: list[torch.Tensor], frame_counts: list[int], features: torch.Tensor) -> None:
-        """Fills `features` `(len(clips), T, num_mel_bins)` with the clips' first frames and padding."""
+        """Fills `features` `(len(clips), T, num_mel_bins)` with the clips' first frames and padding, and checks the
+        samples on the way: to read large batches once more takes time."""
         longest = max(frame_counts)
         max_frames = min(len(clips) * longest, frames_per_block(features.device))
         mean, scale = (self.mean, 2 * self.std) if self.do_normalize else (0.0, 1.0)
@@ -372,11 +372,13 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         clips_per_part = max(1, max_frames // longest)
         shape = (min(len(clips), clips_per_part), self.num_samples(longest))
         buffer = torch.empty(shape, dtype=torch.float32, device=features.device)
+        bounds: list[torch.Tensor] = []
         for start in range(0, len(clips), clips_per_part):
             part = slice(start, start + clips_per_part)
             num_frames = max(frame_counts[part])
             waveforms = buffer[: len(clips[part]), : self.num_samples(num_frames)]
             for waveform, clip in zip(waveforms, clips[part], strict=True):
+                bounds += torch.aminmax(clip)
                 used = clip[: len(waveform)]
                 # The mean is the whole clip's, also of one that is cut. Zeros after a clip touch none of its frames.
                 torch.sub(used, clip.mean(), out=waveform[: len(used)])
@@ -384,6 +386,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
             transform(waveforms, features[part, :num_frames])
         for clip_features, count in zip(features, frame_counts, strict=True):
             clip_features[count:].fill_(padding)
+        self._check_peaks(torch.stack(bounds).view(-1, 2).abs().amax(1).tolist())
 
     def _to_waveform(self, clip: Any, index: int) -> torch.Tensor:
         """A clip of any accepted form as float32 of shape `(num_samples,)` at full scale 1."""
@@ -421,9 +424,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         return clip
 
     @staticmethod
-    def _check_samples(clips: list[torch.Tensor]) -> None:
-        bounds = torch.stack([bound for clip in clips for bound in torch.aminmax(clip)])
-        peaks = bounds.view(-1, 2).abs().amax(1).tolist()
+    def _check_peaks(peaks: list[float]) -> None:
         for index, peak in enumerate(peaks):
             if not math.isfinite(peak):
                 raise ValueError(f"Clip {index} has NaN or infinite samples; repair or drop it.")
