@@ -210,10 +210,10 @@ class SSLAMAttention(nn.Module):
 
     def _is_faster_by_convolution(self, hidden_states: torch.Tensor) -> bool:
         return (
-            hidden_states.shape[1] in CONVOLVED_LENGTHS
-            and _is_faster_as_convolution(hidden_states, self.qkv.weight)
+            not torch.compiler.is_compiling()  # the graph would have every clip and head in it
             and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()  # the graph would have every clip and head in it
+            and hidden_states.shape[1] in CONVOLVED_LENGTHS
+            and _is_faster_as_convolution(hidden_states, self.qkv.weight)
         )
 
 
