@@ -25,8 +25,6 @@ IS_X86_WITH_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu
     "AVX2",
     "AVX512",
 )
-
-
 # Tokens of a clip that have their attention computed by convolutions where that is faster, and how many of its scores
 # at a time (benchmarks/NOTES.md).
 CONVOLVED_LENGTHS, SCORES_AT_A_TIME = range(200, 2100), 1 << 20
@@ -162,8 +160,16 @@ def convolution_attention_forward(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention by convolutions of which a head is a group, clip by clip and some heads at a time: see
-    [`SSLAMLinear`]. It is for use without gradients."""
+    """Attention as 1x1 convolutions of which a head is a group, clip by clip and some heads at a time; faster for the
+    reason that [`SSLAMLinear`] gives. Its backward pass would keep all scores.
+
+    Args:
+        query, key, value: Of shape `(batch_size, num_heads, length, head_dim)`.
+        attention_mask: Additive, of shape `(batch_size, 1, length, length)`, all rows of a clip alike.
+
+    Returns:
+        `(batch_size, length, num_heads, head_dim)`, and no probabilities.
+    """
     batch_size, num_heads, length, head_dim = query.shape
     heads_at_a_time = max(1, SCORES_AT_A_TIME // length**2)
     attended = query.new_empty(batch_size, length, num_heads, head_dim)

@@ -131,7 +131,10 @@ class PackedEncoder(SSLAMEncoder):
             if output_hidden_states:
                 all_hidden_states.append(hidden_states.clone())
         return SSLAMEncoderOutput(
-            hidden_states, tuple(all_hidden_states) if output_hidden_states else None, None, None
+            last_hidden_state=hidden_states,
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            attentions=None,
+            ffn_outputs=None,
         )
 
 

@@ -8,15 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from modeling_sslam import SSLAMForAudioClassification, SSLAMModel
-from modeling_sslam import modeling_sslam as modeling
-from modeling_sslam.modeling_sslam import (
-    SSLAMMLP,
-    SSLAMLinear,
-    drop_path,
-    linear_softmax_pooling,
-    recomputing,
-    sincos_position_table,
-)
+from modeling_sslam.modeling_sslam import drop_path, linear_softmax_pooling, sincos_position_table
 
 CLASSES = [SSLAMModel, SSLAMForAudioClassification]
 POOLINGS = ["cls", "mean", "lin_softmax"]
@@ -593,91 +585,6 @@ class TestPrecision:
             outputs = model(batch, attention_mask=mask, labels=torch.tensor([0, 1, 2]))
         outputs.loss.backward()
         torch.testing.assert_close(outputs.logits.float(), expected, atol=0.1, rtol=0)
-
-
-def results_and_gradients(function, module: nn.Module, *inputs: torch.Tensor) -> list[torch.Tensor]:
-    """What `function(*inputs)` gives, and the gradients of the inputs and the module's parameters."""
-    inputs = tuple(x.detach().clone().requires_grad_() for x in inputs)
-    module.zero_grad()
-    output = function(*inputs)
-    output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output.dtype))
-    return [output.detach(), *(x.grad for x in (*inputs, *module.parameters()))]
-
-
-class TestFastPaths:
-    """Each equals the plain computation that it stands for, forward and backward."""
-
-    @pytest.mark.parametrize("shape", [(96,), (1, 96), (70, 96), (3, 17, 96), (2, 3, 5, 96), (0, 96)])
-    @pytest.mark.parametrize("bias", [True, False])
-    def test_linear_layer_as_convolution(self, shape, bias, monkeypatch):
-        layer, plain = SSLAMLinear(96, 160, bias=bias), nn.functional.linear
-        inputs = torch.randn(shape)
-        is_faster = modeling.IS_X86_WITH_ONEDNN and inputs.numel() > 0
-        assert modeling._is_faster_as_convolution(inputs, layer.weight) == is_faster
-        expected = results_and_gradients(lambda x: plain(x, layer.weight, layer.bias), layer, inputs)
-        for function in (layer, lambda x: layer(torch.stack((x, x), -1)[..., 0])):  # in order in memory, or with gaps
-            for value, expected_value in zip(results_and_gradients(function, layer, inputs), expected, strict=True):
-                torch.testing.assert_close(value, expected_value, atol=1e-4, rtol=1e-5)
-        monkeypatch.setattr(modeling, "IS_X86_WITH_ONEDNN", False)
-        for value, expected_value in zip(results_and_gradients(layer, layer, inputs), expected, strict=True):
-            assert torch.equal(value, expected_value)
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-    def test_linear_layers_of_other_types_are_torchs_own(self, dtype):
-        layer, inputs = SSLAMLinear(96, 160, dtype=dtype), torch.randn(5, 96, dtype=dtype)
-        assert torch.equal(layer(inputs), nn.functional.linear(inputs, layer.weight, layer.bias))
-
-    def test_autocast_reaches_linear_layers(self):
-        layer, inputs = SSLAMLinear(96, 160), torch.randn(5, 96)
-        with torch.autocast("cpu", torch.bfloat16):
-            actual, expected = layer(inputs), nn.functional.linear(inputs, layer.weight, layer.bias)
-        assert actual.dtype == torch.bfloat16
-        assert torch.equal(actual, expected)
-
-    @pytest.mark.parametrize("scores_at_a_time", [1 << 20, 2 * TOKENS**2, 1])  # all heads, two, one
-    def test_attention_by_convolution(self, make_config, monkeypatch, scores_at_a_time):
-        monkeypatch.setattr(modeling, "CONVOLVED_LENGTHS", range(TOKENS, TOKENS + 1))
-        monkeypatch.setattr(modeling, "SCORES_AT_A_TIME", scores_at_a_time)
-        by_convolution, calls = modeling.convolution_attention_forward, []
-
-        def spy(*args, **kwargs):
-            calls.append(args)
-            return by_convolution(*args, **kwargs)
-
-        monkeypatch.setattr(modeling, "convolution_attention_forward", spy)
-        model = SSLAMModel(make_config(attn_implementation="sdpa", attention_probs_dropout_prob=0.5)).eval()
-        _, batch, mask = padded_batch()
-        for attention_mask in (None, mask):
-            expected = model(batch, attention_mask=attention_mask, output_hidden_states=True)
-            assert not calls  # it has no use for gradients
-            with torch.no_grad():
-                actual = model(batch, attention_mask=attention_mask, output_hidden_states=True)
-                assert len(calls) == modeling.IS_X86_WITH_ONEDNN * model.config.num_hidden_layers
-                calls.clear()
-                assert_same_outputs(actual, expected)
-                model.train()(batch)  # with dropout
-                model.eval()(batch[:, :16])  # of another length
-                model.double()(batch)
-                model.float()
-            assert not calls
-
-    @pytest.mark.parametrize("hidden_act", ["gelu", "relu"])
-    def test_mlp_that_recomputes(self, make_config, hidden_act):
-        mlp = SSLAMMLP(make_config(hidden_act=hidden_act))
-        inputs = torch.randn(3, 7, mlp.fc1.in_features)
-        activation = getattr(nn.functional, hidden_act)
-        expected = results_and_gradients(lambda x: mlp.fc2(activation(mlp.fc1(x))), mlp, inputs)
-        for value, expected_value in zip(results_and_gradients(mlp, mlp, inputs), expected, strict=True):
-            torch.testing.assert_close(value, expected_value, atol=1e-6, rtol=1e-5)
-
-    def test_recomputing_keeps_its_inputs_alone(self):
-        kept = []
-        inputs = torch.randn(50, 4, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-            recomputing(lambda x: x.exp().sin().exp(), inputs)
-        assert not [x for x in kept if x.shape == inputs.shape and x.data_ptr() != inputs.data_ptr()]
-        with torch.no_grad():
-            assert torch.equal(recomputing(torch.exp, inputs), inputs.exp())
 
 
 class TestCompile:

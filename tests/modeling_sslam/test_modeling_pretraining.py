@@ -20,7 +20,6 @@ from modeling_sslam import (
     SSLAMForAudioClassification,
     SSLAMForPreTraining,
     SSLAMModel,
-    modeling_sslam_pretraining,
 )
 from modeling_sslam.modeling_sslam_pretraining import (
     draw_unmixed_starts,
@@ -365,24 +364,6 @@ def test_gradient_checkpointing_changes_nothing(make_model):
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed)
-
-
-@pytest.mark.parametrize("clones", [1, 5, 16])
-def test_decoder_in_parts_equals_the_whole(make_model, monkeypatch, clones):
-    decoder = make_model().decoder
-    width = decoder.projection.in_features
-    grid, index = torch.randn(clones, 4, 2, width), torch.stack([torch.randperm(8)[:6] for _ in range(clones)])
-    factors = torch.randn(clones, 6, width)
-    results = []
-    for parts in (1, 8):
-        monkeypatch.setattr(modeling_sslam_pretraining, "DECODER_PARTS", parts)
-        decoder.zero_grad()
-        grid = grid.detach().requires_grad_()
-        predictions = decoder(grid, index)
-        (predictions * factors).sum().backward()
-        results.append([predictions.detach(), grid.grad, *(p.grad for p in decoder.parameters())])
-    for whole, in_parts in zip(*results, strict=True):
-        torch.testing.assert_close(in_parts, whole, atol=1e-5, rtol=1e-5)
 
 
 def test_bfloat16_autocast_stays_close_and_sums_in_float32(make_model):
