@@ -96,23 +96,29 @@ def log_mel_transform(
     between: small enough, on a CPU, to stay in cache.
 
     Args:
-        max_frames: Frames of a block, counted over clips; no block has more.
+        max_frames: Frames of a block, counted over clips.
         device: Of the waveforms and results.
         mean, scale: What the result is normalised by, as it leaves the cache.
 
     Returns:
         A function `(waveforms, outputs)` that fills float32 outputs `(batch_size, num_frames, num_mel_bins)` with
-        `(log_mel - mean) / scale` of zero-mean float32 waveforms `(batch_size, num_samples)`.
+        `(log_mel - mean) / scale` of zero-mean float32 waveforms `(batch_size, num_samples)`: several clips that
+        together have no more than `max_frames`, or one of any length.
     """
     frame_length, frame_shift = (sampling_rate * ms // 1000 for ms in (FRAME_LENGTH_MS, FRAME_SHIFT_MS))
     fft_length = 1 << (frame_length - 1).bit_length()
     factory: dict[str, Any] = {"dtype": torch.float32, "device": device}
     window = torch.hann_window(frame_length, periodic=False, **factory)
+    # As tensors: a Python number is made one at every call.
+    preemphasis, offset = torch.tensor(PREEMPHASIS, **factory), torch.tensor(-mean / scale, **factory)
     bands = _filter_bands(num_mel_bins, sampling_rate, fft_length, device)
-    centered, previous = (torch.empty(max_frames, frame_length, **factory) for _ in range(2))
-    padded = torch.zeros(max_frames, fft_length, **factory)
-    powers = torch.empty(max_frames, fft_length // 2 + 1, **factory)
-    mels = torch.empty(max_frames, num_mel_bins, **factory)
+    widths = (frame_length, frame_length, fft_length, fft_length // 2 + 1, num_mel_bins)
+    scratch = _empty((max_frames * sum(widths),), device)  # in one piece, large enough for huge pages
+    centered, previous, padded, powers, mels = (
+        part.view(max_frames, width)
+        for part, width in zip(scratch.split([max_frames * width for width in widths]), widths, strict=True)
+    )
+    padded[:, frame_length:].zero_()
 
     @lru_cache  # nearly all blocks are of one size: their views need not be made again
     def views(batch_size: int, num_frames: int) -> SimpleNamespace:
@@ -123,11 +129,10 @@ def log_mel_transform(
         return SimpleNamespace(
             block=block,
             scaled=scaled,
-            # Samples with one before them, and those before. In one long row: many rows of 399 are slow.
+            # Samples and those before them, in one long row: many rows of 399 are slow. A frame's first sample meets
+            # another frame's last so, but the window is 0 there.
             later=block.view(-1)[1:],
             before=scaled.view(-1)[:-1],
-            first=block[..., 0],
-            before_first=scaled[..., 0],
             windowed=padded_block[..., :frame_length],
             padded=padded_block,
             power=power,
@@ -141,28 +146,22 @@ def log_mel_transform(
     def transform_block(frames: torch.Tensor, output: torch.Tensor) -> None:
         of = views(*frames.shape[:2])
         torch.sub(frames, frames.mean(-1, keepdim=True), out=of.block)
-        torch.mul(of.block, PREEMPHASIS, out=of.scaled)
-        first_samples = of.first - of.before_first  # the sample before a frame's first is that first
+        torch.mul(of.block, preemphasis, out=of.scaled)
         of.later.sub_(of.before)
-        of.first.copy_(first_samples)
         torch.mul(of.block, window, out=of.windowed)
         spectrum = torch.view_as_real(torch.fft.rfft(of.padded)).square_()
         torch.add(spectrum[..., 0], spectrum[..., 1], out=of.power)
-        with torch.autocast(device.type, enabled=False):
-            for passed, weights, filtered in of.products:
-                if weights.dtype == filtered.dtype:
-                    torch.mm(passed, weights, out=filtered)
-                else:
-                    filtered.copy_(torch.mm(passed.to(weights.dtype), weights))
-        of.mel.clamp_(min=LOG_FLOOR).log_().sub_(mean)
-        torch.div(of.mel, scale, out=output)
+        for passed, weights, filtered in of.products:
+            if weights.dtype == filtered.dtype:
+                torch.mm(passed, weights, out=filtered)  # autocast leaves a product with `out` as it is
+            else:
+                filtered.copy_(torch.mm(passed.to(weights.dtype), weights))
+        torch.add(offset, of.mel.clamp_(min=LOG_FLOOR).log_(), alpha=1 / scale, out=output)
 
     def transform(waveforms: torch.Tensor, outputs: torch.Tensor) -> None:
         frames = waveforms.unfold(-1, frame_length, frame_shift)
-        clips_per_block = max(1, max_frames // frames.shape[1])
-        for clips, results in zip(frames.split(clips_per_block), outputs.split(clips_per_block), strict=True):
-            for block, result in zip(clips.split(max_frames, 1), results.split(max_frames, 1), strict=True):
-                transform_block(block, result)
+        for block, result in zip(frames.split(max_frames, 1), outputs.split(max_frames, 1), strict=True):
+            transform_block(block, result)
 
     return transform
 
@@ -182,7 +181,10 @@ def log_mel_spectrogram(waveforms: torch.Tensor, num_mel_bins: int = 128, sampli
     num_frames = 1 + (num_samples - frame_length) // frame_shift
     max_frames = min(batch_size * num_frames, frames_per_block(waveforms.device))
     log_mel = torch.empty(batch_size, num_frames, num_mel_bins, dtype=torch.float32, device=waveforms.device)
-    log_mel_transform(num_mel_bins, sampling_rate, max_frames, waveforms.device)(waveforms, log_mel)
+    transform = log_mel_transform(num_mel_bins, sampling_rate, max_frames, waveforms.device)
+    clips_per_part = max(1, max_frames // num_frames)
+    for part, result in zip(waveforms.split(clips_per_part), log_mel.split(clips_per_part), strict=True):
+        transform(part, result)
     return log_mel
 
 
