@@ -39,6 +39,7 @@ HUGE_PAGE_BYTES = 1 << 21
 
 
 @lru_cache
+@torch.inference_mode(False)  # who calls this next may want gradients through it
 def mel_filters(num_mel_bins: int, sampling_rate: int, fft_length: int) -> torch.Tensor:
     """Kaldi's triangular filters, equally spaced on the mel scale 1127 ln(1 + f / 700) from 20 Hz to Nyquist.
 
@@ -64,8 +65,9 @@ def mel_filters(num_mel_bins: int, sampling_rate: int, fft_length: int) -> torch
 def _filter_bands(
     num_mel_bins: int, sampling_rate: int, fft_length: int, device: torch.device
 ) -> list[tuple[slice, slice, torch.Tensor]]:
-    """The filters as (FFT bins, mel bins, weights) of neighbouring mel bins: these read a narrow band of the spectrum,
-    so most of the whole matrix is zeros that need no multiplication."""
+    """The filters as (columns, mel bins, weights) of neighbouring mel bins: these read a narrow band of the spectrum,
+    so most of the whole matrix is zeros that need no multiplication. An FFT bin is two columns, the squares of its
+    real and its imaginary part: they have the same weights, so that the product itself adds them up to the power."""
     filters = mel_filters(num_mel_bins, sampling_rate, fft_length)
     # Where TF32 is allowed, a GPU would round float32 factors to 10 bits.
     dtype = torch.float64 if device.type == "cuda" else torch.float32
@@ -73,8 +75,9 @@ def _filter_bands(
     for start in range(0, num_mel_bins, MEL_BINS_PER_BAND):
         mel_bins = slice(start, start + MEL_BINS_PER_BAND)
         passed = filters[:, mel_bins].any(1).nonzero().flatten().tolist() or [0]
-        fft_bins = slice(passed[0], passed[-1] + 1)
-        bands.append((fft_bins, mel_bins, filters[fft_bins, mel_bins].to(device, dtype)))
+        first, last = passed[0], passed[-1] + 1
+        weights = filters[first:last, mel_bins].repeat_interleave(2, 0)
+        bands.append((slice(2 * first, 2 * last), mel_bins, weights.to(device, dtype)))
     return bands
 
 
@@ -101,20 +104,20 @@ def log_mel_transform(
         mean, scale: What the result is normalised by, as it leaves the cache.
 
     Returns:
-        A function `(waveforms, outputs)` that fills float32 outputs `(batch_size, num_frames, num_mel_bins)` with
-        `(log_mel - mean) / scale` of zero-mean float32 waveforms `(batch_size, num_samples)`: several clips that
-        together have no more than `max_frames`, or one of any length.
+        A function `(frames, outputs)` that fills float32 outputs `(batch_size, num_frames, num_mel_bins)` with
+        `(log_mel - mean) / scale` of float32 frames `(batch_size, num_frames, frame_length)` of zero-mean clips: of
+        several that together have no more than `max_frames`, or of one of any length.
     """
-    frame_length, frame_shift = (sampling_rate * ms // 1000 for ms in (FRAME_LENGTH_MS, FRAME_SHIFT_MS))
+    frame_length = sampling_rate * FRAME_LENGTH_MS // 1000
     fft_length = 1 << (frame_length - 1).bit_length()
     factory: dict[str, Any] = {"dtype": torch.float32, "device": device}
     window = torch.hann_window(frame_length, periodic=False, **factory)
     # As tensors: a Python number is made one at every call.
     preemphasis, offset = torch.tensor(PREEMPHASIS, **factory), torch.tensor(-mean / scale, **factory)
     bands = _filter_bands(num_mel_bins, sampling_rate, fft_length, device)
-    widths = (frame_length, frame_length, fft_length, fft_length // 2 + 1, num_mel_bins)
+    widths = (frame_length, frame_length, fft_length, num_mel_bins)
     scratch = _empty((max_frames * sum(widths),), device)  # in one piece, large enough for huge pages
-    centered, previous, padded, powers, mels = (
+    centered, previous, padded, mels = (
         part.view(max_frames, width)
         for part, width in zip(scratch.split([max_frames * width for width in widths]), widths, strict=True)
     )
@@ -122,25 +125,21 @@ def log_mel_transform(
 
     @lru_cache  # nearly all blocks are of one size: their views need not be made again
     def views(batch_size: int, num_frames: int) -> SimpleNamespace:
-        block, scaled, padded_block, power, mel = (
-            buffer[: batch_size * num_frames].view(batch_size, num_frames, -1)
-            for buffer in (centered, previous, padded, powers, mels)
+        block, scaled, padded_block, mel = (
+            buffer[: batch_size * num_frames] for buffer in (centered, previous, padded, mels)
         )
+        shape = (batch_size, num_frames, -1)
         return SimpleNamespace(
-            block=block,
-            scaled=scaled,
+            block=block.view(shape),
+            scaled=scaled.view(shape),
             # Samples and those before them, in one long row: many rows of 399 are slow. A frame's first sample meets
             # another frame's last so, but the window is 0 there.
             later=block.view(-1)[1:],
             before=scaled.view(-1)[:-1],
-            windowed=padded_block[..., :frame_length],
+            windowed=padded_block[:, :frame_length].view(shape),
             padded=padded_block,
-            power=power,
-            mel=mel,
-            products=[
-                (power.flatten(0, 1)[:, fft_bins], weights, mel.flatten(0, 1)[:, mel_bins])
-                for fft_bins, mel_bins, weights in bands
-            ],
+            mel=mel.view(shape),
+            products=[(columns, weights, mel[:, mel_bins]) for columns, mel_bins, weights in bands],
         )
 
     def transform_block(frames: torch.Tensor, output: torch.Tensor) -> None:
@@ -149,19 +148,20 @@ def log_mel_transform(
         torch.mul(of.block, preemphasis, out=of.scaled)
         of.later.sub_(of.before)
         torch.mul(of.block, window, out=of.windowed)
-        spectrum = torch.view_as_real(torch.fft.rfft(of.padded)).square_()
-        torch.add(spectrum[..., 0], spectrum[..., 1], out=of.power)
-        for passed, weights, filtered in of.products:
+        squares = torch.view_as_real(torch.fft.rfft(of.padded)).flatten(1).square_()
+        for columns, weights, filtered in of.products:
             if weights.dtype == filtered.dtype:
-                torch.mm(passed, weights, out=filtered)  # autocast leaves a product with `out` as it is
+                torch.mm(squares[:, columns], weights, out=filtered)  # autocast leaves a product with `out` as it is
             else:
-                filtered.copy_(torch.mm(passed.to(weights.dtype), weights))
+                filtered.copy_(torch.mm(squares[:, columns].to(weights.dtype), weights))
         torch.add(offset, of.mel.clamp_(min=LOG_FLOOR).log_(), alpha=1 / scale, out=output)
 
-    def transform(waveforms: torch.Tensor, outputs: torch.Tensor) -> None:
-        frames = waveforms.unfold(-1, frame_length, frame_shift)
-        for block, result in zip(frames.split(max_frames, 1), outputs.split(max_frames, 1), strict=True):
-            transform_block(block, result)
+    def transform(frames: torch.Tensor, outputs: torch.Tensor) -> None:
+        if frames.shape[1] <= max_frames:  # what follows would make views, for a fortieth of the time
+            transform_block(frames, outputs)
+        else:
+            for block, result in zip(frames.split(max_frames, 1), outputs.split(max_frames, 1), strict=True):
+                transform_block(block, result)
 
     return transform
 
@@ -176,14 +176,14 @@ def log_mel_spectrogram(waveforms: torch.Tensor, num_mel_bins: int = 128, sampli
     Returns:
         float32 of shape `(batch_size, num_frames, num_mel_bins)`, natural logarithm of the power, at least ln(eps).
     """
-    batch_size, num_samples = waveforms.shape
     frame_length, frame_shift = (sampling_rate * ms // 1000 for ms in (FRAME_LENGTH_MS, FRAME_SHIFT_MS))
-    num_frames = 1 + (num_samples - frame_length) // frame_shift
+    frames = waveforms.unfold(-1, frame_length, frame_shift)
+    batch_size, num_frames, _ = frames.shape
     max_frames = min(batch_size * num_frames, frames_per_block(waveforms.device))
     log_mel = torch.empty(batch_size, num_frames, num_mel_bins, dtype=torch.float32, device=waveforms.device)
     transform = log_mel_transform(num_mel_bins, sampling_rate, max_frames, waveforms.device)
     clips_per_part = max(1, max_frames // num_frames)
-    for part, result in zip(waveforms.split(clips_per_part), log_mel.split(clips_per_part), strict=True):
+    for part, result in zip(frames.split(clips_per_part), log_mel.split(clips_per_part), strict=True):
         transform(part, result)
     return log_mel
 
@@ -362,7 +362,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
             return BatchFeature({name: value.cpu().numpy() for name, value in outputs.items()})
         return BatchFeature(outputs, tensor_type=return_tensors)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _extract(self, clips: list[torch.Tensor], frame_counts: list[int], features: torch.Tensor) -> None:
         """Fills `features` `(len(clips), T, num_mel_bins)` with the clips' first frames and padding, and checks the
         samples on the way: to read large batches once more takes time."""
@@ -374,20 +374,29 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         clips_per_part = max(1, max_frames // longest)
         shape = (min(len(clips), clips_per_part), self.num_samples(longest))
         buffer = torch.empty(shape, dtype=torch.float32, device=features.device)
+
+        @lru_cache  # nearly all parts are alike
+        def views(num_clips: int, num_frames: int) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
+            waveforms = buffer[:num_clips, : self.num_samples(num_frames)]
+            return waveforms.unbind(), waveforms.unfold(-1, self.frame_length, self.frame_shift)
+
         bounds: list[torch.Tensor] = []
         for start in range(0, len(clips), clips_per_part):
             part = slice(start, start + clips_per_part)
             num_frames = max(frame_counts[part])
-            waveforms = buffer[: len(clips[part]), : self.num_samples(num_frames)]
+            waveforms, frames = views(len(clips[part]), num_frames)
             for waveform, clip in zip(waveforms, clips[part], strict=True):
                 bounds += torch.aminmax(clip)
-                used = clip[: len(waveform)]
-                # The mean is the whole clip's, also of one that is cut. Zeros after a clip touch none of its frames.
-                torch.sub(used, clip.mean(), out=waveform[: len(used)])
-                waveform[len(used) :].zero_()
-            transform(waveforms, features[part, :num_frames])
-        for clip_features, count in zip(features, frame_counts, strict=True):
-            clip_features[count:].fill_(padding)
+                if len(clip) < len(waveform):
+                    waveform[len(clip) :].zero_()  # they touch none of the clip's frames
+                    waveform = waveform[: len(clip)]
+                # The mean is the whole clip's, also of one that is cut.
+                torch.sub(clip[: len(waveform)], clip.mean(), out=waveform)
+            transform(frames, features[part, :num_frames])
+        features[:, longest:].fill_(padding)
+        for clip_features, count in zip(features[:, :longest], frame_counts, strict=True):
+            if count < longest:
+                clip_features[count:].fill_(padding)
         self._check_peaks(torch.stack(bounds).view(-1, 2).abs().amax(1).tolist())
 
     def _to_waveform(self, clip: Any, index: int) -> torch.Tensor:

@@ -362,6 +362,14 @@ class TestForms:
         with torch.inference_mode():
             assert torch.equal(extractor(wave, sampling_rate=RATE, return_tensors="pt")["input_values"], expected)
 
+    def test_results_can_be_trained_on(self, extractor):
+        mel_filters.cache_clear()
+        features = extractor(noise(RATE), sampling_rate=RATE, return_tensors="pt")["input_values"]
+        for values in (features, mel_filters(128, RATE, 512)):
+            weight = torch.ones(128, requires_grad=True)
+            (values * weight).sum().backward()
+            assert torch.isfinite(weight.grad).all()
+
     def test_device(self, extractor):
         for device in ("cpu", torch.device("cpu")):
             features = extractor(noise(RATE), sampling_rate=RATE, return_tensors="pt", device=device)
