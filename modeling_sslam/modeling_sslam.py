@@ -4,6 +4,7 @@ In the order of the data: patches with fixed positions, CLS token and LayerNorm,
 A clip of T frames has N = (T / patch_size) * (F / patch_size) patches, time-major: patch t * (F / patch_size) + f.
 """
 
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -25,6 +26,17 @@ IS_X86_WITH_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu
     "AVX2",
     "AVX512",
 )
+
+
+def _is_intels(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    # Only Linux says who made the processor in a file; elsewhere `platform` does.
+    vendor = cpuinfo.read_text()[:1000] if cpuinfo.exists() else platform.processor()
+    return "GenuineIntel" in vendor
+
+
+# Torch leaves float32 products on x86 CPUs to MKL and convolutions to oneDNN. On the Intel processor measured, MKL is
+# the faster of the two; on the AMD one, oneDNN is twice as fast (benchmarks/NOTES.md).
+ONEDNN_IS_FASTER = IS_X86_WITH_ONEDNN and not _is_intels()
 # Tokens of a clip that have their attention computed by convolutions where that is faster, and how many of its scores
 # at a time (benchmarks/NOTES.md).
 CONVOLVED_LENGTHS, SCORES_AT_A_TIME = range(200, 2100), 1 << 20
@@ -115,11 +127,8 @@ def recomputing(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) ->
 
 
 class SSLAMLinear(nn.Linear):
-    """A linear layer that asks for its product as a 1x1 convolution where that is faster.
-
-    On x86 CPUs torch computes float32 products with MKL, convolutions with oneDNN, forward and backward. On the AMD
-    processor that this was measured on, oneDNN is twice as fast (benchmarks/NOTES.md).
-    """
+    """A linear layer that asks for its product as a 1x1 convolution where that is faster, forward and backward: on x86
+    CPUs that are not Intel's, in float32."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not _is_faster_as_convolution(input, self.weight):
@@ -144,7 +153,7 @@ def _is_faster_as_convolution(input: torch.Tensor, weight: torch.Tensor) -> bool
         input.device.type == "cpu"
         and input.dtype == weight.dtype == torch.float32
         and type(weight) is nn.Parameter  # others, such as quantised ones, bring products of their own
-        and IS_X86_WITH_ONEDNN
+        and ONEDNN_IS_FASTER
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_exporting()  # what others run need not have oneDNN
         and input.numel() > 0  # a convolution refuses an empty image

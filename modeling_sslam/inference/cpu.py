@@ -6,9 +6,10 @@
 Worth knowing:
 
 - Torch multiplies float32 matrices by MKL, which on the AMD processor measured reaches less than half of oneDNN's rate
-  (benchmarks/NOTES.md). The model's own linear layers reach oneDNN by way of convolutions. Here its operators for
-  linear layers are called, on packed weights, as the graphs that inductor compiles call them; they are no public
+  (benchmarks/NOTES.md). There the model's own linear layers reach oneDNN by way of convolutions. Here its operators
+  for linear layers are called, on packed weights, as the graphs that inductor compiles call them; they are no public
   interface of torch.
+- On Intel's processors attention is torch's own; on others its products are asked for one by one.
 - Weights are brought into the kernels' own layout once, and GELU is computed on a product while it is in cache.
 - Clips go through a block a few at a time: a tensor of more than 32 MB is new memory in every layer, and the system's
   clearing of its pages takes longer than the arithmetic on it.
@@ -27,6 +28,7 @@ from transformers.activations import ACT2FN
 from ..configuration_sslam import SSLAMConfig
 from ..modeling_sslam import (
     IS_X86_WITH_ONEDNN,
+    ONEDNN_IS_FASTER,
     SSLAMEncoder,
     SSLAMEncoderOutput,
     SSLAMForAudioClassification,
@@ -160,19 +162,23 @@ class PackedLayer(nn.Module):
         """Turns the block's input into its output, in place: new memory for it, in every block anew, would take longer
         to get than some of the arithmetic."""
         clips_at_a_time = max(1, TOKENS_AT_A_TIME[self.precision] // hidden_states.shape[1])
-        masks = [None] * len(hidden_states) if attention_mask is None else attention_mask[:, 0, 0].split(1)
         for start in range(0, len(hidden_states), clips_at_a_time):
             part = slice(start, start + clips_at_a_time)
             states = hidden_states[part]
-            attended = self._attend(self.qkv(states), masks[part])
+            mask = None if attention_mask is None else attention_mask[part, :, :1].to(self.attention_dtype)
+            attended = self._attend(self.qkv(states), mask)
             attended = self.attention_layernorm(states + self.attention_output(attended))
             states.copy_(self.mlp_layernorm(attended + self.fc2(self.fc1(attended))))
 
-    def _attend(self, qkv: torch.Tensor, masks: list[torch.Tensor | None]) -> torch.Tensor:
+    def _attend(self, qkv: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Attention of `(clips, tokens, 3 * hidden_size)`, some heads or queries at a time, so that the scores stay
-        in cache. Queries are scaled already; masks are additive, one `(1, tokens)` a clip."""
+        in cache. Queries are scaled already; the mask is additive, `(clips, 1, 1, tokens)`."""
         clips, tokens, _ = qkv.shape
         by_head = qkv.view(clips, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        if not ONEDNN_IS_FASTER:
+            by_head = by_head.to(self.attention_dtype)
+            attended = nn.functional.scaled_dot_product_attention(*by_head, attn_mask=mask, scale=1.0)
+            return attended.transpose(1, 2).flatten(2).to(qkv.dtype)
         scores_at_a_time = SCORE_BYTES_AT_A_TIME // self.attention_dtype.itemsize
         if self.attention_dtype == torch.float32:
             # torch.bmm would be MKL's, and operands in another order have but a slow reference kernel of oneDNN.
@@ -183,14 +189,14 @@ class PackedLayer(nn.Module):
             multiply, values, heads_at_a_time = _products, values.mT, max(1, scores_at_a_time // tokens**2)
         queries_at_a_time = max(1, scores_at_a_time // tokens)
         attended = qkv.new_empty(clips, tokens, self.num_heads, queries.shape[-1])
-        for clip, mask in enumerate(masks):
+        for clip in range(clips):
             for head in range(0, self.num_heads, heads_at_a_time):
                 heads = slice(head, head + heads_at_a_time)
                 for query in range(0, tokens, queries_at_a_time):
                     some = slice(query, query + queries_at_a_time)
                     scores = multiply(queries[clip, heads, some], keys[clip, heads])
                     if mask is not None:
-                        scores += mask
+                        scores += mask[clip]
                     attended[clip, some, heads] = multiply(scores.softmax(-1), values[clip, heads]).transpose(0, 1)
         return attended.flatten(2)
 

@@ -26,6 +26,11 @@ def _two_clips_at_a_time(monkeypatch):
     monkeypatch.setattr(cpu, "TOKENS_AT_A_TIME", dict.fromkeys(cpu.PRECISIONS, 300))
 
 
+@pytest.fixture(params=[True, False], ids=["attention by oneDNN", "torch's attention"])
+def _either_attention(request, monkeypatch):
+    monkeypatch.setattr(cpu, "ONEDNN_IS_FASTER", request.param)
+
+
 @pytest.fixture
 def config() -> SSLAMConfig:
     """Wide enough for oneDNN's blocked kernels."""
@@ -50,6 +55,7 @@ def test_the_kernels_are_there():
     assert "int8" in PRECISIONS
 
 
+@pytest.mark.usefixtures("_either_attention")
 def test_float32_is_the_plain_model_up_to_rounding(config, input_values):
     plain = SSLAMModel(config).eval()
     fast = optimize_for_cpu(deepcopy(plain))
@@ -75,6 +81,7 @@ def test_other_activations_and_no_bias(config, input_values, act):
     assert cosine_similarity(rounded, expected, dim=-1).min() > 0.99
 
 
+@pytest.mark.usefixtures("_either_attention")
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("score_bytes", [cpu.SCORE_BYTES_AT_A_TIME, 80_000, 4_000])  # all heads, two, a part of one
 def test_padding_is_attended_to_by_none(config, precision, score_bytes, monkeypatch):
@@ -92,6 +99,7 @@ def test_padding_is_attended_to_by_none(config, precision, score_bytes, monkeypa
     assert (without[1] - with_mask[1]).abs().max() > 0.05
 
 
+@pytest.mark.usefixtures("_either_attention")
 @pytest.mark.parametrize("precision", [precision for precision in PRECISIONS if precision != "float32"])
 def test_fidelity_of_embeddings(config, input_values, precision):
     plain = SSLAMModel(config).eval()
@@ -102,6 +110,7 @@ def test_fidelity_of_embeddings(config, input_values, precision):
     assert not torch.equal(found, expected)
 
 
+@pytest.mark.usefixtures("_either_attention")
 def test_int8_of_a_clip_does_not_depend_on_the_others(config, input_values):
     model = optimize_for_cpu(SSLAMModel(config), "int8")
     together = model(torch.cat((input_values, 100 * input_values))).pooler_output[:5]

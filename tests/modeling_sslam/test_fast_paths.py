@@ -28,15 +28,24 @@ def results_and_gradients(function, module: nn.Module, *inputs: torch.Tensor) ->
 def test_linear_layer_as_convolution(shape, bias, monkeypatch):
     layer, plain = SSLAMLinear(96, 160, bias=bias), nn.functional.linear
     inputs = torch.randn(shape)
-    is_faster = modeling.IS_X86_WITH_ONEDNN and inputs.numel() > 0
-    assert modeling._is_faster_as_convolution(inputs, layer.weight) == is_faster
+    monkeypatch.setattr(modeling, "ONEDNN_IS_FASTER", True)
+    assert modeling._is_faster_as_convolution(inputs, layer.weight) == (inputs.numel() > 0)
     expected = results_and_gradients(lambda x: plain(x, layer.weight, layer.bias), layer, inputs)
     for function in (layer, lambda x: layer(torch.stack((x, x), -1)[..., 0])):  # in order in memory, or with gaps
         for value, expected_value in zip(results_and_gradients(function, layer, inputs), expected, strict=True):
             torch.testing.assert_close(value, expected_value, atol=1e-4, rtol=1e-5)
-    monkeypatch.setattr(modeling, "IS_X86_WITH_ONEDNN", False)
+    monkeypatch.setattr(modeling, "ONEDNN_IS_FASTER", False)
     for value, expected_value in zip(results_and_gradients(layer, layer, inputs), expected, strict=True):
         assert torch.equal(value, expected_value)
+
+
+@pytest.mark.parametrize("maker", ["GenuineIntel", "AuthenticAMD"])
+def test_who_made_the_processor(maker, tmp_path, monkeypatch):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nvendor_id\t: {maker}\ncpu family\t: 6\n" * 3)
+    assert modeling._is_intels(cpuinfo) == (maker == "GenuineIntel")
+    monkeypatch.setattr("platform.processor", lambda: f"Intel64 Family 6 Model 143, {maker}")
+    assert modeling._is_intels(tmp_path / "missing") == (maker == "GenuineIntel")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -55,6 +64,7 @@ def test_autocast_reaches_linear_layers():
 
 @pytest.mark.parametrize("scores_at_a_time", [1 << 20, 2 * TOKENS**2, 1])  # all heads, two, one
 def test_attention_by_convolution(make_config, monkeypatch, scores_at_a_time):
+    monkeypatch.setattr(modeling, "ONEDNN_IS_FASTER", True)
     monkeypatch.setattr(modeling, "CONVOLVED_LENGTHS", range(TOKENS, TOKENS + 1))
     monkeypatch.setattr(modeling, "SCORES_AT_A_TIME", scores_at_a_time)
     by_convolution, calls = modeling.convolution_attention_forward, []
@@ -72,7 +82,7 @@ def test_attention_by_convolution(make_config, monkeypatch, scores_at_a_time):
         assert not calls  # it has no use for gradients
         with torch.no_grad():
             actual = model(batch, attention_mask=attention_mask, output_hidden_states=True)
-            assert len(calls) == modeling.IS_X86_WITH_ONEDNN * model.config.num_hidden_layers
+            assert len(calls) == model.config.num_hidden_layers
             calls.clear()
             for value, expected_value in zip(actual.to_tuple(), expected.to_tuple(), strict=True):
                 torch.testing.assert_close(value, expected_value, atol=1e-5, rtol=0)
