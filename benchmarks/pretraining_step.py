@@ -5,6 +5,7 @@
 A step of the second stage (objective "sslam") at the base size: forward, backward, clipping, AdamW, the teacher's
 update. On the CPU all is in float32. On a GPU, if there is one, ours runs as `training.pretrain` does there, bfloat16
 by autocast with its blocks compiled; the transcription in float16 by autocast with scaled gradients, as published.
+What `training.memory` sets, for the whole process, is left out: the transcription would run with it, too.
 
 Peak memory is that of a second step in a process of its own, with weights, gradients and the optimiser's state.
 """

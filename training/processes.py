@@ -8,6 +8,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers.utils.logging import disable_progress_bar
 
+from training.memory import keep_freed_memory
+
 # A process whose share of an uneven pass is small waits for the others at its end, however long they take.
 LONGEST_WAIT = timedelta(days=1)
 
@@ -34,4 +36,6 @@ def make_accelerator(mixed_precision: str | None, **arguments: Any) -> Accelerat
     accelerator = Accelerator(mixed_precision=mixed_precision, **arguments)
     if accelerator.mixed_precision == "fp16" and not accelerator.native_amp:
         raise ValueError("mixed_precision=fp16 needs a GPU; on this device use bf16 or no.")
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     return accelerator
