@@ -40,7 +40,9 @@ def test_transcription_and_model_agree(objective, overrides, make_config):
     plain_gradients = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
     assert plain_gradients.keys() == gradients.keys()
     for name, gradient in plain_gradients.items():
-        torch.testing.assert_close(gradient, gradients[name], rtol=1e-3, atol=1e-5)
+        # A small element among large ones is the difference of large numbers: it has their rounding.
+        atol = 1e-5 * max(1.0, gradient.abs().max().item())
+        torch.testing.assert_close(gradient, gradients[name], rtol=1e-3, atol=atol)
 
     model.update_teacher(0.75)
     plain.update_teacher(0.75)
