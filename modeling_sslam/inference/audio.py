@@ -11,6 +11,7 @@
 - A file that cannot give sound raises [`ClipError`], whose `reason` is one word to count by.
 """
 
+import contextlib
 import io
 import math
 import os
@@ -301,6 +302,10 @@ def _open_soundfile(audio: bytes | str) -> soundfile.SoundFile:
     """Raises LibsndfileError, or TypeError for headerless .raw, where another decoder may know better."""
     if not audio:
         raise ClipError("empty", "the file has no bytes")
+    if isinstance(audio, str):
+        # soundfile opens one file at a time: one that does not open at once, such as a pipe, would hold up all others.
+        with contextlib.suppress(OSError):  # soundfile says what is wrong
+            open(audio, "rb").close()
     return soundfile.SoundFile(_readable(audio))
 
 
