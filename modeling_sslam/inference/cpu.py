@@ -171,8 +171,8 @@ class PackedLayer(nn.Module):
             states.copy_(self.mlp_layernorm(attended + self.fc2(self.fc1(attended))))
 
     def _attend(self, qkv: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Attention of `(clips, tokens, 3 * hidden_size)`, some heads or queries at a time, so that the scores stay
-        in cache. Queries are scaled already; the mask is additive, `(clips, 1, 1, tokens)`."""
+        """Attention of `(clips, tokens, 3 * hidden_size)`: torch's, or some heads or queries at a time, so that the
+        scores stay in cache. Queries are scaled already; the mask is additive, `(clips, 1, 1, tokens)`."""
         clips, tokens, _ = qkv.shape
         by_head = qkv.view(clips, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         if not ONEDNN_IS_FASTER:
