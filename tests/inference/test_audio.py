@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import types
 import weakref
 
@@ -216,3 +217,32 @@ def test_duration_from_the_head(write_sound, tmp_path):
     path = write_sound("sound.wav", seconds=2.5, rate=8_000)
     assert duration_seconds(str(path)) == duration_seconds(path.read_bytes()) == 2.5
     assert duration_seconds(str(tmp_path / "nowhere.wav")) is None
+
+
+def test_a_file_that_does_not_open_holds_up_no_other(tmp_path):
+    pipe, wav = str(tmp_path / "pipe.wav"), str(tmp_path / "sound.wav")
+    os.mkfifo(pipe)
+    soundfile.write(wav, np.zeros(16_000), 16_000)
+    errors = []
+
+    def read(path: str) -> None:
+        try:
+            list(stream_blocks(path, 16_000))
+        except ClipError as error:
+            errors.append(error)
+
+    hanging = threading.Thread(target=read, args=(pipe,), daemon=True)
+    hanging.start()
+    hanging.join(0.5)
+    other = threading.Thread(target=read, args=(wav,), daemon=True)
+    other.start()
+    other.join(10)
+    was_held_up = other.is_alive()
+    while hanging.is_alive():  # it must not hold up the tests that follow
+        try:
+            os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:
+            hanging.join(0.01)  # nobody reads at the moment
+    other.join()
+    assert not was_held_up
+    assert [error.reason for error in errors] == ["empty"]
