@@ -4,7 +4,8 @@ Every matrix product that a run of the *eager* model asks torch for is written d
 the product it stands for, the two of attention, and in a backward pass those of the gradients). Each is then computed
 at its own shape and dtype, operands ready and contiguous, by whichever kernel is fastest here (oneDNN's some rows at a
 time). Its FLOPs are 2 * batch * rows * inner * columns. What a run does besides, normalisation, activation, softmax,
-copies, is not in the limit; nor are the products that attention's backward pass computes a second time to save memory.
+copies, is not in the limit; nor are the products that are computed a second time to save memory (attention's backward
+pass does so, and the decoder's).
 """
 
 import math

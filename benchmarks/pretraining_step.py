@@ -10,18 +10,20 @@ What `training.memory` sets, for the whole process, is left out: the transcripti
 Peak memory is that of a second step in a process of its own, with weights, gradients and the optimiser's state.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch import nn
 
-from benchmarks.gemm import gemm_runner, matrix_products, total_flops
+from benchmarks.gemm import MatrixProduct, gemm_runner, matrix_products, total_flops
 from benchmarks.measurement import Measurement, PeakMemory, peak_memory, ratio, scaled, time_in_turn
 from benchmarks.plain import PlainPreTraining
 from benchmarks.report import Report, Row, base_config, make_parser
-from modeling_sslam import SSLAMForPreTraining
+from modeling_sslam import SSLAMForPreTraining, modeling_sslam_pretraining
 from training.optimization import OptimizerConfig, make_optimizer
 from training.pretrain import compile_blocks
 
@@ -70,6 +72,12 @@ def make_step(setting: Setting, compiled: bool = True) -> Callable[[], None]:
     return partial(make_update(model, setting.half_precision), setting.make_batch())
 
 
+def products_of_step(setting: Setting) -> Counter[MatrixProduct]:
+    """The products of our step, without those that it computes a second time to save memory."""
+    with patch.object(modeling_sslam_pretraining, "recomputing", lambda function, *inputs: function(*inputs)):
+        return matrix_products(make_step(setting, compiled=False))
+
+
 def make_plain_step(setting: Setting) -> Callable[[], None]:
     """The transcription's."""
     config = base_config(setting.layers, num_clones=setting.clones)
@@ -115,7 +123,7 @@ def cost_of_step(setting: Setting, rounds: int) -> tuple[Measurement, PeakMemory
 def measure(report: Report, setting: Setting, rounds: int) -> tuple[dict[str, Measurement], dict[str, PeakMemory]]:
     """Seconds of our step, of the transcription's and of our matrix products, in turn, and peak memory of the two."""
     device, name = torch.device(setting.device), setting.device
-    products = matrix_products(make_step(setting, compiled=False))
+    products = products_of_step(setting)
     contestants = {"ours": make_step(setting), "plain": make_plain_step(setting)}
     seconds = time_in_turn({**contestants, "limit": gemm_runner(products, device)}, rounds, device)
     flops = total_flops(products)

@@ -352,20 +352,20 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
                 retention = self._retention_targets(teacher_patches[:batch_size], local_targets[:batch_size], mixed)
         global_predictions, predictions = self._predict(inputs, visible, masked)
 
+        # Clips and mixtures in chunks, since the gradient of a slice is as large as what it was cut from.
+        local_parts, global_parts = (
+            tuple(zip(*(tensor.chunk(num_passes) for tensor in tensors), strict=True))
+            for tensors in ((predictions, local_targets, masked), (global_predictions, global_targets))
+        )
+        names = [name for name, is_used in (("ua", has_ua), ("pma", has_pma)) if is_used]
         scale = 1.0 / masked.numel()
         terms: dict[str, torch.Tensor] = {}
-        for name, is_used, part in (
-            ("ua", has_ua, slice(0, batch_size)),
-            ("pma", has_pma, slice(len(inputs) - batch_size, None)),
-        ):
-            if is_used:
-                local = _local_loss(predictions[part], local_targets[part], masked[part])
-                terms[f"{name}_local_loss"] = local * scale
-                terms[f"{name}_global_loss"] = config.global_loss_weight * _global_loss(
-                    global_predictions[part], global_targets[part]
-                )
+        for name, local_part, global_part in zip(names, local_parts, global_parts, strict=True):
+            terms[f"{name}_local_loss"] = _local_loss(*local_part) * scale
+            terms[f"{name}_global_loss"] = config.global_loss_weight * _global_loss(*global_part)
         if has_srl:
-            error = _local_loss(predictions[batch_size:], retention, masked[batch_size:])
+            of_mixtures, _, masked_of_mixtures = local_parts[-1]
+            error = _local_loss(of_mixtures, retention, masked_of_mixtures)
             terms["srl_loss"] = config.retention_loss_weight * error * scale
 
         return SSLAMForPreTrainingOutput(

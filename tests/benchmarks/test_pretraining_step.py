@@ -6,9 +6,16 @@ import sys
 import torch
 
 from benchmarks import pretraining_step
-from benchmarks.gemm import matrix_products
-from benchmarks.pretraining_step import Setting, cost_of_step, make_plain_step, make_step, measure
-from benchmarks.report import Report
+from benchmarks.gemm import matrix_products, total_flops
+from benchmarks.pretraining_step import (
+    Setting,
+    cost_of_step,
+    make_plain_step,
+    make_step,
+    measure,
+    products_of_step,
+)
+from benchmarks.report import Report, base_config
 from training.pretrain import compile_blocks
 
 TINY = ["--layers", "1", "--batch", "2", "--clones", "1", "--frames", "64", "--rounds", "2", "--threads", "1"]
@@ -45,6 +52,26 @@ def test_cost_is_seconds_and_bytes():
         assert peak.in_all > peak.of_run
     # Weights, gradients and Adam's averages are the same in both; what the clones add is more than nothing.
     assert large[1].in_all > small[1].in_all
+
+
+def test_the_limit_counts_each_product_once():
+    setting = Setting(2, 2, 64, layers=1)
+    ours, with_repeats, plain = (
+        total_flops(products)
+        for products in (
+            products_of_step(setting),
+            matrix_products(make_step(setting)),
+            matrix_products(make_plain_step(setting)),
+        )
+    )
+    config = base_config(setting.layers)
+    width, patches, visible = config.hidden_size, 4 * 8, 6
+    grids = 2 * setting.batch * setting.clones
+    convolution = 2 * grids * patches * 9 * width * width // config.decoder_groups
+    assert with_repeats - ours == config.decoder_num_layers * convolution
+    # The transcription projects visible places too, forward and backward; it knows no mean deviation of the targets.
+    projection, deviation = 3 * 2 * grids * visible * width * width, 2 * 2 * 2 * setting.batch * patches * width
+    assert plain - ours == projection - deviation
 
 
 def test_what_runs_on_gpus_runs(monkeypatch):
