@@ -13,7 +13,7 @@ def keep_freed_memory() -> None:
     """Has this process keep what it frees, where the C library is glibc.
 
     A step on a CPU asks for the memory that the step before it freed. By default glibc hands that back to the system
-    piece by piece, which clears every page anew before its next use: 9 % of a step's time (benchmarks/NOTES.md).
+    piece by piece, which clears every page anew before its next use: 1 to 9 % of a step's time (benchmarks/NOTES.md).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
