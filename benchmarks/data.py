@@ -43,12 +43,13 @@ from benchmarks.measurement import Measurement, ratio, scaled, synchronize, time
 from benchmarks.pretraining_step import make_update
 from benchmarks.report import Report, Row, base_config, make_parser
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForPreTraining
-from training.audio import read_waveform, resample
-from training.data import AudioLoader, DataConfig, make_loader
+from modeling_sslam.common.audio import read_waveform, resample
+from training.data.config import DataConfig
+from training.data.loader import AudioLoader, make_loader
+from training.data.seeding import generator_for
+from training.preparation.shards import card_header, write_shards
 from training.pretrain import compile_blocks
-from training.seeding import generator_for
-from training.shards import card_header, write_shards
-from training.soundscapes import soundscape
+from training.soundscapes.scene import soundscape
 
 SECONDS, RATE, SUBTYPE = 10.0, 48_000, "PCM_24"
 NUM_SOUNDS = 16

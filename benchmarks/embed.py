@@ -29,7 +29,7 @@ import torch
 
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMModel
 from modeling_sslam.inference import Embedder
-from modeling_sslam.inference.embedding_folder import embed_to_folder
+from modeling_sslam.inference.embedding.folder import embed_to_folder
 
 CLIP_SECONDS, RATE = 10.24, 44_100
 

@@ -13,7 +13,7 @@ import json
 import torch
 
 from modeling_sslam import SSLAMConfig, SSLAMForAudioClassification
-from training.losses import loss_sum
+from training.run.losses import loss_sum
 
 NUM_LABELS = 527
 # Weights, gradients and two moments.

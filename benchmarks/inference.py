@@ -24,9 +24,9 @@ from benchmarks.gemm import gemm_runner, matrix_products, total_flops
 from benchmarks.measurement import Measurement, ratio, scaled, time_in_turn
 from benchmarks.report import Report, Row, base_config, make_parser
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
-from modeling_sslam.inference.cpu import can_optimize, optimize_for_cpu
-from training.seeding import generator_for
-from training.soundscapes import soundscape
+from modeling_sslam.inference.packed_blocks import can_optimize, optimize_for_cpu
+from training.data.seeding import generator_for
+from training.soundscapes.scene import soundscape
 
 SECONDS = 10.0
 # What reduced precision should reach: times the speed of the model as loaded, and cosine with its embeddings.

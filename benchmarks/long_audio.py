@@ -26,7 +26,7 @@ import torch
 from benchmarks.embed import seconds
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification
 from modeling_sslam.inference import EventSettings, SSLAMTagger
-from modeling_sslam.inference.timeline import add_arguments, write_timeline
+from modeling_sslam.inference.commands.timeline import add_arguments, write_timeline
 
 # AudioSet's classes: what scores are kept, filtered and written of.
 NUM_LABELS = 527

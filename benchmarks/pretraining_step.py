@@ -24,8 +24,8 @@ from benchmarks.measurement import Measurement, PeakMemory, peak_memory, ratio, 
 from benchmarks.plain import PlainPreTraining
 from benchmarks.report import Report, Row, base_config, make_parser
 from modeling_sslam import SSLAMForPreTraining, modeling_sslam_pretraining
-from training.optimization import OptimizerConfig, make_optimizer
 from training.pretrain import compile_blocks
+from training.run.optimization import OptimizerConfig, make_optimizer
 
 GB = 10**9
 OPTIMIZER = OptimizerConfig(learning_rate=5e-5)

@@ -25,10 +25,10 @@ import datasets
 import numpy as np
 from tqdm import tqdm
 
+from modeling_sslam.common.files import replacing
 from modeling_sslam.inference import Event, EventSettings, SSLAMTagger, Timeline
-from modeling_sslam.inference.arguments import add_model_arguments, positive_int, positive_seconds
-from modeling_sslam.inference.events import EventDetector, to_events
-from modeling_sslam.inference.files import replacing
+from modeling_sslam.inference.commands.arguments import add_model_arguments, positive_int, positive_seconds
+from modeling_sslam.inference.timeline.events import EventDetector, to_events
 
 SEGMENT_SECONDS = 1.0
 COLLAR_SECONDS = 0.2

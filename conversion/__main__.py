@@ -103,10 +103,11 @@ def main(arguments: list[str] | None = None) -> int:
     # After the arguments, so that --help does not wait for torch and transformers.
     from transformers.utils import logging
 
+    from modeling_sslam.common.labels import LabelFileError, read_labels
+
     from .configuration import Choices
     from .convert import convert
     from .hub import fetch, push
-    from .labels import read_labels
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -132,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         if options.push_to_hub:
             report(f"uploaded: {push(options.out, options.push_to_hub, options.private)}")
-    except (ConversionError, OSError) as error:
+    except (ConversionError, LabelFileError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from modeling_sslam import DATASET_PRESETS, SSLAMConfig, SSLAMFeatureExtractor
+from modeling_sslam.common.labels import AUDIOSET_NUM_LABELS, audioset_labels
 
 from . import ConversionError
-from .labels import AUDIOSET_NUM_LABELS, audioset_labels
 from .layouts import (
     CLASSIFIER_NORM_EPS,
     FAIRSEQ_ENCODER_CONSTANTS,

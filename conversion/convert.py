@@ -15,6 +15,7 @@ from modeling_sslam import (
     SSLAMModel,
     SSLAMPreTrainedModel,
 )
+from modeling_sslam.common.files import replacing
 from modeling_sslam.modeling_sslam import sincos_position_table
 
 from . import ConversionError
@@ -22,7 +23,6 @@ from .card import model_card
 from .configuration import Choices, describe
 from .layouts import CLASSIFIER_NORM_EPS, POSITIONS, Layout, recognise, to_theirs
 from .onnx_export import write_onnx
-from .placing import replacing
 from .reader import read_checkpoint
 from .writer import Check, write_fairseq, write_hub, write_transformers
 
@@ -89,11 +89,27 @@ def convert(
     Raises:
         ConversionError: If the checkpoint is not one of SSLAM or EAT, is damaged, or lacks what was asked for.
     """
-    with replacing(out, overwrite) as place:
+    out = out.resolve()
+    check_place(out, overwrite)
+    with replacing(out) as place:
         # In a function of its own, at whose end the source's weights leave memory before the result's come into it.
         check, summary = _convert(source, place, head, weights, to, choices, title or source.name, report)
         account = check(place)
     report(f"{out}: {summary}; {account}")
+
+
+def check_place(out: Path, overwrite: bool) -> None:
+    """Check that a result may be written to `out`, and create the folder above it.
+
+    Raises:
+        ConversionError: If `out` exists and may not be overwritten, or is a folder that holds no model.
+    """
+    occupied = out.is_file() or (out.is_dir() and any(out.iterdir()))
+    if occupied and not overwrite:
+        raise ConversionError(f"{out} is there already; name another place, or replace it with --overwrite.")
+    if occupied and out.is_dir() and not (out / "config.json").is_file():
+        raise ConversionError(f"{out} is a folder, but not of a model; it is not overwritten. Name another place.")
+    out.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _convert(

@@ -18,7 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MultiLabelBinarizer, StandardScaler
 
 from modeling_sslam.inference import Embedder, embed
-from modeling_sslam.inference.dataset import AudioDataset
+from modeling_sslam.inference.embedding.dataset import AudioDataset
 
 
 def features_and_labels(embedder: Embedder, dataset: str, split: str) -> tuple[np.ndarray, list[list[str]]]:

@@ -13,7 +13,7 @@ import datasets
 import torch
 
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMModel
-from modeling_sslam.inference.audio import read_waveform
+from modeling_sslam.common.audio import read_waveform
 
 
 class AddEmbeddings:

@@ -16,8 +16,8 @@ from pathlib import Path
 import datasets
 from transformers import pipeline
 
-from training.audio import read_waveform
-from training.sources import EncodedAudio
+from modeling_sslam.common.audio import read_waveform
+from modeling_sslam.common.encoded_audio import EncodedAudio
 
 CONFIGS = Path("training/configs")
 RECORDINGS = Path("tests/fixtures/audio")

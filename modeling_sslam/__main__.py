@@ -9,12 +9,12 @@ DESCRIPTION = """\
 What sounds in recordings and when, by an SSLAM or EAT model. MODEL is everywhere a folder that save_pretrained or
 `python -m conversion` wrote, or OWNER/NAME of such a repository on the Hub.
 """
-# Each command is a module of the package's `inference` with `add_arguments(parser)` and `run(args) -> exit status`.
+# Each command is a module of `inference/commands` with `add_arguments(parser)` and `run(args) -> exit status`.
 COMMANDS = {
-    "tag": ("tagging", "labels of sound files"),
-    "timeline": ("timeline", "what sounds when in a recording of any length"),
-    "embed": ("embed_command", "embeddings of any number of sounds, as Parquet"),
-    "app": ("app", "a page in the browser that listens"),
+    "tag": "labels of sound files",
+    "timeline": "what sounds when in a recording of any length",
+    "embed": "embeddings of any number of sounds, as Parquet",
+    "app": "a page in the browser that listens",
 }
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -22,8 +22,8 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sslam", description=DESCRIPTION)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, (module, summary) in COMMANDS.items():
-        command = import_module(f"modeling_sslam.inference.{module}")
+    for name, summary in COMMANDS.items():
+        command = import_module(f"modeling_sslam.inference.commands.{name}")
         subparser = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     from transformers.utils import logging
 
     try:
-        from .inference.errors import InferenceError
+        from .common.errors import InferenceError
     except ModuleNotFoundError as error:
         print(f'error: {error.name} is not there: pip install "modeling-sslam[inference]"', file=sys.stderr)
         return 1

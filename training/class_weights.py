@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from modeling_sslam.common.files import write_text
 from training.arguments import parse
-from training.checkpointing import write_text
-from training.data import DataConfig
-from training.sources import open_source
+from training.data.config import DataConfig
+from training.data.sources import open_source
 
 SCALE, SMOOTHING = 1000.0, 0.01
 

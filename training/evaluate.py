@@ -27,25 +27,25 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, PartialState
-from huggingface_hub import EvalResult
 from safetensors import SafetensorError
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.utils.logging import set_verbosity_error
 
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
 from training.arguments import parse
-from training.data import DataConfig, DataError, EvaluationDataConfig, make_loader
-from training.evaluation.card import TASK, read_card, write_results_to_card
+from training.data.config import DataError, EvaluationDataConfig
+from training.data.labels import LabelSet, find_label_set
+from training.data.loader import make_loader
+from training.data.sources import Source
+from training.evaluation.card import read_card, write_results_to_card
+from training.evaluation.facts import PACKAGES, card_results, dataset_facts, dataset_name, describe, split_name
+from training.evaluation.metrics import problem_type_of
+from training.evaluation.prediction import predict, skipped_clips
 from training.evaluation.results import MAIN_METRICS, Evaluation, summary, write_results
-from training.labels import LabelSet, find_label_set
-from training.loop import plain_settings
-from training.prediction import predict, problem_type_of, skipped_clips
-from training.processes import make_accelerator
-from training.sources import Source
+from training.run.config import plain_settings
+from training.run.processes import make_accelerator
 
 logger = logging.getLogger(__name__)
-
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "numpy")
 
 
 @dataclass
@@ -195,21 +195,6 @@ def find_labels(config: EvaluateConfig, model_config: Any, source: Source) -> La
     return LabelSet(labels.names, ids)
 
 
-def dataset_name(data: DataConfig) -> str:
-    """What people call the data: the last part of an id or a path, and the configuration."""
-    path = Path(data.source).expanduser().resolve()
-    return (path.stem if path.is_file() else path.name) + (f"-{data.config_name}" if data.config_name else "")
-
-
-def split_name(data: DataConfig) -> str:
-    """The split, or which part of one that is divided."""
-    return data.split + ("-held-out" if data.held_out else "-kept" if data.hold_out else "")
-
-
-def describe(data: DataConfig) -> str:
-    return f"{dataset_name(data)}, split {split_name(data)}"
-
-
 def results_dir(config: EvaluateConfig, model_dir: Path | None) -> Path:
     """
     Raises:
@@ -246,14 +231,6 @@ def check_results_dir(folder: Path, config: EvaluateConfig) -> None:
         )
 
 
-def dataset_facts(data: DataConfig) -> dict[str, Any]:
-    path = Path(data.source).expanduser()
-    keys = ("config_name", "split", "hold_out", "held_out", "revision", "data_files")
-    return {"source": str(path.resolve()) if path.exists() else data.source} | {
-        key: getattr(data, key) for key in keys
-    }
-
-
 def facts(
     config: EvaluateConfig, accelerator: Accelerator, evaluation: Evaluation, skipped: dict[str, int]
 ) -> dict[str, Any]:
@@ -272,26 +249,6 @@ def facts(
         "settings": plain_settings(config),
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
     }
-
-
-def card_results(data: DataConfig, evaluation: Evaluation) -> list[EvalResult]:
-    """The means as the Hub's `model-index` has them; those that are not defined are left out."""
-    is_local = Path(data.source).expanduser().exists()
-    return [
-        EvalResult(
-            task_type=TASK,
-            dataset_type=dataset_name(data) if is_local else data.source,
-            dataset_name=dataset_name(data),
-            dataset_config=data.config_name,
-            dataset_split=split_name(data),
-            dataset_revision=data.revision,
-            metric_type=metric,
-            metric_name=name,
-            metric_value=evaluation.metrics[metric],
-        )
-        for metric, name in evaluation.main_metrics.items()
-        if evaluation.metrics[metric] is not None
-    ]
 
 
 if __name__ == "__main__":

@@ -34,21 +34,27 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
+from modeling_sslam.common.files import write_text
+from modeling_sslam.common.signals import StopRequest
 from training.arguments import changed_default
-from training.augmentation import AugmentationConfig, augment_batch, roll_and_gain
-from training.checkpointing import BEST, write_text
-from training.data import EvaluationDataConfig, LabelledDataConfig, make_loader
+from training.data.augmentation import AugmentationConfig, augment_batch, roll_and_gain
+from training.data.config import EvaluationDataConfig, LabelledDataConfig
+from training.data.labels import LabelSet, Survey, find_label_set, survey
+from training.data.loader import make_loader
+from training.data.selection import selections_of
+from training.data.sources import is_one_split, open_source
 from training.evaluate import EvaluateConfig, EvaluationError, evaluate
+from training.evaluation.metrics import compute_metrics
+from training.evaluation.prediction import predict
 from training.evaluation.results import MAIN_METRICS, Evaluation
-from training.labels import LabelSet, Survey, find_label_set, survey
-from training.loop import IntervalTimer, Progress, Run, RunConfig, StopRequest, TrainingError, run_program
-from training.losses import Loss, loss_sum, loss_weight
-from training.optimization import OptimizerConfig
-from training.prediction import compute_metrics, predict
-from training.processes import join_processes
 from training.report import write_report
-from training.selection import selections_of
-from training.sources import is_one_split, open_source
+from training.run.checkpointing import BEST
+from training.run.config import RunConfig, TrainingError
+from training.run.losses import Loss, loss_sum, loss_weight
+from training.run.optimization import OptimizerConfig
+from training.run.processes import join_processes
+from training.run.progress import IntervalTimer, Progress
+from training.run.run import Run, run_program
 
 logger = logging.getLogger(__name__)
 

@@ -29,39 +29,32 @@ import platform
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import set_seed
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
-from modeling_sslam.configuration_sslam import POOLINGS as MODEL_POOLINGS
+from modeling_sslam.common.files import write_text
+from modeling_sslam.common.signals import StopRequest
 from training.arguments import flatten
-from training.checkpointing import write_text
-from training.data import DataConfig, DataError
-from training.evaluate import PACKAGES, card_results, dataset_facts
+from training.data.config import DataConfig, DataError
+from training.data.labels import LabelSet
 from training.evaluation.card import write_results_to_card
+from training.evaluation.facts import PACKAGES, card_results, dataset_facts
+from training.evaluation.prediction import Predictions
 from training.evaluation.results import MAIN_METRICS, Evaluation, write_results
-from training.features import POOLINGS, FeatureSet, cached_features
 from training.finetune import FinetuneConfig, evaluation_data, finetune, make_classifier, settle
-from training.labels import LabelSet
-from training.linear_heads import (
-    DEFAULT_LOSS,
-    FINAL_LEARNING_RATE,
-    METRICS,
-    Head,
-    HeadConfig,
-    fit_heads,
-    head_logits,
-)
-from training.linear_results import (
+from training.linear.clips import Round, make_rounds
+from training.linear.config import ALL_POOLINGS, PROTOCOLS, LinearEvalConfig
+from training.linear.features import POOLINGS, FeatureSet, cached_features
+from training.linear.heads import DEFAULT_LOSS, METRICS, Head, fit_heads, head_logits
+from training.linear.results import (
     HeadResult,
     HeadSummary,
     remove_sweep,
@@ -71,127 +64,18 @@ from training.linear_results import (
     write_model,
     write_sweep,
 )
-from training.loop import StopRequest, TrainingError, accelerator_of, run_program
-from training.prediction import Predictions
-from training.processes import join_processes
-from training.selection import is_on_side
+from training.run.config import TrainingError
+from training.run.processes import join_processes
+from training.run.run import accelerator_of, run_program
 
 logger = logging.getLogger(__name__)
 
-PROTOCOLS = {
-    "cached": "fast mode (cached): features of the frozen encoder computed once, without augmentation, and linear "
-    "heads fitted on them",
-    "published": "published mode: features of the frozen encoder computed anew in every epoch, under augmentation",
-}
-ALL_POOLINGS = (*POOLINGS, "cls+mean")
 REMEDIES = {
     "validation": " (--data.hold_out 0.1 validates with a tenth of the training clips)",
     "test": " (--test_split null reports on the validation clips)",
 }
 # Of features and logits in memory at once; a sweep that needs more is fitted in parts.
 MAX_BYTES_IN_MEMORY = 4 * 2**30
-
-
-@dataclass(kw_only=True)
-class LinearEvalConfig(FinetuneConfig):
-    """All settings of a linear evaluation."""
-
-    head: HeadConfig
-    mode: Literal["cached", "published"] = field(default="cached", metadata={"help": "See the top."})
-    batch_size: int = field(default=48, metadata={"help": "Clips per device and forward pass of the encoder."})
-    test_split: str | None = field(
-        default="test",
-        metadata={"help": "Split that the results are of; null: the validation split, which also chose the epoch."},
-    )
-    layers: list[str] = field(
-        default_factory=lambda: ["last"],
-        metadata={
-            "help": "Layers to fit heads on: 0 (the embeddings), 1 (after block 1), ..., last, or all.",
-            "default": "last",
-        },
-    )
-    poolings: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": f"Poolings to fit heads on: {', '.join(POOLINGS)}, concatenations such as cls+mean, or all.",
-            "default": "the model's own",
-        },
-    )
-    random_weights: bool = field(
-        default=False, metadata={"help": "Evaluate new weights in the architecture of the model, to compare with."}
-    )
-    cache_dir: Path = field(
-        default=Path("runs/features"), metadata={"help": "Folder for cached features, shared by all evaluations."}
-    )
-    cache_dtype: Literal["float32", "float16"] = field(
-        default="float32", metadata={"help": "Of cached features; float16 halves their size."}
-    )
-
-    def __post_init__(self) -> None:
-        # What a fine-tuning configuration says about training the encoder does not hold for a head.
-        self.freeze_encoder = True
-        self.max_updates, self.warmup_fraction, self.epochs = None, None, float(self.head.epochs)
-        self.optimizer = replace(
-            self.optimizer,
-            learning_rate=self.head.learning_rate,
-            final_learning_rate=FINAL_LEARNING_RATE,
-            warmup_updates=0,
-            layer_decay=1.0,
-            betas=self.head.betas,
-            weight_decay=self.head.weight_decay,
-        )
-        super().__post_init__()
-        if self.mode == "cached" and self.data.sample_weights is not None:
-            raise ValueError("data.sample_weights has no effect on cached features; use mode=published")
-        if self.mode == "published" and (self.layers != ["last"] or len(self.poolings or ["cls"]) != 1):
-            raise ValueError(
-                "mode=published fits one head, on the last layer; sweeps over layers and poolings are for mode=cached"
-            )
-        if self.mode == "published" and self.poolings and self.poolings[0] not in MODEL_POOLINGS:
-            raise ValueError(f"poolings={self.poolings[0]}: mode=published has {', '.join(MODEL_POOLINGS)}")
-
-
-class Clips:
-    """Some of the clips of some splits, with their cached features.
-
-    Args:
-        choose: Of all clips of the splits those that it chooses by name.
-    """
-
-    def __init__(self, sets: Sequence[FeatureSet], choose: Callable[[str], bool] = lambda id_: True) -> None:
-        self.sets = sets
-        self.rows = [np.array([choose(id_) for id_ in features.ids]).nonzero()[0] for features in sets]
-
-    def __len__(self) -> int:
-        return sum(map(len, self.rows))
-
-    def column(self, name: str) -> list[Any]:
-        """`ids`, `labels` or, if there are any, `groups` of all clips."""
-        return [getattr(features, name)[i] for features, rows in zip(self.sets, self.rows, strict=True) for i in rows]
-
-    def groups(self) -> list[Any] | None:
-        """Values of the group column; `None` if the data have none."""
-        return self.column("groups") if self.group_column else None
-
-    @property
-    def group_column(self) -> str | None:
-        return self.sets[0].group_column
-
-    def pooled(self, head: Head) -> torch.Tensor:
-        """float32 `(len(self), width)`."""
-        parts = [
-            features.pooled[:, head.layer, head.columns][rows]
-            for features, rows in zip(self.sets, self.rows, strict=True)
-        ]
-        return torch.from_numpy(np.concatenate(parts).astype(np.float32)).flatten(1)
-
-
-class Round(NamedTuple):
-    """The clips of one fit and its test; without validation that part is empty."""
-
-    train: Clips
-    validation: Clips
-    test: Clips
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -388,25 +272,6 @@ def chosen_heads(config: LinearEvalConfig, encoder: SSLAMConfig) -> list[Head]:
             "data.hold_out, or a single one of layers and of poolings."
         )
     return heads
-
-
-def make_rounds(config: LinearEvalConfig, sets: dict[str, FeatureSet]) -> dict[str, Round]:
-    """The clips to train, validate and test with, by test split: one round, or one for each fold."""
-
-    def split_by_name(train: list[FeatureSet]) -> tuple[Clips, Clips]:
-        rest, held_out = (partial(is_on_side, epoch=0, fraction=config.data.hold_out, held_out=x) for x in (0, 1))
-        return Clips(train, rest), Clips(train, held_out)
-
-    if config.folds:
-        return {
-            fold: Round(*split_by_name([sets[name] for name in config.folds if name != fold]), Clips([sets[fold]]))
-            for fold in config.folds
-        }
-    train = [sets["train"]]
-    parts = split_by_name(train) if config.data.hold_out else (Clips(train), Clips([sets["validation"]]))
-    if config.test_split is None:
-        return {"held out" if config.data.hold_out else config.validation_split: Round(*parts, parts[1])}
-    return {config.test_split: Round(*parts, Clips([sets["test"]]))}
 
 
 def fit_and_report(

@@ -42,7 +42,7 @@ from training.preparation import (
 )
 from training.preparation.folder import write_folder
 from training.preparation.listing import Listing, PreparationError
-from training.shards import card_header, new_folder
+from training.preparation.shards import card_header, new_folder
 
 # Each module's docstring is the command's help, its `OPTIONS` are arguments of its `list_clips`.
 DATASETS: dict[str, ModuleType] = {

@@ -30,11 +30,14 @@ import torch
 from accelerate import Accelerator
 
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraining
+from modeling_sslam.common.signals import StopRequest
 from modeling_sslam.feature_extraction_sslam import DATASET_PRESETS
 from training.arguments import optional_section
-from training.data import make_loader
-from training.loop import Progress, Run, RunConfig, StopRequest, TrainingError, WatchConfig, run_program
+from training.data.loader import make_loader
 from training.report import write_report
+from training.run.config import RunConfig, TrainingError, WatchConfig
+from training.run.progress import Progress
+from training.run.run import Run, run_program
 
 LOSS_TERMS = ("ua_local_loss", "ua_global_loss", "pma_local_loss", "pma_global_loss", "srl_loss")
 

@@ -22,8 +22,9 @@ from matplotlib.figure import Figure
 
 from conversion.card import HEADS
 from modeling_sslam import SSLAMConfig
-from training.checkpointing import BEST, TEMPORARY_PREFIX, copy_model, latest_checkpoint, publish
-from training.metrics import read_metrics
+from modeling_sslam.common.files import replacing
+from training.run.checkpointing import BEST, copy_model, latest_checkpoint
+from training.run.metrics_log import read_metrics
 
 # One panel each: title, keys, whether the axis is logarithmic.
 PANELS = (
@@ -165,14 +166,12 @@ def write_report(run_dir: Path) -> None:
     if weights is None:
         return
     update = json.loads((weights / "trainer.json").read_text(encoding="utf-8"))["progress"]["update"]
-    temporary = run_dir / f"{TEMPORARY_PREFIX}model"
-    shutil.rmtree(temporary, ignore_errors=True)
-    copy_model(weights, temporary)
-    shutil.copy(run_dir / "curves.png", temporary)
-    # The card is of the weights beside it: what the run has logged since is not theirs.
-    card = model_card(run_dir, weights, [row for row in rows if row["update"] <= update] or rows[:1])
-    (temporary / "README.md").write_text(card, encoding="utf-8")
-    publish(temporary, run_dir / "model")
+    with replacing(run_dir / "model") as temporary:
+        copy_model(weights, temporary)
+        shutil.copy(run_dir / "curves.png", temporary)
+        # The card describes the weights beside it, so it leaves out what the run has logged since.
+        card = model_card(run_dir, weights, [row for row in rows if row["update"] <= update] or rows[:1])
+        (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
 def main() -> None:

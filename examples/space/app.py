@@ -3,11 +3,11 @@
 import os
 from pathlib import Path
 
+from modeling_sslam.common.recordings import find_recordings
 from modeling_sslam.inference import SSLAMTagger
-from modeling_sslam.inference.app import MAX_MEGABYTES
-from modeling_sslam.inference.app.listening import Listener
-from modeling_sslam.inference.app.page import make_page, serve
-from modeling_sslam.inference.files import find_recordings
+from modeling_sslam.inference.commands.app import MAX_MEGABYTES
+from modeling_sslam.inference.commands.app.listening import Listener
+from modeling_sslam.inference.commands.app.page import make_page, serve
 
 HERE = Path(__file__).parent
 # OWNER/NAME on the Hub, or a folder beside this file.

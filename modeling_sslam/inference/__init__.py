@@ -5,14 +5,14 @@ registers timelines as a pipeline of transformers, "long-audio-classification". 
 "modeling-sslam[inference]"`.
 """
 
-from .audio import ClipError, stream_blocks
-from .cpu import optimize_for_cpu
-from .embedding import ClipEmbedding, Embedder, embed
-from .errors import InferenceError
-from .events import Event, EventSettings
+from ..common.audio import stream_blocks
+from ..common.errors import ClipError, InferenceError
+from .embedding.embedder import ClipEmbedding, Embedder, embed
+from .packed_blocks import optimize_for_cpu
 from .pipeline import LongAudioClassificationPipeline
 from .tagger import SSLAMTagger
-from .timelines import Timeline
+from .timeline.events import Event, EventSettings
+from .timeline.timeline import Timeline
 
 __all__ = [
     "ClipEmbedding",

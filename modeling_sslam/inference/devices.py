@@ -5,8 +5,8 @@ from typing import TypeVar
 
 import torch
 
+from ..common.errors import InferenceError
 from ..configuration_sslam import SSLAMConfig
-from .errors import InferenceError
 
 T, R = TypeVar("T"), TypeVar("R")
 

@@ -5,12 +5,12 @@ from typing import TypeVar
 
 import torch
 
+from ..common.errors import InferenceError
 from ..configuration_sslam import SSLAMConfig
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMPreTrainedModel
-from .cpu import PRECISIONS, can_optimize, optimize_for_cpu
 from .devices import resolve_device, resolve_dtype
-from .errors import InferenceError
+from .packed_blocks import PRECISIONS, can_optimize, optimize_for_cpu
 
 Model = TypeVar("Model", bound=SSLAMPreTrainedModel)
 

@@ -9,11 +9,11 @@ from transformers import AutoModelForAudioClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import ChunkPipeline
 
-from .audio import CountedBlocks, waveform_blocks
-from .errors import InferenceError
-from .events import EventDetector, EventSettings
+from ..common.audio import CountedBlocks, waveform_blocks
+from ..common.errors import InferenceError
 from .tagger import Audio, SSLAMTagger, activate, rank
-from .timelines import make_timeline
+from .timeline.events import EventDetector, EventSettings
+from .timeline.timeline import make_timeline
 from .windows import cut_windows, stream_log_mel
 
 TASK = "long-audio-classification"

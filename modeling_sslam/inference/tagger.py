@@ -8,17 +8,17 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from ..common.audio import CountedBlocks, waveform_blocks
+from ..common.errors import ClipError, InferenceError
+from ..common.glibc import MemoryTrimmer
 from ..configuration_sslam import SSLAMConfig
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMForAudioClassification
-from .audio import ClipError, CountedBlocks, waveform_blocks
 from .devices import choose_batch_size, compute_in_parts
-from .errors import InferenceError
-from .events import EventDetector, EventSettings
 from .loading import load_pretrained, speed_up
-from .memory import MemoryTrimmer
 from .prefetch import prefetch
-from .timelines import Timeline, make_timeline
+from .timeline.events import EventDetector, EventSettings
+from .timeline.timeline import Timeline, make_timeline
 from .windows import cut_windows, model_inputs, stream_log_mel
 
 Key = TypeVar("Key")

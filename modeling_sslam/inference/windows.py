@@ -21,8 +21,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import torch
 
+from ..common.errors import ClipError
 from ..feature_extraction_sslam import SSLAMFeatureExtractor, log_mel_spectrogram
-from .audio import ClipError
 
 
 def stream_log_mel(blocks: Iterable[torch.Tensor], extractor: SSLAMFeatureExtractor) -> Iterator[torch.Tensor]:

@@ -7,14 +7,7 @@ import torch
 
 from benchmarks import pretraining_step
 from benchmarks.gemm import matrix_products, total_flops
-from benchmarks.pretraining_step import (
-    Setting,
-    cost_of_step,
-    make_plain_step,
-    make_step,
-    measure,
-    products_of_step,
-)
+from benchmarks.pretraining_step import Setting, cost_of_step, make_plain_step, make_step, measure, products_of_step
 from benchmarks.report import Report, base_config
 from training.pretrain import compile_blocks
 

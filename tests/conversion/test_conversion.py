@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from conversion.__main__ import make_parser
 from conversion.convert import HEAD_PARTS, HEADS, WRITERS
-from conversion.labels import audioset_labels
 from conversion.layouts import FAIRSEQ_POOLINGS, HUB_EAT, recognise
 from conversion.reader import read_checkpoint
 from modeling_sslam import (
@@ -26,6 +25,7 @@ from modeling_sslam import (
     SSLAMForPreTraining,
     SSLAMModel,
 )
+from modeling_sslam.common.labels import audioset_labels
 
 TOLERANCE = 1e-5
 ENCODER_LENGTHS = (16, 304, 512, 1024, 1536)

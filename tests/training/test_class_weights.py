@@ -8,8 +8,9 @@ import pytest
 
 from training import class_weights
 from training.class_weights import clip_weights
-from training.data import DataConfig, make_loader
-from training.selection import WeightedDraw
+from training.data.config import DataConfig
+from training.data.loader import make_loader
+from training.data.selection import WeightedDraw
 
 
 def read_table(path):

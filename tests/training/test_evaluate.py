@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -16,12 +17,15 @@ from matplotlib.image import imread
 from sklearn.metrics import average_precision_score
 
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMForPreTraining, SSLAMModel
-from training.data import EvaluationDataConfig, make_loader
+from training.data.config import EvaluationDataConfig
+from training.data.labels import LabelSet
+from training.data.loader import make_loader
 from training.evaluate import EvaluateConfig, evaluate, load_classifier, main
 from training.evaluation.card import write_results_to_card
-from training.labels import LabelSet
-from training.prediction import compute_metrics, predict
-from training.soundscapes import SOURCES, write_dataset
+from training.evaluation.metrics import compute_metrics
+from training.evaluation.prediction import predict
+from training.soundscapes.__main__ import write_dataset
+from training.soundscapes.sounds import SOURCES
 
 NAMES = sorted(SOURCES)
 # Not a multiple of two processes or of the batch size.
@@ -140,7 +144,7 @@ def test_one_label_by_the_data(make_model, make_folder, caplog):
 def test_two_processes_find_what_one_finds(make_model, soundscapes, launch, tmp_path):
     model_dir, out = make_model(), tmp_path / "out"
     out.mkdir()
-    launch(__file__.replace("test_evaluate", "distributed_prediction"), model_dir, soundscapes, out)
+    launch(Path(__file__).parent / "scripts" / "distributed_prediction.py", model_dir, soundscapes, out)
     model, extractor = load_classifier(str(model_dir))
     for split, shares in (("test", [7, 6]), ("lone", [1, 0])):
         data = EvaluationDataConfig(str(soundscapes), split=split, num_workers=0)

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from transformers import pipeline
 
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraining
-from training import finetune, loop
+from modeling_sslam.common.signals import StopRequest
+from training import finetune
 from training.arguments import parse
-from training.checkpointing import list_checkpoints
-from training.loop import StopRequest
-from training.metrics import read_metrics
+from training.run import run as loop
+from training.run.checkpointing import list_checkpoints
+from training.run.metrics_log import read_metrics
 
 RATE = 16_000
 SETTINGS = {

@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
-from training.checkpointing import list_checkpoints
-from training.data import LabelledDataConfig, make_loader
-from training.labels import LabelSet
-from training.losses import loss_sum, loss_weight
-from training.metrics import read_metrics
-from training.soundscapes import make_row
+from training.data.config import LabelledDataConfig
+from training.data.labels import LabelSet
+from training.data.loader import make_loader
+from training.run.checkpointing import list_checkpoints
+from training.run.losses import loss_sum, loss_weight
+from training.run.metrics_log import read_metrics
+from training.soundscapes.__main__ import make_row
 
 CLASSES = ["a", "b", "c"]
 

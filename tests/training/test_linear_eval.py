@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from transformers import pipeline
 
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMForPreTraining
-from training import features as features_module
-from training import linear_eval, soundscapes
-from training.features import POOLINGS, read_features
+from training import linear_eval
+from training.linear import features as features_module
+from training.linear.features import POOLINGS, read_features
+from training.soundscapes import __main__ as soundscapes
 
 NUM_LAYERS = 2
 

@@ -19,13 +19,14 @@ from transformers import AutoModel
 
 from conversion.convert import convert
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraining
-from training import loop, pretrain
-from training import processes as start_of_processes
+from training import pretrain
 from training.arguments import parse
-from training.checkpointing import list_checkpoints
-from training.data import AudioLoader
-from training.metrics import read_metrics
-from training.soundscapes import make_row
+from training.data.loader import AudioLoader
+from training.run import processes as start_of_processes
+from training.run import run as loop
+from training.run.checkpointing import list_checkpoints
+from training.run.metrics_log import read_metrics
+from training.soundscapes.__main__ import make_row
 
 SETTINGS = {
     "max_updates": 8,

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 from modeling_sslam import SSLAMForPreTraining
 from modeling_sslam.modeling_sslam_pretraining import inverse_block_masks
-from training.checkpointing import list_checkpoints
-from training.metrics import read_metrics
-from training.soundscapes import make_row
+from training.run.checkpointing import list_checkpoints
+from training.run.metrics_log import read_metrics
+from training.soundscapes.__main__ import make_row
 
-SCRIPT = Path(__file__).parent / "distributed_update.py"
+SCRIPT = Path(__file__).parent / "scripts" / "distributed_update.py"
 
 
 @pytest.fixture

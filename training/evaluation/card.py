@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from training.checkpointing import write_text
+from modeling_sslam.common.files import write_text
 
 TASK = "audio-classification"
 

@@ -22,10 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from conversion.placing import force_to_disk
-from training.checkpointing import TEMPORARY_PREFIX
+from modeling_sslam.common.files import TEMPORARY_PREFIX, force_to_disk
+from training.evaluation.metrics import ProblemType, compute_metrics, metrics_by_group
 from training.evaluation.plots import plot_confusion, plot_groups, plot_per_class
-from training.prediction import Predictions, ProblemType, compute_metrics, metrics_by_group
+from training.evaluation.prediction import Predictions
 
 # Metrics by problem type: key, name. The first is the one that a model is chosen by.
 MAIN_METRICS: dict[str, dict[str, str]] = {

@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 
 from conversion import ConversionError
-from conversion.labels import AUDIOSET_LABELS, read_label_table
+from modeling_sslam.common.labels import AUDIOSET_LABELS, read_label_table
 from training.preparation.listing import Clip, Findings, Listing, PreparationError, read_lines, sound_files
 
 SEGMENTS = {

@@ -16,6 +16,8 @@ import datasets
 import soundfile
 from tqdm import tqdm
 
+from training.data.seeding import generator_for
+from training.data.sources import AUDIO_SUFFIXES
 from training.preparation.listing import (
     Clip,
     Listing,
@@ -24,9 +26,7 @@ from training.preparation.listing import (
     with_known_labels,
     without_duplicates,
 )
-from training.seeding import generator_for
-from training.shards import write_labels, write_shards
-from training.sources import AUDIO_SUFFIXES
+from training.preparation.shards import write_labels, write_shards
 
 # As `datasets` cuts what it pushes to the Hub, roughly: few files, and more than one for most data sets.
 MAX_SHARD_BYTES = 1 << 28

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from training.sources import AUDIO_SUFFIXES
+from training.data.sources import AUDIO_SUFFIXES
 
 # The kinds of findings and what became of them.
 FINDINGS = {

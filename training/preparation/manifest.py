@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion import ConversionError
-from conversion.labels import read_label_table
+from modeling_sslam.common.labels import read_label_table
 from training.preparation.listing import Clip, Findings, Listing, PreparationError, read_lines, sound_files
 
 DESCRIPTORS = "label_descriptors.csv"

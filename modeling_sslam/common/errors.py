@@ -1,0 +1,18 @@
+"""Errors that inference and training report to their users as one line."""
+
+
+class InferenceError(Exception):
+    """A command or an inference function cannot do what was asked. The message names the value and the remedy."""
+
+
+class ClipError(Exception):
+    """A sound file cannot be used.
+
+    Args:
+        reason: "missing", "empty", "undecodable", "too_short", "not_finite" or "out_of_range".
+        detail: The fault and, where there is one, the remedy.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason

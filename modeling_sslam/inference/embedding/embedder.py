@@ -1,0 +1,338 @@
+"""Sound to embeddings: recordings are cut into windows, windows go through the encoder in batches, states are pooled.
+
+    for clip in embed(["recordings/"], "outputs/quickstart"):
+        clip.name, clip.start, clip.end, clip.embedding          # "recordings/a.flac", 0.0, 10.24, (hidden_size,)
+
+A window is padded as in training, and its embedding is that of the same piece of sound by itself (see
+[`modeling_sslam.inference.windows`]). Decoding, resampling and the filter bank run in threads beside the model.
+"""
+
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from functools import cached_property, partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ...common.audio import waveform_blocks
+from ...common.errors import ClipError, InferenceError
+from ...common.glibc import MemoryTrimmer
+from ...common.recordings import find_recordings
+from ...feature_extraction_sslam import SSLAMFeatureExtractor
+from ...modeling_sslam import SSLAMModel
+from ..devices import choose_batch_size, compute_in_parts
+from ..loading import load_pretrained, speed_up
+from ..packed_blocks import precision_of
+from ..prefetch import prefetch
+from ..windows import cut_windows, model_inputs, stream_log_mel
+from .sounds import Sound
+from .sources import open_sources
+
+if TYPE_CHECKING:
+    from .dataset import AudioDataset
+
+POOLINGS = ("cls", "mean", "frame", "patch")
+
+
+class Window(NamedTuple):
+    """A piece of a sound: log-mel frames `(num_frames, num_mel_bins)`, neither padded nor normalised."""
+
+    sound: Sound
+    index: int
+    first_frame: int
+    frames: torch.Tensor
+    is_last: bool
+
+
+class Failure(NamedTuple):
+    """A sound that cannot be used, or not beyond the windows that came before this."""
+
+    sound: Sound
+    error: ClipError
+
+
+class ClipEmbedding(NamedTuple):
+    """The embedding of one window.
+
+    Args:
+        name: The sound's path or id.
+        start, end: Of the window, in seconds from the beginning of the sound.
+        embedding: float32. `(hidden_size,)` for pooling "cls" and "mean"; for "frame" `(time, hidden_size)`, one state
+            every `patch_size` frames (160 ms); for "patch" `(time, mel bands, hidden_size)`. Layer "all" puts an axis
+            in front: the embeddings' output, then one entry for each block.
+        key: Of the sound: its path, or where in a data set it is.
+        window: The window's number within the sound.
+        is_last: Whether the sound has no more.
+    """
+
+    name: str
+    start: float
+    end: float
+    embedding: np.ndarray
+    key: str
+    window: int
+    is_last: bool
+
+
+class Embedder:
+    """An encoder together with how sounds are cut and its states are pooled.
+
+    Args:
+        model: The encoder, on the device and in the precision it is to run in.
+        feature_extractor: That of the model.
+        pooling: "cls": the CLS token. "mean": the mean over the patches that hold any of the clip. "frame": one
+            vector every `patch_size` frames, the mean over frequency. "patch": every patch. Frames and patches that
+            are padding throughout are left out.
+        layer: "last", "all", "mean" (over the blocks) or the number of a block, 0 being the embeddings' output.
+        window: Length of a window in seconds; by default the feature extractor's `max_length` (10.24 s).
+        hop: From one window to the next, in seconds; by default `window`. The last window ends with the recording.
+        batch_size: Windows at a time. "auto" goes by the device's memory, and halves when it is not enough after all.
+
+    Raises:
+        InferenceError: If the model has no such layer or takes no such window.
+    """
+
+    def __init__(
+        self,
+        model: SSLAMModel,
+        feature_extractor: SSLAMFeatureExtractor,
+        pooling: str = "cls",
+        layer: str | int = "last",
+        window: float | None = None,
+        hop: float | None = None,
+        batch_size: int | str = "auto",
+    ) -> None:
+        config, extractor = model.config, feature_extractor
+        if pooling not in POOLINGS:
+            raise InferenceError(f"pooling={pooling!r} is not one of {', '.join(POOLINGS)}.")
+        if layer not in ("last", "all", "mean", *range(config.num_hidden_layers + 1)):
+            raise InferenceError(
+                f"layer={layer!r} is neither last, all, mean nor a number from 0 to {config.num_hidden_layers}."
+            )
+        self.model = model.eval()
+        self.feature_extractor = extractor
+        self.frames_per_second = extractor.sampling_rate / extractor.frame_shift
+        self.patch_frames = config.patch_size
+        self.window = extractor.max_length if window is None else round(window * self.frames_per_second)
+        self.hop = self.window if hop is None else round(hop * self.frames_per_second)
+        longest = config.max_position_embeddings * self.patch_frames
+        if not self.patch_frames <= self.window <= longest:
+            raise InferenceError(
+                f"A window of {window} s is not between one patch, {self.patch_frames / self.frames_per_second:g} s, "
+                f"and the end of the model's position table, {longest / self.frames_per_second:g} s."
+            )
+        if not 1 <= self.hop <= self.window:
+            raise InferenceError(
+                f"A hop of {hop} s is not between one frame, {1 / self.frames_per_second:g} s, and the window of "
+                f"{self.window / self.frames_per_second:g} s."
+            )
+        # A window longer than the model was trained on is padded to a whole patch.
+        self.padded_length = max(extractor.max_length, -(-self.window // self.patch_frames) * self.patch_frames)
+        self.pooling = pooling
+        self.layer = layer
+        self.batch_size = batch_size
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        revision: str | None = None,
+        **settings: Any,
+    ) -> "Embedder":
+        """Loads the encoder of a folder or Hub repository that `save_pretrained` or `python -m conversion` wrote,
+        also of a classifier or of a pre-training checkpoint. No code from it is run.
+
+        Args:
+            model: Folder, or OWNER/NAME.
+            device: "auto" takes the accelerator of this machine, or else the CPU.
+            dtype: "auto" is what the weights were saved in; "int8", on a CPU, an approximation of float32.
+            revision: Branch, tag or commit on the Hub.
+            settings: See the class.
+
+        Raises:
+            InferenceError: If there is no SSLAM model there, or no such device, or for what the class raises it.
+        """
+        encoder, extractor = load_pretrained(SSLAMModel, model, device, dtype, revision)
+        embedder = cls(encoder, extractor, **settings)
+        embedder.weights_crc32  # noqa: B018 - now, while the blocks have the weights that were loaded
+        embedder.model = speed_up(encoder, dtype)
+        return embedder
+
+    @property
+    def hidden_size(self) -> int:
+        return self.model.config.hidden_size
+
+    @cached_property
+    def weights_crc32(self) -> str:
+        """Checksum of the weights, in eight hexadecimal digits."""
+        checksum = 0
+        for _, tensor in sorted(self.model.state_dict().items()):
+            checksum = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy(), checksum)
+        return f"{checksum:08x}"
+
+    def settings(self) -> dict[str, Any]:
+        """All that the embeddings of a sound depend on, in plain values."""
+        extractor = self.feature_extractor
+        return {
+            "weights_crc32": self.weights_crc32,
+            "dtype": precision_of(self.model),
+            "pooling": self.pooling,
+            "layer": self.layer,
+            "window": self.window / self.frames_per_second,
+            "hop": self.hop / self.frames_per_second,
+            "padded_length": self.padded_length,
+            "sampling_rate": extractor.sampling_rate,
+            "mean": extractor.mean if extractor.do_normalize else None,
+            "std": extractor.std if extractor.do_normalize else None,
+            "attention_mask": bool(extractor.return_attention_mask),
+        }
+
+    def windows(self, sound: Sound) -> Iterator[Window | Failure]:
+        """The windows of a sound, read in bounded memory; at the end what is wrong with it, if anything is."""
+        blocks = waveform_blocks(sound.audio, self.feature_extractor.sampling_rate)
+        on_device = (block.to(self.model.device) for block in blocks)
+        previous = None
+        try:
+            pieces = cut_windows(stream_log_mel(on_device, self.feature_extractor), self.window, self.hop)
+            for index, (first_frame, frames) in enumerate(pieces):
+                if previous is not None:
+                    yield previous
+                previous = Window(sound, index, first_frame, frames.clone(), is_last=False)
+                if index < sound.first_window:
+                    previous = None
+            if previous is not None:
+                yield previous._replace(is_last=True)
+        except ClipError as error:
+            if previous is not None:
+                yield previous
+            yield Failure(sound, error)
+
+    @torch.inference_mode()
+    def states(self, windows: Sequence[Window]) -> torch.Tensor:
+        """The pooled states, padding included, on the model's device: `(num_windows, ..., hidden_size)`."""
+        frames = [window.frames for window in windows]
+        inputs = model_inputs(frames, self.padded_length, self.feature_extractor)
+        counts = torch.tensor(list(map(len, frames)), device=self.model.device)
+        outputs = self.model(**inputs, output_hidden_states=self.layer != "last")
+        if self.layer == "last":
+            states = outputs.last_hidden_state
+        elif self.layer == "all":
+            states = torch.stack(outputs.hidden_states, dim=1)
+        elif self.layer == "mean":
+            states = torch.stack(outputs.hidden_states[1:]).mean(0, dtype=torch.float32)
+        else:
+            states = outputs.hidden_states[self.layer]
+        if self.pooling == "cls":
+            return states[..., 0, :]
+        grid = states[..., 1:, :].unflatten(-2, (-1, self.model.config.num_mel_patches))
+        if self.pooling == "patch":
+            return grid
+        steps = grid.mean(-2, dtype=torch.float32)
+        if self.pooling == "frame":
+            return steps
+        # The patches of a time step are all of the clip or none is, so the mean over steps is that over patches.
+        counts = -(-counts // self.patch_frames)
+        weights = (torch.arange(steps.shape[-2], device=counts.device) < counts[:, None]) / counts[:, None]
+        return (steps * weights.reshape(len(windows), *[1] * (steps.ndim - 3), -1, 1)).sum(-2)
+
+    def clips(self, windows: Sequence[Window], states: list[torch.Tensor]) -> list[ClipEmbedding]:
+        """The embeddings of windows whose states were computed, in parts."""
+        arrays = torch.cat(states).float().cpu().numpy()
+        time_axis = {"frame": -2, "patch": -3}.get(self.pooling)
+        clips = []
+        for (sound, index, first_frame, frames, is_last), array in zip(windows, arrays, strict=True):
+            if time_axis is not None:
+                array = array.take(range(-(-len(frames) // self.patch_frames)), axis=time_axis)
+            start, end = first_frame / self.frames_per_second, (first_frame + len(frames)) / self.frames_per_second
+            clips.append(ClipEmbedding(sound.name, start, end, array, sound.key, index, is_last))
+        return clips
+
+    def stream(
+        self, sounds: Iterable[Sound], on_failure: Callable[[Sound, ClipError], Any]
+    ) -> Generator[list[ClipEmbedding], None, None]:
+        """All windows of all sounds in their order, a batch at a time.
+
+        Args:
+            sounds: Iterated in another thread.
+            on_failure: Called with each sound that cannot be used and why.
+        """
+        size = self.batch_size
+        if size == "auto":
+            size = choose_batch_size(self.model.config, self.padded_length, self.model.device, self.model.dtype)
+
+        def usable(windows: Iterable[Window | Failure]) -> Iterator[Window]:
+            for window in windows:
+                if isinstance(window, Failure):
+                    on_failure(*window)
+                else:
+                    yield window
+
+        previous, trim = None, MemoryTrimmer()
+        with closing(prefetch(sounds, self.windows, items_ahead=2 * size)) as windows:
+            windows = usable(windows)
+            while batch := list(islice(windows, size)):
+                if self.batch_size == "auto":
+                    states, size = compute_in_parts(self.states, batch, size)
+                else:
+                    states = [self.states(batch)]
+                # On a GPU the next batch is begun before the last one's result is waited for.
+                if previous is not None:
+                    yield previous()
+                previous = partial(self.clips, batch, states)
+                trim()
+            if previous is not None:
+                yield previous()
+
+
+def embed(
+    sources: "str | Path | Iterable[str | Path] | AudioDataset",
+    model: "str | Path | Embedder",
+    on_failure: Callable[[Sound, ClipError], Any] | None = None,
+    **settings: Any,
+) -> Iterator[ClipEmbedding]:
+    """The embeddings of sound files or a data set, window by window in their order: what `sslam embed` writes.
+
+    Args:
+        sources: A file, a folder, a pattern, several of these, or a data set: a folder of its shards, an id on the
+            Hub, or an [`AudioDataset`] for other than its split "train".
+        model: Folder or Hub id of a model, or an [`Embedder`].
+        on_failure: Called with each sound that cannot be used and why; by default that is raised.
+        settings: Of [`Embedder.from_pretrained`], if `model` is none yet: `pooling`, `layer`, `window`, `hop`,
+            `device`, `dtype`, `batch_size`, `revision`.
+
+    Raises:
+        InferenceError: If there are no such files, or for what [`Embedder`] raises it.
+        ClipError: If a sound cannot be used, unless `on_failure` is given.
+
+    Example:
+
+    ```python
+    >>> from modeling_sslam.inference import embed
+
+    >>> clips = list(embed("tests/fixtures/audio", "outputs/quickstart", pooling="mean"))
+    >>> clips[0].name, clips[0].embedding.shape
+    ('tests/fixtures/audio/ambi_choir.flac', (32,))
+    ```
+    """
+    if not isinstance(model, Embedder):
+        model = Embedder.from_pretrained(model, **settings)
+    if isinstance(sources, (str, Path)):
+        sources = [sources]
+    if not hasattr(sources, "sounds"):
+        sources = open_sources(sources)
+    if isinstance(sources, list):
+        sounds = (Sound(path, path, path) for path in find_recordings(sources))
+    else:
+        sounds = sources.sounds()
+
+    def fail(sound: Sound, error: ClipError) -> None:
+        raise error
+
+    for clips in model.stream(sounds, on_failure or fail):
+        yield from clips

@@ -1,0 +1,88 @@
+"""Embeddings as rows: one vector a row, in a list of fixed size, beside what it is the vector of."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ...common.errors import InferenceError
+from .embedder import ClipEmbedding, Embedder
+
+# What a clip's embedding has an axis for, besides the vectors' own.
+POOLED_AXES = {"cls": (), "mean": (), "frame": ("time",), "patch": ("time", "mel_band")}
+COLUMNS = {
+    "path": "The sound file.",
+    "row": "Shard and row in the data set.",
+    "id": "What the data set calls the sound.",
+    "start": "Seconds from the beginning of the sound to what the vector stands for.",
+    "end": "Seconds to where that ends.",
+    "window": "Number of the window within the sound.",
+    "mel_band": "Row of patches: 0 is the lowest frequencies.",
+    "layer": "Block whose output it is: 0 is the embeddings' output.",
+    "model": "The model's folder or Hub id.",
+    "embedding": "The vector.",
+}
+
+
+def axes_of(embedder: Embedder) -> tuple[str, ...]:
+    """What the axes of `ClipEmbedding.embedding` stand for, without the last."""
+    return (*(("layer",) if embedder.layer == "all" else ()), *POOLED_AXES[embedder.pooling])
+
+
+def table_schema(embedder: Embedder, key: str, dtype: str) -> pa.Schema:
+    """The columns, of which some are there only where the rows differ in them.
+
+    Args:
+        key: "path", or "row" for the rows of a data set, which have an "id" besides.
+        dtype: "float32" or "float16".
+    """
+    axes = axes_of(embedder)
+    columns = [(name, pa.string()) for name in ((key,) if key == "path" else (key, "id"))]
+    columns += [("start", pa.float64()), ("end", pa.float64())]
+    columns += [("window", pa.int32())] if "time" in axes else []
+    columns += [(name, pa.int16()) for name in ("mel_band", "layer") if name in axes]
+    element = {"float32": pa.float32(), "float16": pa.float16()}[dtype]
+    return pa.schema([*columns, ("model", pa.string()), ("embedding", pa.list_(element, embedder.hidden_size))])
+
+
+def to_table(clips: list[ClipEmbedding], embedder: Embedder, schema: pa.Schema, model_id: str) -> pa.Table:
+    """The rows of some clips, in the columns of [`table_schema`].
+
+    Raises:
+        InferenceError: If a value is not finite in the precision asked for.
+    """
+    axes, vector_type = axes_of(embedder), schema.field("embedding").type
+    dtype = np.dtype(vector_type.value_type.to_pandas_dtype())
+    with np.errstate(over="ignore"):
+        values = np.concatenate([clip.embedding.ravel() for clip in clips]).astype(dtype)
+    if not np.isfinite(values).all():
+        raise InferenceError(
+            f"The model gives values that {dtype} does not hold. Compute and write in float32 (--dtype float32, "
+            "--dtype-out float32); if that does not help, the model's weights are broken."
+        )
+    shapes = [clip.embedding.shape[:-1] for clip in clips]
+    places = np.concatenate([np.indices(shape).reshape(len(axes), math.prod(shape)) for shape in shapes], axis=1)
+
+    def repeat(values: Iterable) -> np.ndarray:
+        return np.repeat(np.array(list(values)), [math.prod(shape) for shape in shapes])
+
+    names = repeat(clip.name for clip in clips)
+    columns: dict[str, Any] = {
+        "path": names,
+        "row": repeat(clip.key for clip in clips),
+        "id": names,
+        "start": repeat(clip.start for clip in clips),
+        "end": repeat(clip.end for clip in clips),
+        "window": repeat(clip.window for clip in clips),
+        "model": np.full(len(names), model_id),
+        **dict(zip(axes, places, strict=True)),
+    }
+    if "time" in axes:
+        step = embedder.patch_frames / embedder.frames_per_second
+        columns["start"] = columns["start"] + columns["time"] * step
+        columns["end"] = np.minimum(columns["start"] + step, columns["end"])
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(values), vector_type.list_size)
+    others = [pa.array(columns[field.name], field.type) for field in schema if field.name != "embedding"]
+    return pa.table([*others, vectors], schema=schema)

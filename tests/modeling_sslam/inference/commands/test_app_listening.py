@@ -1,0 +1,100 @@
+"""What the page asks of the model."""
+
+import io
+import re
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from modeling_sslam.inference import ClipError, Embedder, EventSettings, InferenceError, embed
+from modeling_sslam.inference.commands.app import listening
+from modeling_sslam.inference.commands.app.listening import COMPLAINTS, Listener
+
+
+@pytest.fixture
+def listener(tagger) -> Listener:
+    return Listener(tagger, max_minutes=0.1)
+
+
+def test_an_analysis_says_what_the_commands_say(listener, tagger, audio_dir):
+    path, shares = str(audio_dir / "guit_e_slide.flac"), []
+    labels, timeline, _ = listener.analyse(path, 1.0, 0.7, lambda share, doing: shares.append(share))
+    expected = tagger.timeline(path, 1.0, 0.25, EventSettings(0.7))
+    assert labels == tagger.tag(path, top_k=10)
+    assert timeline.events == expected.events
+    assert timeline.duration == expected.duration
+    assert shares == sorted(shares)
+    assert (shares[0], shares[-1]) == (0, 1)
+    assert len(shares) == len(expected.starts) + 1
+
+
+def test_the_picture_s_axes_are_where_it_says(listener, audio_dir):
+    _, _, picture = listener.analyse(str(audio_dir / "misc_crow.flac"), 0.4, 0.5)
+    pixels = matplotlib.image.imread(io.BytesIO(picture.png))[..., :3].mean(-1)
+    height, width = pixels.shape
+    upper, lower = round(picture.top * height), round(picture.bottom * height)
+    # The frames of the axes are black, also between spectrogram and events; nothing is between that and the border.
+    for x in (picture.left * width, picture.right * width):
+        column = pixels[upper:lower, round(x) - 1 : round(x) + 2].min(1)
+        assert (column < 0.5).mean() > 0.9
+    for y in (upper, lower):
+        row = pixels[y - 1 : y + 2, round(picture.left * width) : round(picture.right * width)].min(0)
+        assert (row < 0.5).all()
+
+
+def test_similarity(listener, audio_dir):
+    crow, choir = str(audio_dir / "misc_crow.flac"), str(audio_dir / "ambi_choir.flac")
+    assert listener.similarity(crow, crow) == pytest.approx(1, abs=1e-12)
+    assert listener.similarity(crow, choir) < 1 - 1e-4
+
+
+def test_similarity_heeds_all_windows(tagger, write_sound, recording, audio_dir):
+    long = str(write_sound("long.wav", samples=np.concatenate((recording, recording.flip(0)))))
+    crow = str(audio_dir / "misc_crow.flac")
+    windows = [clip.embedding for clip in embed([long], Embedder(tagger.model.sslam, tagger.feature_extractor))]
+    assert len(windows) == 2
+    one = np.mean(windows, axis=0)
+    two = next(embed([crow], Embedder(tagger.model.sslam, tagger.feature_extractor))).embedding
+    cosine = one @ two / np.linalg.norm(one) / np.linalg.norm(two)
+    assert Listener(tagger, max_minutes=1).similarity(long, crow) == pytest.approx(cosine, abs=1e-6)
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_a_sound_that_is_too_long(listener, write_sound, monkeypatch, stated):
+    if not stated:
+        # As for formats whose length shows only when they are decoded.
+        monkeypatch.setattr(listening, "duration_seconds", lambda path: None)
+    listener.similarity(*[str(write_sound("short.wav", seconds=5.9))] * 2)
+    path = str(write_sound("long.wav", seconds=6.1))
+    message = r"^long\.wav is too long: this page takes up to 0\.1 min"
+    with pytest.raises(InferenceError, match=message):
+        listener.analyse(path, 2.0, 0.5)
+    with pytest.raises(InferenceError, match=message):
+        listener.similarity(path, path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"sound\.wav is empty \(the file has no bytes\)\."),
+        (b"no sound at all", r"sound\.wav is no sound file that can be read here \("),
+        (np.zeros(10, np.float32), r"sound\.wav is too short \("),
+        (np.full(16_000, np.nan, np.float32), r"sound\.wav is damaged \(NaN"),
+        (np.full(16_000, 30_000, np.float32), r"sound\.wav is damaged or mislabelled \(peak"),
+    ],
+)
+def test_files_that_are_no_sounds(listener, write_sound, tmp_path, content, message):
+    path = tmp_path / "sound.wav"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        write_sound("sound.wav", samples=content)
+    for use in (lambda: listener.analyse(str(path), 2.0, 0.5), lambda: listener.similarity(str(path), str(path))):
+        with pytest.raises(InferenceError, match=message) as error:
+            use()
+        assert str(tmp_path) not in str(error.value)
+
+
+def test_every_reason_has_its_complaint():
+    assert set(re.findall(r'"(\w+)"', ClipError.__doc__)) == set(COMPLAINTS)

@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from modeling_sslam import SSLAMConfig
+from training.data.config import DataConfig, DataError
+from training.data.labels import LabelSet, find_label_set, survey
+from training.data.selection import selections_of
+from training.data.sources import open_source
+
+
+def test_targets_are_in_the_order_of_the_classes():
+    labels = LabelSet(["cat", "dog", "rain"], ["/m/01", "/m/02", None])
+    targets = labels.encode([["dog"], [], ["rain", "/m/01", "rain"]])
+    assert targets.dtype == torch.float32
+    assert targets.tolist() == [[0, 1, 0], [0, 0, 0], [1, 0, 1]]
+    with pytest.raises(DataError, match="label 'cow', which is none of the 3 classes"):
+        labels.encode([["cow"]])
+
+
+def test_classes_of_a_model_and_of_files(tmp_path):
+    assert LabelSet.of_model(SSLAMConfig(id2label={0: "b", 1: "a"})).names == ["b", "a"]
+    (tmp_path / "mids.csv").write_text('index,mid,display_name\n0,/m/1,"Speech, male"\n1,/m/2,Music\n')
+    labels = LabelSet.of_file(tmp_path / "mids.csv")
+    assert labels.names == ["Speech, male", "Music"]
+    assert labels.encode([["/m/2"], ["Speech, male"]]).tolist() == [[0, 1], [1, 0]]
+    (tmp_path / "broken.csv").write_text("0,a\n2,b\n")
+    with pytest.raises(ValueError, match="class 1 is missing"):
+        LabelSet.of_file(tmp_path / "broken.csv")
+
+
+def open_(config):
+    return open_source(config, num_readers=1, seed=0)
+
+
+def test_where_the_classes_are_found(tmp_path, write_parquet, make_folder):
+    write_parquet(tmp_path / "data", [4])
+    config = DataConfig(str(tmp_path / "data"), label_column="human_labels")
+    assert find_label_set(config, open_(config)) is None
+    (tmp_path / "data" / "labels.csv").write_text("index,label\n0,class 1\n1,class 0\n2,class 2\n")
+    assert find_label_set(config, open_(config)).names == ["class 1", "class 0", "class 2"]
+    (tmp_path / "own.csv").write_text("x\ny\n")
+    assert find_label_set(config, open_(config), str(tmp_path / "own.csv")).names == ["x", "y"]
+    # A folder of sounds beside a file of that name is not a data set with classes.
+    folder = make_folder(2)
+    config = DataConfig(str(folder), label_column="auto")
+    assert find_label_set(config, open_(config)) is None
+
+
+def test_a_survey_counts_what_takes_part(tmp_path, write_parquet):
+    write_parquet(tmp_path / "data", [7, 6])
+    config = DataConfig(str(tmp_path / "data"), label_column="human_labels")
+    found = survey(open_(config))
+    assert found.num_clips == 13
+    assert found.counts == {"class 0": 5, "class 1": 4, "class 2": 4}
+    assert found.is_single_label
+
+    sides = []
+    for held_out in (False, True):
+        config = DataConfig(str(tmp_path / "data"), label_column="labels", hold_out=0.4, held_out=held_out)
+        sides.append(survey(open_(config), selections_of(config, 0)))
+    assert sum(side.num_clips for side in sides) == 13
+    assert sides[0].counts + sides[1].counts == {"/m/0": 5, "/m/1": 4, "/m/2": 4}

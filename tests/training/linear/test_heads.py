@@ -1,0 +1,183 @@
+"""Linear heads: each ends as it would alone, where a closed form or scikit-learn says, and scores what scikit-learn
+says."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score
+
+from modeling_sslam.modeling_sslam import SSLAMClassifier
+from training.linear.heads import (
+    Head,
+    HeadConfig,
+    LinearHeads,
+    accuracy,
+    fit_heads,
+    head_logits,
+    mean_average_precision,
+)
+from training.run.losses import loss_sum
+
+MULTI, SINGLE = "multi_label_classification", "single_label_classification"
+WIDTH, NUM_CLASSES = 16, 3
+
+
+@pytest.fixture
+def fit():
+    def fit(features, targets, validation=None, problem_type=MULTI, **settings):
+        loss = {MULTI: "bce_per_target", SINGLE: "cross_entropy"}[problem_type]
+        fixed = {"eps": 1e-6, "std": 0.02, "loss": loss, "seed": settings.pop("seed", 0)}
+        return fit_heads(features, targets, validation, problem_type, HeadConfig(**settings), **fixed)
+
+    return fit
+
+
+def separable(num_clips, problem_type, seed=0, scale=1.0):
+    """Features of which the classes are a linear function: `(1, N, WIDTH)` and targets."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(1, num_clips, WIDTH, generator=generator)
+    directions = torch.eye(WIDTH)[:NUM_CLASSES]
+    scores = features[0] @ directions.T
+    if problem_type == SINGLE:
+        targets = torch.eye(NUM_CLASSES)[scores.argmax(1)]
+        features[0] += 2 * targets @ directions
+    else:
+        targets = (scores > 0.5).float()
+        features[0] += 2 * (2 * targets - 1) @ directions
+    return scale * features, targets
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+@pytest.mark.parametrize("problem_type", [MULTI, SINGLE])
+def test_separable_clips_are_separated(fit, problem_type, standardize):
+    features, targets = separable(200, problem_type)
+    held_out = separable(100, problem_type, seed=1)
+    fitted = fit(features, targets, held_out, problem_type, standardize=standardize, learning_rate=1e-2, epochs=30)
+    assert fitted.scores == [1.0]
+    assert fitted.losses[-1] < 0.3 * fitted.losses[0]
+
+
+def test_loss_falls_to_logistic_regressions(fit):
+    """Without decay of weights, on clips that are not separable, at the maximum of the likelihood."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 400, 6, generator=generator)
+    normalised = torch.nn.functional.layer_norm(features[0], (6,), eps=1e-6)
+    noise = torch.randn(400, generator=generator)
+    targets = (normalised[:, 0] - 0.5 * normalised[:, 3] + noise > 0).float()[:, None]
+    best = LogisticRegression(C=np.inf, tol=1e-8, max_iter=1000).fit(normalised.numpy(), targets[:, 0].numpy())
+    logits = torch.from_numpy(best.decision_function(normalised.numpy())).float()[:, None]
+    expected = (loss_sum(logits, targets, "bce_per_target") / targets.sum()).item()
+
+    fitted = fit(features, targets, epochs=300, batch_size=400, learning_rate=3e-2, weight_decay=0.0)
+    assert fitted.losses[-1].item() == pytest.approx(expected, rel=1e-3)
+    assert fitted.losses[-1] < fitted.losses[0]
+
+
+def test_constant_features_give_the_classes_frequencies(fit):
+    """What is left is the bias, whose optimum is the logit of the frequency; no scale is made of rounding."""
+    targets = (torch.arange(200)[:, None] % torch.tensor([2, 4, 5]) == 0).float()
+    features = torch.randn(1, 1, WIDTH).repeat(1, 200, 1) + 1e-6 * torch.randn(1, 200, WIDTH)
+    fitted = fit(features, targets, epochs=300, batch_size=200, learning_rate=3e-2, weight_decay=0.0)
+    probabilities = fitted.heads(features).sigmoid()[0]
+    torch.testing.assert_close(probabilities.mean(0), targets.mean(0), atol=1e-3, rtol=0)
+    assert probabilities.std(0).max() < 1e-3
+
+
+@pytest.mark.parametrize("problem_type", [MULTI, SINGLE])
+def test_each_head_ends_as_it_would_alone(fit, problem_type):
+    generator = torch.Generator().manual_seed(5)
+    parts = [separable(n, problem_type, seed) for seed, n in ((0, 90), (1, 40))]
+    (features, targets), (others, other_targets) = parts
+    # One head sees everything, one sees noise, one another scale.
+    features = torch.cat((features, torch.randn(1, 90, WIDTH, generator=generator), features.flip(2) * 7 + 3))
+    others = torch.cat((others, torch.randn(1, 40, WIDTH, generator=generator), others.flip(2) * 7 + 3))
+    together = fit(features, targets, (others, other_targets), problem_type, epochs=6)
+    assert len(set(together.best_epochs)) > 1
+    for i in range(3):
+        alone = fit(features[i : i + 1], targets, (others[i : i + 1], other_targets), problem_type, epochs=6)
+        torch.testing.assert_close(alone.losses[:, 0], together.losses[:, i], atol=1e-5, rtol=1e-4)
+        assert alone.best_epochs == together.best_epochs[i : i + 1]
+        assert alone.scores == pytest.approx(together.scores[i : i + 1], abs=1e-6)
+        for name, value in alone.heads.classifier_state(0).items():
+            torch.testing.assert_close(value, together.heads.classifier_state(i)[name], atol=1e-5, rtol=1e-4)
+
+
+def test_best_epoch_is_that_of_the_best_score(fit):
+    """Of validation clips whose targets are the opposite, the best head is the one that has learnt least."""
+    features, targets = separable(100, SINGLE)
+    shifted = targets.roll(1, dims=1)
+    fitted = fit(features, targets, (features, shifted), SINGLE, epochs=8, learning_rate=1e-2)
+    assert fitted.best_epochs[0] < 8
+    assert fitted.scores[0] == pytest.approx(accuracy(fitted.heads(features), shifted).item())
+    last = fit(features, targets, None, SINGLE, epochs=8, learning_rate=1e-2)
+    assert last.best_epochs == [8]
+    assert last.scores is None
+    assert accuracy(last.heads(features), shifted).item() < fitted.scores[0]
+
+
+def test_seed_decides(fit):
+    features, targets = separable(60, MULTI)
+    weights = [fit(features, targets, epochs=2, seed=seed).heads.weight for seed in (0, 0, 1)]
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
+    assert not torch.allclose(weights[0], weights[2], atol=1e-3)
+
+
+def test_head_is_the_models_classifier(make_config, fit):
+    config = make_config(hidden_size=WIDTH, num_labels=NUM_CLASSES, classifier_norm_eps=1e-6, classifier_pooling="cls")
+    features, targets = separable(50, MULTI, scale=3.0)
+    fitted = fit(features, targets, epochs=3)
+    classifier = SSLAMClassifier(config)
+    classifier.load_state_dict(fitted.heads.classifier_state(0))
+    with torch.no_grad():
+        expected = classifier(features[0][:, None])
+        torch.testing.assert_close(fitted.heads(features)[0], expected, atol=1e-5, rtol=1e-5)
+        state = fitted.heads.classifier_state(0)
+        torch.testing.assert_close(head_logits(features[0], state, 1e-6), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+def test_start_is_standardised_if_asked(fit, standardize):
+    features, targets = separable(100, MULTI)
+    features = features + torch.arange(WIDTH) * 0.3
+    fitted = fit(features, targets, epochs=1, learning_rate=1e-9, standardize=standardize)
+    expected = LinearHeads(1, WIDTH, NUM_CLASSES, 1e-6, 0.02, torch.Generator().manual_seed(0))
+    if standardize:
+        expected.standardize(features)
+        assert not torch.allclose(expected.norm_weight, torch.ones(()), atol=0.1)
+    for name, value in expected.named_parameters():
+        torch.testing.assert_close(fitted.heads.get_parameter(name), value, atol=1e-5, rtol=1e-5)
+
+
+def test_standardised_start():
+    generator = torch.Generator().manual_seed(0)
+    features = 5 + torch.randn(2, 300, WIDTH, generator=generator) * torch.arange(1.0, WIDTH + 1)
+    heads = LinearHeads(2, WIDTH, NUM_CLASSES, 1e-6, 0.02, generator)
+    heads.standardize(features)
+    normalised = torch.nn.functional.layer_norm(features, (WIDTH,), eps=1e-6)
+    standard = normalised * heads.norm_weight + heads.norm_bias
+    torch.testing.assert_close(standard.mean(1), torch.zeros(2, WIDTH), atol=1e-4, rtol=0)
+    torch.testing.assert_close(standard.std(1, correction=0), torch.ones(2, WIDTH), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("levels", [2, 7, 10_000])
+def test_average_precision_is_scikit_learns_with_ties(levels):
+    rng = np.random.default_rng(levels)
+    scores = rng.integers(levels, size=(3, 50, 6)).astype(np.float32)
+    targets = rng.random((50, 6)) < np.array([0.02, 0.1, 0.5, 0.9, 1.0, 0.0])
+    targets[0, 0] = True
+    assert not targets[:, 5].any()
+    expected = [np.mean([average_precision_score(targets[:, k], s[:, k]) for k in range(5)]) for s in scores]
+    computed = mean_average_precision(torch.from_numpy(scores), torch.from_numpy(targets).float())
+    np.testing.assert_allclose(computed, expected, rtol=0, atol=1e-6)
+
+
+def test_a_head_reads_the_columns_of_its_poolings():
+    assert Head(3, "max").columns == [3]
+    assert Head(0, "mean+cls").columns == [1, 0]
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"learning_rate": 0.0}, {"batch_size": 0}, {"weight_decay": -1.0}])
+def test_wrong_settings_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        HeadConfig(**wrong)

@@ -1,0 +1,116 @@
+"""Started by test_pretrain_distributed.py in several processes: one update of a small model, whole in each process
+(DDP) and sharded (FSDP). The main process writes what came of it to FOLDER/ddp.pt and FOLDER/fsdp.pt.
+
+    distributed_update.py FOLDER
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch.distributed.fsdp import fully_shard
+
+from modeling_sslam import SSLAMConfig, SSLAMForPreTraining
+from modeling_sslam.modeling_sslam_pretraining import draw_unmixed_starts, inverse_block_masks
+from training.pretrain import accumulate_gradients
+from training.run.checkpointing import load_optimizer, save_optimizer
+from training.run.optimization import OptimizerConfig, make_optimizer
+
+BATCH_SIZE = 3
+
+
+def make_model() -> SSLAMForPreTraining:
+    torch.manual_seed(0)
+    config = SSLAMConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        num_mel_bins=32,
+        max_length=64,
+        max_position_embeddings=8,
+        num_clones=2,
+        decoder_num_layers=2,
+        initializer_range=0.2,
+        mask_noise_std=0.0,
+    )
+    return SSLAMForPreTraining(config).train()
+
+
+def micro_batch(index: int) -> torch.Tensor:
+    """The input of a forward pass, whichever process runs it."""
+    return torch.randn(BATCH_SIZE, 64, 32, generator=torch.Generator().manual_seed(index))
+
+
+def mask_generator(index: int) -> torch.Generator:
+    """What masks and windows of a forward pass are drawn from, after those of the passes before it."""
+    generator, config = torch.Generator().manual_seed(99), make_model().config
+    for _ in range(index):
+        inverse_block_masks(BATCH_SIZE, config.max_length // config.patch_size, config, generator)
+        draw_unmixed_starts(config.max_length // config.patch_size, config, generator)
+    return generator
+
+
+def update(folder: Path, kind: str, num_micro_batches: int) -> None:
+    accelerator = Accelerator(gradient_accumulation_steps=num_micro_batches)
+    model = make_model()
+    if kind == "fsdp":
+        for layer in (*model.sslam.encoder.layers, *model.teacher.encoder.layers):
+            fully_shard(layer)
+        fully_shard(model)
+        optimizer = accelerator.prepare(make_optimizer(model, OptimizerConfig()))
+    else:
+        model, optimizer = accelerator.prepare(model, make_optimizer(model, OptimizerConfig()))
+    plain_model = accelerator.unwrap_model(model)
+
+    first = accelerator.process_index * num_micro_batches
+    inputs = [micro_batch(first + i) for i in range(num_micro_batches)]
+    outputs = accumulate_gradients(accelerator, model, inputs, mask_generator(first))
+    gradients = {name: whole(p.grad) for name, p in plain_model.named_parameters() if p.grad is not None}
+    optimizer.step()
+    plain_model.update_teacher(plain_model.ema_decay(1))
+    weights = {name: whole(p.detach()) for name, p in plain_model.named_parameters()}
+
+    # The state goes unsharded and comes back to an optimiser that has none.
+    save_optimizer(folder, accelerator, model, optimizer)
+    accelerator.wait_for_everyone()
+    moments = first_moments(plain_model, optimizer)
+    optimizer.zero_grad()
+    optimizer.optimizer.state.clear()
+    load_optimizer(folder, model, optimizer)
+    loaded_moments = first_moments(plain_model, optimizer)
+
+    losses = accelerator.gather(torch.stack([output["loss"] for output in outputs]))
+    deviations = accelerator.gather(outputs[0]["pred_var"])
+    if accelerator.is_main_process:
+        result = {
+            "gradients": gradients,
+            "weights": weights,
+            "moments": moments,
+            "loaded_moments": loaded_moments,
+            "losses": losses,
+            "pred_var": deviations,
+        }
+        torch.save(result, folder / f"{kind}.pt")
+    accelerator.wait_for_everyone()
+
+
+def first_moments(model: torch.nn.Module, optimizer: AcceleratedOptimizer) -> dict[str, torch.Tensor]:
+    state = optimizer.optimizer.state
+    return {name: whole(state[p]["exp_avg"]) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+
+
+if __name__ == "__main__":
+    for kind in ("ddp", "fsdp"):
+        update(Path(sys.argv[1]), kind, num_micro_batches=1)
+    Accelerator().end_training()
+    # The interpreter's own end aborts now and then ("terminate called without an active exception"): threads of
+    # torch's process groups still run when their owners are destroyed. All there is to test is written by now.
+    os._exit(0)

@@ -1,0 +1,325 @@
+"""One worker's stream of clips and the batches it makes of them, at a position that can be saved and found again.
+
+Nothing is drawn here that is not a function of (seed, epoch, block, worker) or of (seed, epoch, clip id), and nothing
+is kept between two batches but a [`Position`]: the state of the source at the start of a block of clips and the number
+of them used since. To resume, the block is read once more, still encoded. (The shuffle buffer of `datasets` loses its
+content instead.)
+"""
+
+import logging
+import tarfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import aiohttp
+import datasets
+import fsspec
+import numpy as np
+import pyarrow
+import torch
+from datasets.distributed import split_dataset_by_node
+from fsspec.exceptions import FSTimeoutError
+from huggingface_hub.utils import httpx
+from torch.utils.data import get_worker_info
+
+from modeling_sslam import SSLAMFeatureExtractor
+from modeling_sslam.common.audio import read_waveform
+from modeling_sslam.common.errors import ClipError
+from training.data.seeding import generator_for
+from training.data.selection import Selection
+from training.data.sources import Source, http_options
+
+if TYPE_CHECKING:
+    from training.data.config import DataConfig
+
+logger = logging.getLogger(__name__)
+
+# What a remote source may raise that another attempt can mend.
+TRANSIENT_ERRORS = (
+    OSError,
+    FSTimeoutError,
+    aiohttp.ClientError,
+    httpx.HTTPError,
+    pyarrow.ArrowException,
+    tarfile.TarError,
+    EOFError,
+)
+PERMANENT_ERRORS = (FileNotFoundError, PermissionError)
+PERMANENT_STATUS = (401, 403, 404, 410)
+FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 1.0, 60.0
+# Skipped clips travel with the next batch; where none comes about they are handed over by themselves.
+MAX_UNREPORTED_SKIPS = 64
+
+
+def with_retries(action: Callable[[], Any], max_retries: int, name: str) -> Any:
+    """The result of `action`, called again at doubling intervals while it fails in a way that time may mend."""
+    retry, seconds = 0, FIRST_RETRY_SECONDS
+    while True:
+        try:
+            return action()
+        except TRANSIENT_ERRORS as error:
+            cause, retry = _cause(error), retry + 1
+            if retry > max_retries or _is_permanent(cause):
+                raise
+            logger.warning(
+                "%s failed (%s: %s); retry %d of %d in %g s.",
+                name, type(cause).__name__, cause, retry, max_retries, seconds,
+            )  # fmt: skip
+            time.sleep(seconds)
+            seconds = min(2 * seconds, LONGEST_RETRY_SECONDS)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """fsspec calls any file missing whose size a server would not tell; what it was stands behind that."""
+    while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _is_permanent(cause: BaseException) -> bool:
+    # aiohttp's errors have a status, those of the Hub's client a response.
+    status = getattr(cause, "status", getattr(getattr(cause, "response", None), "status_code", None))
+    return isinstance(cause, PERMANENT_ERRORS) or status in PERMANENT_STATUS
+
+
+# A waveform `(samples,)` and the generator to draw from, a function of seed, epoch and clip, to another waveform.
+Augmentation = Callable[[torch.Tensor, np.random.Generator], torch.Tensor]
+
+
+class Rows:
+    """The rows of a dataset from a saved state on, opened again where it was if reading fails.
+
+    Args:
+        dataset: Its epoch set; private to this process.
+        state: What an earlier `state_dict()` gave, or `None` for the start.
+    """
+
+    def __init__(self, dataset: datasets.IterableDataset, state: dict | None, max_retries: int, name: str) -> None:
+        self.dataset = dataset
+        self.max_retries = max_retries
+        self.name = name
+        self.checkpoint = state
+        self.rows_since_checkpoint = 0
+        self.has_given = False
+        self.rows: Iterator[dict] | None = None
+
+    def state_dict(self) -> dict | None:
+        """The state of the source after the rows given so far; `None` at its start."""
+        if self.rows is not None:
+            self.checkpoint, self.rows_since_checkpoint = self.dataset.state_dict(), 0
+        return self.checkpoint
+
+    def __iter__(self) -> "Rows":
+        return self
+
+    def __next__(self) -> dict:
+        row = with_retries(self._read, self.max_retries, self.name)
+        if row is None:
+            raise StopIteration
+        self.rows_since_checkpoint += 1
+        self.has_given = True
+        return row
+
+    def _read(self) -> dict | None:
+        # A source that failed half way through a table may have counted rows it never gave. So it restarts from the
+        # last state taken between two rows, and passes over those given since.
+        try:
+            if self.rows is None:
+                if self.checkpoint is not None:
+                    self.dataset.load_state_dict(self.checkpoint)
+                rows = iter(self.dataset)
+                for _ in islice(rows, self.rows_since_checkpoint):
+                    pass
+                self.rows = rows
+            return next(self.rows, None)
+        except BaseException:
+            self.rows = None
+            raise
+
+
+class Position(NamedTuple):
+    """A place in a worker's stream of clips: after `used` clips of the `block` that starts at state `rows`."""
+
+    epoch: int
+    block: int
+    rows: dict | None
+    used: int
+
+
+class ClipStream(torch.utils.data.IterableDataset):
+    """One worker's batches. Stateful: its state is the position after the batch it gave last."""
+
+    def __init__(
+        self,
+        source: Source,
+        config: "DataConfig",
+        feature_extractor: SSLAMFeatureExtractor,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        repeat: bool,
+        drop_last: bool,
+        selections: Sequence[Selection] = (),
+        augment: Augmentation | None = None,
+    ) -> None:
+        self.source = source
+        self.config = config
+        self.feature_extractor = feature_extractor
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.repeat = repeat
+        self.drop_last = drop_last
+        self.selections = selections
+        self.augment = augment
+        self.epoch = 0
+        self._resumed: tuple[Position, int] | None = None
+        self._current: tuple[Position, int] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        position, num_reported = self._current or (Position(self.epoch, 0, None, 0), 0)
+        return position._asdict() | {"num_reported": num_reported}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        position = Position(*(state[name] for name in Position._fields))
+        self._resumed = self._current = position, state["num_reported"]
+
+    def dataset_of_rank(self, epoch: int = 0) -> datasets.IterableDataset:
+        """This rank's part of the source, in the order of that epoch.
+
+        Made anew in each worker: the epoch of a dataset lies in memory that worker processes would share.
+        """
+        dataset = self.source.dataset
+        # "examples" has every rank read everything, so it is for when there are too few shards to go round.
+        strategy = "shards" if dataset.num_shards >= self.world_size else "examples"
+        dataset = split_dataset_by_node(dataset, self.rank, self.world_size, strategy=strategy)
+        if self.config.shuffle_buffer:
+            # `datasets` orders the shards by the epoch's number alone, and leaves them alone in epoch 0.
+            dataset.set_epoch(int(generator_for(self.seed, "shards", epoch).integers(1, 2**62)))
+        return dataset
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        start, num_reported = self._resumed or (Position(self.epoch, 0, None, 0), 0)
+        self._resumed, self._current = None, (start, num_reported)
+        clips: list[dict[str, Any]] = []
+        skipped: list[tuple[str, str, str]] = []
+        position = start
+        for row, position in self._rows(start):
+            try:
+                clips.append(self._load(row, position.epoch))
+            except ClipError as error:
+                skipped.append((self.source.id(row), error.reason, str(error)))
+            if len(clips) == self.batch_size:
+                self._current = position, 0
+                yield self._batch(clips, skipped[num_reported:])
+                start, clips, skipped, num_reported = position, [], [], 0
+            elif len(skipped) - num_reported >= MAX_UNREPORTED_SKIPS:
+                # The position stays after the last batch: the clips waiting for the next one are not given yet.
+                report, num_reported = skipped[num_reported:], len(skipped)
+                self._current = start, num_reported
+                yield {"ids": [], "skipped": report}
+        self._current = position, 0
+        if clips and not self.drop_last:
+            yield self._batch(clips, skipped[num_reported:])
+        elif skipped[num_reported:]:
+            yield {"ids": [], "skipped": skipped[num_reported:]}
+
+    def _rows(self, start: Position) -> Iterator[tuple[dict, Position]]:
+        """Rows in the order they are used, each with the position after it."""
+        epoch, index, state, used = start
+        worker = info.id if (info := get_worker_info()) else 0
+        size = max(1, self.config.shuffle_buffer)
+        while True:
+            source = Rows(self.dataset_of_rank(epoch), state, self.config.max_retries, f"Reading {self.config.source}")
+            is_empty = state is None
+            rows = self._selected(source, epoch)
+            # The first block is of random size, so that the borders between blocks move from epoch to epoch.
+            first_size = int(generator_for(self.seed, "blocks", epoch, self.rank, worker).integers(1, size + 1))
+            block = list(islice(rows, first_size if index == 0 else size))
+            while block:
+                is_empty = False
+                next_state, next_block = source.state_dict(), []
+                order = np.arange(len(block))
+                if self.config.shuffle_buffer:
+                    order = generator_for(self.seed, "order", epoch, index, self.rank, worker).permutation(len(block))
+                for i, k in enumerate(order):
+                    if i >= used:
+                        next_block.extend(islice(rows, 1))
+                        yield block[k], Position(epoch, index, state, i + 1)
+                    block[k] = None
+                next_block.extend(islice(rows, size - len(next_block)))
+                block, index, state, used = next_block, index + 1, next_state, 0
+            if not self.repeat or (is_empty and not source.has_given):
+                return
+            epoch, index, state, used = epoch + 1, 0, None, 0
+
+    def _selected(self, rows: Iterator[dict], epoch: int) -> Iterator[dict]:
+        if not self.selections:
+            return rows
+        return (row for row in rows if all(select(self.source.id(row), epoch) for select in self.selections))
+
+    def _load(self, row: dict, epoch: int) -> dict[str, Any]:
+        extractor = self.feature_extractor
+        encoded, path = self.source.audio(row)
+        id_ = self.source.id(row)
+        if encoded is None and path is not None and "://" in path:
+            read = partial(_read_remote, path, self.config.read_timeout)
+            encoded = with_retries(read, self.config.max_retries, f"Reading {path}")
+        waveform = read_waveform(
+            path if encoded is None else encoded,
+            extractor.sampling_rate,
+            max_samples=extractor.num_samples(extractor.max_length),
+            min_samples=extractor.num_samples(extractor.patch_size),
+            position=generator_for(self.seed, "crop", epoch, id_).random() if self.config.crop == "random" else 0.0,
+        )
+        if self.augment is not None:
+            waveform = self.augment(waveform, generator_for(self.seed, "augment", epoch, id_))
+        clip = {"id": id_, "epoch": epoch, "waveform": waveform}
+        if self.source.label_column:
+            clip["labels"] = self.source.labels(row)
+        if self.source.group_column:
+            clip["group"] = row[self.source.group_column]
+        return clip
+
+    def _batch(self, clips: list[dict[str, Any]], skipped: list[tuple[str, str, str]]) -> dict[str, Any]:
+        waveforms = [clip["waveform"] for clip in clips]
+        batch = {
+            "waveforms": torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True),
+            "num_samples": torch.tensor([len(waveform) for waveform in waveforms]),
+            "ids": [clip["id"] for clip in clips],
+            "epochs": [clip["epoch"] for clip in clips],
+            "skipped": skipped,
+        }
+        if self.source.label_column:
+            batch["labels"] = [clip["labels"] for clip in clips]
+        if self.source.group_column:
+            batch["groups"] = [clip["group"] for clip in clips]
+        if self.config.front_end == "worker":
+            batch["input_values"] = input_values_of(self.feature_extractor, batch)
+            del batch["waveforms"], batch["num_samples"]
+        return batch
+
+
+def _read_remote(url: str, read_timeout: float) -> bytes:
+    try:
+        with fsspec.open(url, "rb", **http_options(read_timeout).get(url.split("://")[0], {})) as file:
+            return file.read()
+    except FileNotFoundError as error:
+        if _is_permanent(_cause(error)):
+            raise ClipError("missing", str(error)) from error
+        raise
+
+
+def input_values_of(
+    feature_extractor: SSLAMFeatureExtractor, batch: dict[str, Any], device: torch.device | str | None = None
+) -> torch.Tensor:
+    """The feature extractor over a batch's `waveforms` `(B, samples)` of `num_samples` `(B,)` each: `(B, T, F)`."""
+    waveforms = batch["waveforms"].to(device, non_blocking=True)
+    clips = [waveform[:n] for waveform, n in zip(waveforms, batch["num_samples"].tolist(), strict=True)]
+    features = feature_extractor(clips, sampling_rate=feature_extractor.sampling_rate, return_tensors="pt")
+    return features["input_values"]

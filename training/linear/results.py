@@ -1,0 +1,198 @@
+"""What linear heads came to: a table, a picture of a sweep, and the best one as a model."""
+
+import copy
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMPreTrainedModel
+from modeling_sslam.common.files import replacing, write_text
+from modeling_sslam.configuration_sslam import POOLINGS as MODEL_POOLINGS
+from training.linear.heads import Head
+
+SWEEP_FILES = ("sweep.csv", "sweep.png")
+CARD = """---
+library_name: transformers
+pipeline_tag: audio-classification
+tags: [audio, sslam]
+---
+
+# {title}
+
+The frozen encoder `{encoder}` up to {head}, with a linear head on it, the best by validation. Made by a linear
+evaluation, {protocol}: it measures the encoder. A fine-tuned model classifies better.
+"""
+
+
+class HeadResult(NamedTuple):
+    """A fitted head and what it is worth.
+
+    Attributes:
+        best_epoch: Counted from 1; its mean training loss is `loss`.
+        validation, test: The metric; on validation clips `None` without any.
+        state: Its weights by the names of the model's classifier.
+    """
+
+    head: Head
+    best_epoch: int
+    loss: float
+    validation: float | None
+    test: float
+    state: dict[str, torch.Tensor]
+
+
+class HeadSummary(NamedTuple):
+    """A head over all folds: means, and with folds the standard deviation of the test metric (n - 1)."""
+
+    head: Head
+    best_epochs: list[int]
+    validation: float | None
+    test: float
+    test_spread: float | None
+    tests: list[float]
+
+    @classmethod
+    def of(cls, results: Sequence[HeadResult]) -> "HeadSummary":
+        tests = [result.test for result in results]
+        validations = [result.validation for result in results]
+        return cls(
+            results[0].head,
+            [result.best_epoch for result in results],
+            None if None in validations else float(np.mean(validations)),
+            float(np.mean(tests)),
+            float(np.std(tests, ddof=1)) if len(tests) > 1 else None,
+            tests,
+        )
+
+    def as_row(self, metric: str) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "layer": self.head.layer,
+            "pooling": self.head.pooling,
+            "best_epochs": self.best_epochs,
+            f"validation_{metric}": self.validation,
+            f"test_{metric}": self.test,
+        }
+        if self.test_spread is not None:
+            row |= {f"test_{metric}_spread": self.test_spread, f"test_{metric}_by_fold": self.tests}
+        return row
+
+
+def table_of(table: Sequence[HeadSummary], metric_name: str, best: Head) -> list[str]:
+    """Lines for a person."""
+    lines = [f"  {'layer':>5}  {'pooling':<15}{'validation':>10}  {'test ' + metric_name:>13}"]
+    for row in table:
+        validation = "-" if row.validation is None else f"{row.validation:.4f}"
+        spread = "" if row.test_spread is None else f" ± {row.test_spread:.4f}"
+        mark = "  best by validation" if row.head == best and len(table) > 1 else ""
+        lines.append(f"  {row.head.layer:>5}  {row.head.pooling:<15}{validation:>10}  {row.test:>13.4f}{spread}{mark}")
+    return lines
+
+
+def write_sweep(folder: Path, table: Sequence[HeadSummary], metric: str, metric_name: str, title: str) -> list[Path]:
+    """Writes sweep.csv and its picture sweep.png."""
+    rows = [row.as_row(metric) for row in table]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()})
+    write_text(folder / "sweep.csv", text.getvalue())
+
+    layers = list(dict.fromkeys(row.head.layer for row in table))
+    poolings = list(dict.fromkeys(row.head.pooling for row in table))
+    values = np.full((len(poolings), len(layers)), np.nan)
+    for row in table:
+        values[poolings.index(row.head.pooling), layers.index(row.head.layer)] = row.test
+    figure = Figure(figsize=(3.2 + 0.62 * len(layers), 2.0 + 0.45 * len(poolings)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(values, cmap="viridis", aspect="auto")
+    middle = (np.nanmin(values) + np.nanmax(values)) / 2
+    for (i, j), value in np.ndenumerate(values):
+        axes.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=8, color="w" if value < middle else "k")
+    axes.set_xticks(range(len(layers)), layers)
+    axes.set_yticks(range(len(poolings)), poolings)
+    axes.set_xlabel("layer (0: embeddings, i: after block i)")
+    figure.colorbar(image, label=f"test {metric_name}")
+    figure.suptitle(title, fontsize=9)
+    with replacing(folder / "sweep.png") as temporary:
+        figure.savefig(temporary, dpi=110)
+    return [folder / name for name in SWEEP_FILES]
+
+
+def remove_sweep(folder: Path) -> None:
+    """Removes what an earlier sweep left."""
+    for name in SWEEP_FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def why_no_model(head: Head, has_folds: bool) -> str | None:
+    """Why a head cannot be written as a model; `None` if it can."""
+    if has_folds:
+        return "No model was written: every fold has a head of its own."
+    if head.pooling not in MODEL_POOLINGS:
+        return f"No model was written: the classifier's poolings are {', '.join(MODEL_POOLINGS)}, not {head.pooling}."
+    if head.layer == 0:
+        return "No model was written: the best head reads the embeddings, and a model has at least one block."
+    return None
+
+
+def write_model(
+    folder: Path,
+    model: SSLAMForAudioClassification,
+    feature_extractor: SSLAMFeatureExtractor,
+    result: HeadResult,
+    encoder_name: str,
+    protocol: str,
+) -> None:
+    """Writes the encoder up to the head's layer, and the head, as a folder for `pipeline("audio-classification")`.
+
+    Args:
+        model: With the encoder and the classes; its own head counts for nothing.
+    """
+    head = result.head
+    config = copy.deepcopy(model.config)
+    # The targets are of pre-training, which this model is no longer for.
+    config.update(
+        {
+            "classifier_pooling": head.pooling,
+            "num_hidden_layers": head.layer,
+            "num_target_layers": None,
+            "num_global_target_layers": None,
+        }
+    )
+    classifier = SSLAMForAudioClassification(config)
+    weights = model.sslam.state_dict()
+    classifier.sslam.load_state_dict({name: weights[name] for name in classifier.sslam.state_dict()})
+    classifier.classifier.load_state_dict(result.state)
+    title = f"{Path(encoder_name).name}, linear head"
+    card = CARD.format(title=title, encoder=encoder_name, head=head, protocol=protocol)
+    save_folder(folder, classifier, feature_extractor, card)
+
+
+def save_folder(
+    folder: Path, model: SSLAMPreTrainedModel, feature_extractor: SSLAMFeatureExtractor, card: str | None = None
+) -> None:
+    """Writes a model folder, whole or not at all."""
+    with replacing(folder) as temporary:
+        model.save_pretrained(temporary)
+        feature_extractor.save_pretrained(temporary)
+        if card is not None:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+__all__ = [
+    "HeadResult",
+    "HeadSummary",
+    "remove_sweep",
+    "save_folder",
+    "table_of",
+    "why_no_model",
+    "write_model",
+    "write_sweep",
+]
