@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -454,6 +455,31 @@ class TestSaving:
         first, second = (e(wave, sampling_rate=RATE, return_tensors="pt") for e in (extractor, loaded))
         assert torch.equal(first["input_values"], second["input_values"])
         assert torch.equal(first["attention_mask"], second["attention_mask"])
+
+    def test_loads_without_this_package(self, extractor, tmp_path):
+        wave = noise(RATE)
+        np.save(tmp_path / "wave.npy", wave)
+        extractor.save_pretrained(tmp_path / "saved")
+        assert {path.name for path in (tmp_path / "saved").glob("*.py")} == {
+            "feature_extraction_sslam.py",
+            "filter_bank_sslam.py",
+        }
+        script = """
+import sys
+sys.modules["modeling_sslam"] = None  # to import it is an ImportError
+import numpy as np
+from transformers import AutoFeatureExtractor
+extractor = AutoFeatureExtractor.from_pretrained("saved", trust_remote_code=True)
+assert type(extractor).__module__.startswith("transformers_modules."), type(extractor)
+features = extractor(np.load("wave.npy"), sampling_rate=16_000, return_tensors="np")
+np.save("features.npy", features["input_values"])
+extractor.save_pretrained("saved again")
+AutoFeatureExtractor.from_pretrained("saved again", trust_remote_code=True)
+"""
+        environment = {**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+        subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True)
+        expected = extractor(wave, sampling_rate=RATE, return_tensors="np")["input_values"]
+        np.testing.assert_array_equal(np.load(tmp_path / "features.npy"), expected)
 
     def test_copies(self, extractor):
         for twin in (copy.deepcopy(extractor), pickle.loads(pickle.dumps(extractor))):
