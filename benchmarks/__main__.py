@@ -1,9 +1,9 @@
-"""All benchmarks, one after the other, and their results as one page.
+"""Run the benchmarks one after another and write their results as one page.
 
     python -m benchmarks [PROGRAM ...] [--results benchmarks/RESULTS.md]
 
-Each program runs in a process of its own, prints its table and writes JSON to outputs/benchmarks/. The page is made of
-all JSON that is there, also of earlier runs. Half an hour on two cores.
+Each program runs in its own process, prints its table and writes JSON to outputs/benchmarks/. The page shows all JSON
+in that folder, including that of earlier runs. All programs take half an hour on two cores.
 """
 
 import argparse
@@ -18,18 +18,18 @@ from benchmarks.report import OUTPUT_DIR, table_of
 
 PROGRAMS = ("startup", "front_end", "inference", "onnx_inference", "pretraining_step", "data", "scaling")
 
-# What `scaling` draws; it lies beside the page.
+# The picture that `scaling` draws; it is copied beside the page.
 PICTURE = OUTPUT_DIR / "scaling.png"
 
 
 def page_of(reports: list[dict[str, Any]]) -> str:
-    """Results of several programs as Markdown."""
+    """Format the results of several programs as Markdown."""
     lines = [
         "# Results",
         "",
-        "What `make bench` measured; [NOTES.md](NOTES.md) says what was tried. Ratios are the median over rounds in "
-        'which the contestants took turns, with the quartiles beside it. "Not measured": the machine had no such '
-        "device.",
+        "`make bench` measured these figures. [README.md](README.md) explains them; [NOTES.md](NOTES.md) lists the "
+        "decisions that follow from them. Ratios are medians over rounds in which the contestants took turns, with "
+        'the quartiles in brackets. "Not measured" means that the machine had no such device.',
     ]
     for report in reports:
         machine, versions = report["machine"], report["versions"]
@@ -61,10 +61,10 @@ def _short(value: Any) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("programs", nargs="*", metavar="PROGRAM", help=f"of {', '.join(PROGRAMS)} (default: all)")
+    parser.add_argument("programs", nargs="*", metavar="PROGRAM", help=f"any of {', '.join(PROGRAMS)} (default: all)")
     parser.add_argument("--results", type=Path, default=OUTPUT_DIR / "RESULTS.md", help="page to write (%(default)s)")
-    parser.add_argument("--rounds", type=int, help="for every program (default: its own)")
-    parser.add_argument("--layers", type=int, help="of the models, to try it all out with fewer")
+    parser.add_argument("--rounds", type=int, help="rounds of every program (default: its own number)")
+    parser.add_argument("--layers", type=int, help="layers of the models; fewer for a trial run")
     args = parser.parse_args(argv)
     if unknown := set(args.programs) - set(PROGRAMS):
         parser.error(f"no program {', '.join(sorted(unknown))}; there are {', '.join(PROGRAMS)}")

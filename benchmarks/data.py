@@ -1,25 +1,25 @@
-"""How fast FLAC in parquet shards becomes batches on the device, and whether a GPU's pre-training step waits for them.
+"""Speed of the data pipeline: FLAC in Parquet shards to batches on the device, with and without a training step.
 
     python -m benchmarks.data [--rounds 5] [--workers N] [--clips-per-worker 128]
 
-The shards are like those of agkphysics/AudioSet: 10 s of FLAC at 48 kHz, 24 bits (its card), in stereo (1.39 MB a clip
-are nearly all that one channel could take). The sound is two soundscapes mixed into two channels, some of them used
-several times under different names.
+The shards resemble those of agkphysics/AudioSet: 10 s of FLAC at 48 kHz and 24 bits (as its card says), in stereo (a
+clip there takes 1.39 MB, and one channel without compression takes 1.44 MB). Each clip mixes two soundscapes into two
+channels. Some sounds occur several times under different names.
 
-A pass makes a loader, starts its workers and runs through all clips once. Its processor time is that of this process
-and of the workers, whose start is in it; clips/s per core are its inverse, and so hardly depend on what else the
-machine does. The rival is the plain pipeline with as many workers: soundfile.read, torchaudio's resample and
-kaldi.fbank, padding and normalisation clip by clip, in a DataLoader of torch's over clips that are in memory already.
+A pass makes a loader, starts its workers and reads all clips once. Its processor time covers this process and the
+workers, including their start. "clips/s per core" divides the clips by this time, so other programs on the machine
+hardly affect it. The rival is a plain pipeline with the same number of workers: torch's DataLoader over clips in
+memory, and clip by clip soundfile.read, torchaudio's resample and kaldi.fbank, padding and normalisation.
 
-Stages are timed one by one, over the same clips, in this process on one thread. What a pass without workers takes
-beyond them is "the rest": collating, checking, shuffling.
+Each stage is also timed alone, over the same clips, in this process on one thread. "The rest" is the time of a pass
+without workers that no stage accounts for: collating, checking, shuffling.
 
-On a GPU, pre-training steps (base, B 12, C 8, bfloat16, compiled) take their clips from the loader and from one ready
-batch in turn. Before each turn of the loader all batches are taken that its workers have prepared, so that none are
-left over.
+On a GPU, pre-training steps (base, B 12, C 8, bfloat16, compiled) run in turn on clips from the loader and on one
+ready batch. Before each turn of the loader, the batches that its workers prepared during the other turn are discarded.
 """
 
 import io
+import math
 import os
 import resource
 import tempfile
@@ -55,14 +55,14 @@ SECONDS, RATE, SUBTYPE = 10.0, 48_000, "PCM_24"
 NUM_SOUNDS = 16
 BATCH_SIZE, NUM_CLONES = 12, 8
 MAX_STAGE_CLIPS = 8 * BATCH_SIZE
-# What torch's DataLoader has every worker prepare.
+# Batches that each worker of torch's DataLoader prepares ahead.
 PREFETCHED_PER_WORKER = 2
-# More than the workers of a pass hold.
+# More memory than the workers of a pass hold.
 WARM_BYTES = 1 << 30
 
 
 def encoded_sound(number: int) -> bytes:
-    """FLAC of two soundscapes, each nearer to one of the two channels."""
+    """Encode two soundscapes as stereo FLAC, each louder in one of the channels."""
     left, right = (
         soundscape(generator_for(0, "benchmark", number, channel), SECONDS, RATE)[0] for channel in ("left", "right")
     )
@@ -73,20 +73,20 @@ def encoded_sound(number: int) -> bytes:
 
 
 def write_clips(folder: Path, num_clips: int, num_shards: int) -> None:
-    """A dataset folder of as many shards, equal in size, as there are workers."""
+    """Write a dataset folder of `num_shards` shards of equal size."""
     sounds = [encoded_sound(number) for number in range(min(NUM_SOUNDS, num_clips))]
     features = datasets.Features({"video_id": datasets.Value("string"), "audio": datasets.Audio(sampling_rate=RATE)})
     rows = (
         {"video_id": f"{index:06d}", "audio": {"bytes": sounds[index % len(sounds)], "path": f"{index:06d}.flac"}}
         for index in range(num_clips)
     )
-    per_shard = -(-num_clips // num_shards)
+    per_shard = math.ceil(num_clips / num_shards)
     write_shards(folder, "train", rows, features, max_rows=per_shard, rows_per_group=per_shard)
     (folder / "README.md").write_text(card_header(["train"]))
 
 
 class PlainClips(Dataset):
-    """The rival: each clip by itself, as one would write it down."""
+    """The rival: decode, resample and transform each clip by itself."""
 
     def __init__(self, folder: Path, extractor: SSLAMFeatureExtractor) -> None:
         tables = [pq.read_table(path) for path in sorted((folder / "data").glob("*.parquet"))]
@@ -124,13 +124,13 @@ def plain_batches(clips: PlainClips, workers: int, device: torch.device) -> Iter
 
 
 def processor_seconds() -> float:
-    """Of this process and of those that it started and that have ended."""
+    """Return the processor time of this process and of its child processes that have ended."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 class Pass:
-    """One pass over all clips, to be called; keeps the wall-clock and the processor time of each call."""
+    """A pass over all clips. Each call runs it and keeps its wall-clock time and its processor time."""
 
     def __init__(self, make_batches: Callable[[], Iterable[torch.Tensor]], num_clips: int) -> None:
         self.make_batches = make_batches
@@ -139,8 +139,8 @@ class Pass:
         self.processor_seconds: list[float] = []
 
     def __call__(self) -> None:
-        # A virtual machine may have given idle memory back to its host. To get it again takes ten times as long as to
-        # get memory that another process has just freed, and whichever pass comes after a pause would pay for it.
+        # A virtual machine may return idle memory to its host. Getting it back takes ten times as long as reusing
+        # memory that another process has just freed, and the first pass after a pause would pay for that.
         np.ones(WARM_BYTES, np.uint8)
         start, before = time.perf_counter(), processor_seconds()
         given = sum(len(batch) for batch in self.make_batches())
@@ -151,7 +151,7 @@ class Pass:
 
 
 def stages(folder: Path, extractor: SSLAMFeatureExtractor, num_clips: int) -> dict[str, Callable[[], object]]:
-    """Each stage by itself over the same clips, and the whole."""
+    """Return a run of each stage alone over the same clips, and of the whole pipeline."""
     source = own_loader(folder, extractor, 0, "worker").stream.source
     encoded = [source.audio(row)[0] for row in islice(source.dataset, num_clips)]
 
@@ -180,7 +180,7 @@ def time_steps(
     rounds: int,
     device: torch.device,
 ) -> dict[str, Measurement]:
-    """Seconds of so many steps on what the loader gives, and on a ready batch, in turn."""
+    """Time `num_steps` steps on batches from the loader and on a ready batch, in turn."""
     given = (loader.input_values(batch, device) for batch in loader)
     ready = next(given)
     step(ready)
@@ -201,9 +201,11 @@ def time_steps(
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser("data", __doc__, rounds=5)
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="(default: one a core)")
-    parser.add_argument("--clips-per-worker", type=int, default=128, help="of a pass (%(default)s)")
-    parser.add_argument("--steps", type=int, default=100, help="of a turn on a GPU (%(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="worker processes (default: one a core)"
+    )
+    parser.add_argument("--clips-per-worker", type=int, default=128, help="clips of a pass, per worker (%(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="steps of a turn on a GPU (%(default)s)")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -226,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
             "workers, filter bank on the device": Pass(partial(own, workers, "device", device), num_clips),
             "plain pipeline": Pass(partial(plain_batches, plain, workers, device), num_clips),
         }
-        time_in_turn(passes, arguments.rounds, device)  # which keep their own times
+        time_in_turn(passes, arguments.rounds, device)  # each pass keeps its own times
         wall = {name: Measurement.of(run.seconds[-arguments.rounds :]) for name, run in passes.items()}
         processor = {name: Measurement.of(run.processor_seconds[-arguments.rounds :]) for name, run in passes.items()}
         where = f"{workers} workers, {device.type}"

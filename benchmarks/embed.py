@@ -1,32 +1,31 @@
-"""What `sslam embed` costs beside the model's forward pass, and whether its memory grows with a recording's length.
+"""Speed of `sslam embed` against the model alone, and its peak memory for recordings of different lengths.
 
     python -m benchmarks.embed                       # base size, 48 FLAC files of 10 s at 44.1 kHz, batches of 8
-    python -m benchmarks.embed --memory              # peak memory for a minute and for ten hours, by a tiny model
+    python -m benchmarks.embed --memory              # peak memory of a tiny model for a minute, an hour and ten hours
 
-The throughput is that of the whole: reading, decoding, resampling, filter bank, model, pooling, Parquet on disk. The
-rival is the model alone, called on ready batches of the same size, as many in number. Rounds of both take turns, so
-that what else the machine does meets both. Ratios are of the medians: of wall-clock time, and of processor time, which
-hardly depends on other programs.
+The whole command is timed: reading, decoding, resampling, filter bank, model, pooling, Parquet on disk. The rival is
+the model alone, on the same number of ready batches of the same size. Rounds of both take turns, so that other load on
+the machine affects both alike. Ratios are those of the medians: of wall-clock time, and of processor time, which other
+programs hardly affect.
 """
 
 import argparse
 import json
+import math
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import wave
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import soundfile
 import torch
 
+from benchmarks.measurement import CallTime, print_ratios, time_call
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMModel
 from modeling_sslam.inference import Embedder
 from modeling_sslam.inference.embedding.folder import embed_to_folder
@@ -35,7 +34,7 @@ CLIP_SECONDS, RATE = 10.24, 44_100
 
 
 def write_clips(folder: Path, count: int) -> None:
-    """Stereo FLAC of noise, which takes the longest of all sounds to decode."""
+    """Write stereo FLAC files of noise, which takes longer to decode than any other sound."""
     for number in range(count):
         noise = np.random.default_rng(number).normal(scale=0.1, size=(round(CLIP_SECONDS * RATE), 2)).clip(-1, 1)
         soundfile.write(folder / f"{number:05d}.flac", noise, RATE)
@@ -47,38 +46,30 @@ def run_bare_model(model: SSLAMModel, input_values: torch.Tensor, num_batches: i
         model(input_values).pooler_output.cpu()
 
 
-def seconds(function: Callable[[], Any]) -> tuple[float, float]:
-    """Wall-clock and processor time of a call, the latter over all threads."""
-    wall, processor = time.perf_counter(), time.process_time()
-    function()
-    return time.perf_counter() - wall, time.process_time() - processor
-
-
 def measure_throughput(clips: int, batch_size: int, rounds: int, device: str, config: SSLAMConfig) -> None:
     extractor = SSLAMFeatureExtractor()
     model = SSLAMModel(config).eval().to(device)
     embedder = Embedder(model, extractor, batch_size=batch_size)
     input_values = torch.randn(batch_size, extractor.max_length, extractor.num_mel_bins, device=device)
-    num_batches = -(-clips // batch_size)
+    num_batches = math.ceil(clips / batch_size)
     with tempfile.TemporaryDirectory() as folder:
         sounds = Path(folder) / "sounds"
         sounds.mkdir()
         write_clips(sounds, clips)
-        bare, whole = [], []
+        bare: list[CallTime] = []
+        whole: list[CallTime] = []
         run_bare_model(model, input_values, 1)
         for index in range(rounds):
             out = Path(folder) / f"out{index}"
-            bare.append(seconds(partial(run_bare_model, model, input_values, num_batches)))
-            whole.append(seconds(partial(embed_to_folder, [str(sounds)], out, embedder, "model")))
-            print(f"round {index + 1}: bare {bare[-1][0]:.1f} s, embed {whole[-1][0]:.1f} s")
-    for index, kind in enumerate(("wall-clock", "processor")):
-        ratio = statistics.median(times[index] for times in bare) / statistics.median(times[index] for times in whole)
-        print(f"{kind} time: embed at {ratio:.3f} of the bare model")
+            bare.append(time_call(partial(run_bare_model, model, input_values, num_batches)))
+            whole.append(time_call(partial(embed_to_folder, [str(sounds)], out, embedder, "model")))
+            print(f"round {index + 1}: bare {bare[-1].wall:.1f} s, embed {whole[-1].wall:.1f} s")
+    print_ratios("embed", bare, whole)
     print(f"{torch.get_num_threads()} threads, {clips} clips of {CLIP_SECONDS} s in batches of {batch_size}")
 
 
 def measure_memory(minutes: float, config: SSLAMConfig) -> None:
-    """Prints the peak memory of this process after it embedded a recording of that length."""
+    """Embed a recording of `minutes` and print the peak memory of this process."""
     embedder = Embedder(SSLAMModel(config), SSLAMFeatureExtractor(), batch_size=8)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recording.wav"
@@ -101,7 +92,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--layers", type=int, default=12, help="of the model, to try this out with fewer")
+    parser.add_argument("--layers", type=int, default=12, help="layers of the model; fewer for a trial run")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--minutes", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -109,7 +100,7 @@ def main() -> None:
     if args.minutes:
         measure_memory(args.minutes, tiny)
     elif args.memory:
-        # Peak memory is of a process, so each length has one.
+        # Peak memory belongs to a process, so each length runs in its own.
         for minutes in (1, 60, 600):
             subprocess.run([sys.executable, "-m", "benchmarks.embed", "--minutes", str(minutes)], check=True)
     else:

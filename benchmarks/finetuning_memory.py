@@ -1,10 +1,10 @@
-"""Memory of a fine-tuning update: does the base size with 48 clips of 10 s in bfloat16 fit into 24 GB?
+"""Memory of a fine-tuning update. The question is whether the base size with 48 clips of 10 s in bfloat16 fits 24 GB.
 
     python -m benchmarks.finetuning_memory [--batch_size 48] [--gradient_checkpointing]
 
-On a GPU the update is run and its peak read. Without one it is counted: the bytes that autograd keeps for the backward
-pass, each storage once, grow linearly with the batch, so two small batches on the CPU tell what a large one keeps; to
-that come weights, gradients and AdamW's two moments in float32. Workspaces of kernels are not in the count.
+On a GPU the program runs the update and reads the peak. Without a GPU it counts bytes. The memory that autograd keeps
+for the backward pass (each storage once) grows linearly with the batch, so two small batches on the CPU give that of a
+large one. Weights, gradients and AdamW's two moments in float32 are added. Workspaces of kernels are not counted.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from modeling_sslam import SSLAMConfig, SSLAMForAudioClassification
 from training.run.losses import loss_sum
 
 NUM_LABELS = 527
-# Weights, gradients and two moments.
+# Copies of the parameters: weights, gradients and two moments.
 NUM_COPIES = 4
 GIB = 2**30
 
@@ -57,7 +57,7 @@ def loss_of(model: SSLAMForAudioClassification, batch_size: int) -> torch.Tensor
 
 
 def kept_bytes(model: SSLAMForAudioClassification, batch_size: int) -> int:
-    """Bytes of all storages that the graph of one forward pass holds, weights aside."""
+    """Count the bytes of all storages that the graph of one forward pass holds, without the weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 

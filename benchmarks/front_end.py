@@ -1,12 +1,13 @@
-"""What the front end gains over torchaudio's filter bank clip by clip, and the memory it takes.
+"""Speed of the feature extractor against torchaudio's filter bank clip by clip, and its peak memory.
 
     python -m benchmarks.front_end                   # 64 clips of 10 s, on one thread and on two
 
-The rival is the published computation: of each clip, the mean subtracted, torchaudio's `kaldi.fbank`, padding and
-normalisation, then all stacked. Both start from the same list of waveforms and take turns. Memory is that of a run in
-a new process beyond what it held with the waveforms, whose bytes it is divided by.
+The rival is the published computation. It takes one clip at a time: subtract the mean, torchaudio's `kaldi.fbank`,
+pad, normalise; then it stacks the clips. Both start from the same list of waveforms and take turns. Peak memory is
+what a run in a new process needs beyond the waveforms, divided by their bytes.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -50,12 +51,12 @@ def published(extractor: SSLAMFeatureExtractor, clips: list[torch.Tensor], max_l
 
 
 def padded_frames(extractor: SSLAMFeatureExtractor, seconds: float) -> int:
-    """A multiple of 128 frames, as published for the datasets: 128 for 1 s, 1024 for 10 s."""
-    return -(-extractor.num_frames(round(seconds * extractor.sampling_rate)) // 128) * 128
+    """Round the frames up to a multiple of 128, as published for the datasets: 128 for 1 s, 1024 for 10 s."""
+    return math.ceil(extractor.num_frames(round(seconds * extractor.sampling_rate)) / 128) * 128
 
 
 def set_up_run(count: int, seconds: float, device: torch.device) -> Callable[[], object]:
-    """The extractor, warm, with the clips that one more run is to take."""
+    """Create the extractor and the clips, run it once to warm up, and return the run to measure."""
     extractor = SSLAMFeatureExtractor()
     clips = make_clips(count, seconds, extractor.sampling_rate, device)
     max_length = padded_frames(extractor, seconds)
@@ -64,7 +65,7 @@ def set_up_run(count: int, seconds: float, device: torch.device) -> Callable[[],
 
 
 def measure_speed(report: Report, count: int, seconds: float, rounds: int, device: torch.device, where: str) -> None:
-    """Adds the ratio of the two, and records their seconds and by how much their results differ."""
+    """Add the speed ratio to the report; record the seconds and the largest difference of the results."""
     extractor = SSLAMFeatureExtractor()
     clips = make_clips(count, seconds, extractor.sampling_rate, device)
     max_length = padded_frames(extractor, seconds)
@@ -92,7 +93,7 @@ def measure_memory(report: Report, count: int, seconds: float, device: torch.dev
 
 
 def measure_lengths(report: Report, lengths: Sequence[float], total: float, rounds: int, device: torch.device) -> None:
-    """Records milliseconds a clip against the clips' length, with the same amount of audio each time."""
+    """Record milliseconds per clip for each clip length, with the same amount of audio each time."""
     extractor = SSLAMFeatureExtractor()
     for seconds in lengths:
         count = max(1, round(total / seconds))
@@ -106,8 +107,10 @@ def measure_lengths(report: Report, lengths: Sequence[float], total: float, roun
 def main() -> None:
     parser = make_parser("front_end", __doc__, rounds=9)
     parser.add_argument("--clips", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each clip (%(default)s)")
-    parser.add_argument("--lengths", type=float, nargs="*", default=LENGTHS, help="in s, to see the cost grow")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of each clip in s (%(default)s)")
+    parser.add_argument(
+        "--lengths", type=float, nargs="*", default=LENGTHS, help="lengths in s of the scaling measurement"
+    )
     args = parser.parse_args()
     report = Report("front_end", {name: value for name, value in vars(args).items() if name not in ("out", "layers")})
     cpu = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""How the benchmarks measure: contestants in turn, ratios round by round, peak memory in a process of its own."""
+"""Measuring: contestants in turn, ratios round by round, peak memory in a separate process."""
 
 import multiprocessing
 import statistics
@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Repeats of one figure: their median, and the quartiles between which the middle half of them lies."""
+    """Repeats of one figure, with their median and their lower and upper quartile."""
 
     median: float
     lower: float
@@ -32,7 +32,7 @@ class Measurement:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for what was asked of a device; a CPU has done it by then."""
+    """Wait until a GPU has finished its work; a CPU works synchronously."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -40,8 +40,14 @@ def synchronize(device: torch.device) -> None:
 def time_in_turn(
     contestants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warmup_rounds: int = 1
 ) -> dict[str, Measurement]:
-    """Seconds of one call of each, A B A B: what else the machine does meets all of them. Whatever a first call does
-    once (compiling, filling caches) is done in rounds before those that count."""
+    """Time one call of each contestant per round, in the order A B A B.
+
+    Other load on the machine then affects all contestants alike. Warm-up rounds come first and do not count: they do
+    what happens once (compiling, filling caches).
+
+    Returns:
+        Seconds of a call, by contestant.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for index in range(warmup_rounds + rounds):
         for name, run in contestants.items():
@@ -54,24 +60,45 @@ def time_in_turn(
     return {name: Measurement.of(values) for name, values in seconds.items()}
 
 
+class CallTime(NamedTuple):
+    """Seconds of one call: wall-clock time, and processor time over all threads."""
+
+    wall: float
+    processor: float
+
+
+def time_call(function: Callable[[], object]) -> CallTime:
+    """Time one call."""
+    wall, processor = time.perf_counter(), time.process_time()
+    function()
+    return CallTime(time.perf_counter() - wall, time.process_time() - processor)
+
+
+def print_ratios(command: str, bare: list[CallTime], whole: list[CallTime]) -> None:
+    """Print the speed of a whole command as a share of the bare model's: the ratios of the median times."""
+    for kind, index in (("wall-clock", 0), ("processor", 1)):
+        share = statistics.median(times[index] for times in bare) / statistics.median(times[index] for times in whole)
+        print(f"{kind} time: {command} at {share:.3f} of the bare model")
+
+
 def ratio(numerator: Measurement, denominator: Measurement) -> Measurement:
-    """Of two contestants that took turns, round by round."""
+    """Divide the figures of two contestants that took turns, round by round."""
     pairs = zip(numerator.repeats, denominator.repeats, strict=True)
     return Measurement.of([first / second for first, second in pairs])
 
 
 def scaled(measurement: Measurement, function: Callable[[float], float]) -> Measurement:
-    """Every repeat through a function, for example seconds into clips per second."""
+    """Apply a function to every repeat, for example to turn seconds into clips per second."""
     return Measurement.of([function(value) for value in measurement.repeats])
 
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Bytes of a run at its peak.
+    """Peak memory of a run in bytes.
 
     Attributes:
-        of_run: Beyond what was held before the run began: its results and intermediate values.
-        in_all: Beyond what the bare process held before anything was set up: weights and inputs too.
+        of_run: Memory beyond what was held when the run began: its results and intermediate values.
+        in_all: Memory beyond the bare process, before anything was set up: weights and inputs too.
     """
 
     of_run: int
@@ -79,11 +106,16 @@ class PeakMemory:
 
 
 def peak_memory(set_up: Callable[[], Callable[[], object]]) -> PeakMemory:
-    """Peak memory of what `set_up` returns, called once, in a new process: no other run has left memory there that it
-    could use again. Resident memory on a CPU, allocated memory on a GPU if it was used.
+    """Measure the peak memory of the function that `set_up` returns, called once in a new process.
+
+    In a new process no earlier run has left memory that this one could reuse. Resident memory counts on a CPU, and
+    allocated memory on a GPU if the run uses one.
 
     Args:
-        set_up: A function of a module (or a `functools.partial` of one), which the new process imports.
+        set_up: A module-level function (or a `functools.partial` of one), which the new process imports.
+
+    Raises:
+        RuntimeError: If the new process fails.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -95,7 +127,7 @@ def peak_memory(set_up: Callable[[], Callable[[], object]]) -> PeakMemory:
     except EOFError:
         process.join()
         raise RuntimeError(
-            f"The process whose memory was to be measured ended with exit code {process.exitcode}; its error is above "
+            f"The process whose memory is measured ended with exit code {process.exitcode}; its error is above "
             "(-9: out of memory)."
         ) from None
     process.join()
@@ -112,14 +144,14 @@ def _measure_peak(set_up: Callable[[], Callable[[], object]], num_threads: int, 
         bare, before = 0, torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts anew from here
+        Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's peak of this process
     run()
     peak = torch.cuda.max_memory_allocated() if uses_cuda else _status_bytes("VmHWM")
     sender.send((peak - before, peak - bare))
 
 
 def _status_bytes(field: str) -> int:
-    """A memory figure of this process as the Linux kernel gives it."""
+    """Read a memory figure of this process from the Linux kernel."""
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == field:

@@ -1,4 +1,4 @@
-"""What the benchmarks write: a table for people and JSON for programs, with the machine, the versions and settings."""
+"""Results of the benchmarks: a table for people and JSON for programs, with machine, versions and settings."""
 
 import argparse
 import datetime
@@ -33,15 +33,16 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Row:
-    """One figure beside what it should reach.
+    """One figure with its target.
 
     Attributes:
-        what: What was run.
-        where: On what.
-        figure: What the value is, for example "of the GEMM limit".
-        value: None if there was nothing to measure it on.
-        at_least, at_most: The target; both None for a figure that is only stated.
-        note: Whatever a reader must know to read the figure right.
+        what: The computation.
+        where: The device.
+        figure: The meaning of the value, for example "of the GEMM limit".
+        value: The value; None if the machine lacks the device.
+        at_least: The target's lower bound; None for no bound.
+        at_most: The target's upper bound; None for no bound.
+        note: Further conditions of the figure.
     """
 
     what: str
@@ -54,7 +55,7 @@ class Row:
 
     @property
     def is_reached(self) -> bool | None:
-        """None if it was not measured or has no target."""
+        """Whether the target is reached; None if the figure was not measured or has no target."""
         if self.value is None or (self.at_least is None and self.at_most is None):
             return None
         value = self.value.median if isinstance(self.value, Measurement) else self.value
@@ -76,7 +77,7 @@ class Row:
 
 @dataclass
 class Report:
-    """All that one program measured."""
+    """All figures of one program."""
 
     program: str
     settings: dict[str, Any]
@@ -84,17 +85,17 @@ class Report:
     measurements: dict[str, Any] = field(default_factory=dict)
 
     def add(self, *rows: Row) -> None:
-        """Takes rows up and prints them at once: the whole takes minutes."""
+        """Add rows and print them at once, because a whole run takes minutes."""
         self.rows += rows
         for row in rows:
             print(" | ".join(cells_of(row.as_dict())), flush=True)
 
     def record(self, name: str, value: Any) -> None:
-        """Keeps a figure that no row shows, such as the seconds behind a ratio."""
+        """Keep a figure that no row shows, such as the seconds behind a ratio."""
         self.measurements[name] = value.as_dict() if isinstance(value, Measurement) else value
 
     def write(self, path: Path) -> None:
-        """Prints the table and writes the JSON."""
+        """Print the table and write the JSON."""
         content = {
             "program": self.program,
             "command": " ".join(["python", "-m", f"benchmarks.{self.program}", *sys.argv[1:]]),
@@ -113,7 +114,7 @@ class Report:
 
 
 def cells_of(row: dict[str, Any]) -> list[str]:
-    """A row of the JSON as the cells of a table."""
+    """Format a row of the JSON as the cells of a table."""
     value = row["value"]
     if value is None:
         measured = "not measured"
@@ -127,7 +128,7 @@ def cells_of(row: dict[str, Any]) -> list[str]:
 
 
 def table_of(rows: list[dict[str, Any]]) -> str:
-    """Rows of the JSON as a Markdown table, aligned to be read as it is."""
+    """Format rows of the JSON as a Markdown table with aligned columns."""
     header = ["what", "where", "figure", "median (middle half)", "target", "reached", "note"]
     lines = [header, *map(cells_of, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
@@ -138,10 +139,10 @@ def table_of(rows: list[dict[str, Any]]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Describe the machine."""
     cpu_info = Path("/proc/cpuinfo").read_text().splitlines()
     features = next((line for line in cpu_info if line.startswith(("flags", "Features"))), "").split()
-    found: dict[str, Any] = {
+    return {
         "processor": next((line.partition(": ")[2] for line in cpu_info if line.startswith("model name")), "unknown"),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
@@ -149,26 +150,29 @@ def machine() -> dict[str, Any]:
         "system": platform.system() + " " + platform.machine(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-    return found
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of those packages that are installed."""
+    """Return the versions of Python and of the installed packages among `PACKAGES`."""
     found = {"python": platform.python_version()}
     installed = {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}
     return found | {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
 
 
 def make_parser(program: str, description: str | None, rounds: int) -> argparse.ArgumentParser:
-    """What every program takes."""
+    """Create a parser with the options that all programs share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=rounds, help="how often each contestant runs (%(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU (%(default)s)")
-    parser.add_argument("--layers", type=int, default=12, help="of the model, to try the program out with fewer")
+    parser.add_argument(
+        "--rounds", type=int, default=rounds, help="measured rounds; each contestant runs once a round (%(default)s)"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
+    parser.add_argument(
+        "--layers", type=int, default=12, help="layers of the model; fewer for a trial run (%(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=OUTPUT_DIR / f"{program}.json", help="JSON to write (%(default)s)")
     return parser
 
 
 def base_config(num_layers: int, **overrides: Any) -> SSLAMConfig:
-    """The base size with AudioSet's classes."""
+    """Return the configuration of the base size with AudioSet's classes."""
     return SSLAMConfig(num_hidden_layers=num_layers, num_labels=527, **overrides)

@@ -1,16 +1,18 @@
-"""How window length trades time resolution against recognition, on recordings whose events are known.
+"""Accuracy of timelines for different window lengths, on recordings whose events are known.
+
+Short windows resolve time better; long windows recognise sounds better.
 
     python -m training.soundscapes soundscapes --clips 400 --seconds 30 --seed 1
     python -m benchmarks.timeline_accuracy soundscapes --model MODEL --windows 0.5 1 2 --hop 0.1 --out accuracy.json
 
-Each recording of the data set goes through [`SSLAMTagger.timeline`]; its events are compared with the true ones by the
-field's own library, sed_eval (Mesaros et al., Applied Sciences 2016; `pip install ".[benchmarks]"`):
+[`SSLAMTagger.timeline`] finds the events of each recording. The field's standard library, sed_eval (Mesaros et al.,
+Applied Sciences 2016; `pip install ".[benchmarks]"`), compares them with the true ones:
 
-- segment-based F1: is a class active in a segment of 1 s or not, micro-averaged;
-- event-based F1: onset within 200 ms, offset within 200 ms or 20 % of the event's length, the right class.
+- segment-based F1: whether a class is active in each segment of 1 s, micro-averaged;
+- event-based F1: the right class, the onset within 200 ms, the offset within 200 ms or 20 % of the event's length.
 
-For every window length the threshold is the one with the best segment-based F1 on `--tune-split`; figures are of
-`--split`. The data set is a folder that `datasets` reads, with the columns `audio` and `events` (lists of `label`,
+For every window length the threshold with the best segment-based F1 on `--tune-split` is chosen. The figures are those
+of `--split`. The data set is a folder that `datasets` reads, with the columns `audio` and `events` (lists of `label`,
 `onset` and `offset` in seconds), as `python -m training.soundscapes` writes it.
 """
 
@@ -32,7 +34,7 @@ from modeling_sslam.inference.timeline.events import EventDetector, to_events
 
 SEGMENT_SECONDS = 1.0
 COLLAR_SECONDS = 0.2
-# DCASE's allowance for offsets of long events.
+# The tolerance of offsets as a share of the event's length, as in DCASE.
 SHARE_OF_LENGTH = 0.2
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 
@@ -65,7 +67,7 @@ def read_recordings(folder: str, split: str, count: int | None) -> list[Recordin
 def evaluate(
     recordings: Sequence[Recording], estimates: Sequence[list[Event]], labels: list[str]
 ) -> tuple[Scores, Scores]:
-    """Segment-based and event-based scores of estimated events, over all recordings and classes together."""
+    """Compute segment-based and event-based scores of estimated events over all recordings and classes."""
     from dcase_util.containers import MetaDataContainer
     from sed_eval.sound_event import EventBasedMetrics, SegmentBasedMetrics
 
@@ -83,14 +85,14 @@ def evaluate(
 
     def scores(metric: SegmentBasedMetrics | EventBasedMetrics) -> Scores:
         overall = metric.results_overall_metrics()["f_measure"]
-        # Without any estimate sed_eval's precision is 0 / 0.
+        # If there are no estimates, sed_eval's precision is 0 / 0.
         return Scores(*(float(np.nan_to_num(overall[name])) for name in ("f_measure", "precision", "recall")))
 
     return scores(segments), scores(events)
 
 
 def events_at(timeline: Timeline, settings: EventSettings) -> list[Event]:
-    """The events of a timeline by other settings than it was made with."""
+    """Detect the events of a timeline anew, with other settings than it was made with."""
     detector = EventDetector(settings)
     detector.push(timeline.scores)
     return to_events(detector.finish(), timeline.borders, timeline.labels, settings)
@@ -102,10 +104,16 @@ def main() -> int:
     add_model_arguments(parser)
     parser.add_argument("--windows", type=positive_seconds, nargs="+", default=[0.5, 1.0, 2.0], metavar="S")
     parser.add_argument("--hop", type=positive_seconds, default=0.1, metavar="S")
-    parser.add_argument("--median", type=positive_int, default=3, metavar="N", help="windows of the median filter")
-    parser.add_argument("--split", default="test", help="split that the figures are of")
-    parser.add_argument("--tune-split", default="validation", help="split that the thresholds are chosen on")
-    parser.add_argument("--clips", type=positive_int, metavar="N", help="recordings of each split at most")
+    parser.add_argument(
+        "--median",
+        type=positive_int,
+        default=3,
+        metavar="N",
+        help="length of the median filter in windows (%(default)s)",
+    )
+    parser.add_argument("--split", default="test", help="split to evaluate (%(default)s)")
+    parser.add_argument("--tune-split", default="validation", help="split to choose the thresholds on (%(default)s)")
+    parser.add_argument("--clips", type=positive_int, metavar="N", help="largest number of recordings of each split")
     parser.add_argument("--out", type=Path, help="JSON to write the figures to")
     args = parser.parse_args()
 

@@ -1,69 +1,88 @@
-"""The settings of SSLAM: encoder, classifier and pre-training objective in one configuration."""
+"""Configuration of SSLAM: encoder, classifier and pre-training objective."""
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 
 PRETRAINING_OBJECTIVES = ("ua", "pma", "ua+pma", "sslam")
 POOLINGS = ("cls", "mean", "lin_softmax")
 
-# What `SSLAMConfig.validate_architecture` requires of single fields.
-_COUNTS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "patch_size",
-    "num_mel_bins",
-    "max_length",
-    "max_position_embeddings",
-    "num_labels",
-    "num_clones",
-    "mask_block_size",
-    "decoder_num_layers",
-    "decoder_kernel_size",
-    "decoder_groups",
-    "ema_anneal_end_step",
-)
-_SHARES = (
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "drop_path_rate",
-    "mask_prob",
-    "ema_decay",
-    "ema_end_decay",
-)
-_POSITIVE = ("layer_norm_eps", "classifier_norm_eps")
-_NOT_NEGATIVE = (
-    "initializer_range",
-    "mask_prob_adjust",
-    "mask_noise_std",
-    "global_loss_weight",
-    "retention_loss_weight",
-)
-_CHOICES = {
-    "classifier_pooling": POOLINGS,
-    "pretraining_objective": PRETRAINING_OBJECTIVES,
-    "problem_type": (None, "regression", "single_label_classification", "multi_label_classification"),
+
+class _Rule(NamedTuple):
+    """A condition on the value of one field, and the end of the error message where it does not hold."""
+
+    holds: Callable[[Any], bool]
+    message: str
+
+
+def _one_of(*choices: str | None) -> list[_Rule]:
+    return [_Rule(lambda value: value in choices, f"is not one of {', '.join(map(str, choices))}")]
+
+
+_COUNT = [_Rule(lambda value: isinstance(value, int) and value > 0, "must be a positive integer")]
+_NUMBER = [_Rule(lambda value: isinstance(value, (int, float)), "must be a number")]
+_SHARE = [*_NUMBER, _Rule(lambda value: 0.0 <= value <= 1.0, "must lie between 0 and 1")]
+_POSITIVE = [*_NUMBER, _Rule(lambda value: value > 0.0, "must be positive")]
+_NOT_NEGATIVE = [*_NUMBER, _Rule(lambda value: value >= 0.0, "must not be negative")]
+
+# Rules of single fields. `SSLAMConfig._contradictions` has those between fields.
+_RULES = {
+    "hidden_size": _COUNT,
+    "num_hidden_layers": _COUNT,
+    "num_attention_heads": _COUNT,
+    "intermediate_size": _COUNT,
+    "hidden_dropout_prob": _SHARE,
+    "attention_probs_dropout_prob": _SHARE,
+    "drop_path_rate": _SHARE,
+    "layer_norm_eps": _POSITIVE,
+    "initializer_range": _NOT_NEGATIVE,
+    "patch_size": _COUNT,
+    "num_mel_bins": _COUNT,
+    "max_length": _COUNT,
+    "max_position_embeddings": _COUNT,
+    "num_labels": _COUNT,
+    "problem_type": _one_of(None, "regression", "single_label_classification", "multi_label_classification"),
+    "classifier_norm_eps": _POSITIVE,
+    "classifier_pooling": _one_of(*POOLINGS),
+    "pretraining_objective": _one_of(*PRETRAINING_OBJECTIVES),
+    "num_clones": _COUNT,
+    "mask_prob": [*_SHARE, _Rule(lambda value: 0.0 < value < 1.0, "must leave some patches visible and mask some")],
+    "mask_prob_adjust": _NOT_NEGATIVE,
+    "mask_block_size": [*_COUNT, _Rule(lambda value: value % 2 == 1, "must be odd, so that a block has a centre")],
+    "mask_noise_std": _NOT_NEGATIVE,
+    "decoder_num_layers": _COUNT,
+    "decoder_kernel_size": [
+        *_COUNT,
+        _Rule(lambda value: value % 2 == 1, "must be odd, so that the grid keeps its size"),
+    ],
+    "decoder_groups": _COUNT,
+    "global_loss_weight": _NOT_NEGATIVE,
+    "retention_loss_weight": _NOT_NEGATIVE,
+    "ema_decay": _SHARE,
+    "ema_end_decay": _SHARE,
+    "ema_anneal_end_step": _COUNT,
 }
 
 
 class SSLAMConfig(PretrainedConfig):
-    """Configuration of [`SSLAMModel`] and its heads. The defaults are the base size of the SSLAM paper
-    (Alex et al., ICLR 2025, arXiv 2506.12222); [`SSLAMConfig.large`] is EAT's large size.
+    """Configuration of [`SSLAMModel`] and its heads.
+
+    The defaults are the base size of the SSLAM paper (Alex et al., ICLR 2025, arXiv 2506.12222).
+    [`SSLAMConfig.large`] is EAT's large size.
 
     Args:
-        hidden_size: Width D of the encoder. A multiple of `num_attention_heads` and of 4 (the position table
-            needs a sine and a cosine for each of two axes).
+        hidden_size: Width D of the encoder. A multiple of `num_attention_heads`, and of 4 because the position
+            table needs a sine and a cosine for each of two axes.
         num_hidden_layers: Number L of transformer blocks.
         num_attention_heads: Attention heads in each block.
         intermediate_size: Width of the MLP inside each block.
-        hidden_act: Activation of the MLP, a name that transformers' `ACT2FN` knows; "gelu" is the exact one.
+        hidden_act: Activation of the MLP, a key of transformers' `ACT2FN`; "gelu" is the exact GELU.
         hidden_dropout_prob: Dropout on the outputs of attention and MLP.
         attention_probs_dropout_prob: Dropout on the attention probabilities.
-        drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
+        drop_path_rate: Stochastic depth rate of the last block; the rate grows linearly from 0 at the first.
         layer_norm_eps: Epsilon of every LayerNorm of the encoder.
-        initializer_range: Standard deviation of the normal distribution that new weights are drawn from.
+        initializer_range: Standard deviation of the normal distribution of new weights.
         qkv_bias: Whether the query, key and value projections have a bias.
         patch_size: Side of the square patches, in frames and in mel bins.
         num_mel_bins: Mel bins F of the input.
@@ -72,33 +91,32 @@ class SSLAMConfig(PretrainedConfig):
         max_position_embeddings: Length of the position table in time patches: 768 are about two minutes.
         classifier_norm_eps: Epsilon of the LayerNorm in the classification head: 1e-6 in fairseq checkpoints,
             1e-5 in the published Hub layout.
-        classifier_pooling: What the head classifies. "cls": the CLS token. "mean": the mean over patch tokens.
-            "lin_softmax": the logit of sum(p^2) / sum(p) over patch tokens, p their sigmoid.
-        pretraining_objective: Which of the five losses [`SSLAMForPreTraining`] sums. "ua": unmixed audio, which is
-            EAT's objective and SSLAM's first stage. "pma": partially mixed audio. "ua+pma": both. "sslam": both and
-            the source retention loss, SSLAM's second stage.
+        classifier_pooling: Input of the head. "cls": the CLS token. "mean": the mean over patch tokens. "lin_softmax":
+            the head scores every patch token with a probability p and returns the logit of sum(p^2) / sum(p).
+        pretraining_objective: Selects the losses that [`SSLAMForPreTraining`] sums. "ua": unmixed audio (EAT's
+            objective and SSLAM's first stage). "pma": partially mixed audio. "ua+pma": both. "sslam": both and the
+            source retention loss (SSLAM's second stage).
         num_clones: Masked copies C of each clip that the student sees (stage 1: 16, stage 2: 8).
-        mask_prob: Share of the patches that is masked.
-        mask_prob_adjust: Added to the visible share when block centres are counted, since blocks overlap.
+        mask_prob: Share of the patches that are masked.
+        mask_prob_adjust: Added to the visible share when blocks are counted, because blocks overlap.
         mask_block_size: Side of the square blocks of visible patches, in patches.
-        mask_noise_std: Standard deviation of the noise that stands for masked patches at the decoder's input.
+        mask_noise_std: Standard deviation of the noise that replaces masked patches at the decoder's input.
         decoder_num_layers: Convolutional layers of the decoder.
-        decoder_kernel_size: Their kernel size, an odd number of patches.
-        decoder_groups: Their groups; a divisor of `hidden_size`.
-        num_target_layers: The teacher's last K blocks that local targets average; `None` means all.
-        num_global_target_layers: The same for the global target; `None` means all for the objective "ua" and the
-            last alone for the others, as published.
+        decoder_kernel_size: Kernel size of these layers, an odd number of patches.
+        decoder_groups: Convolution groups of these layers; a divisor of `hidden_size`.
+        num_target_layers: Number K of the teacher's last blocks that local targets average; `None` means all.
+        num_global_target_layers: The same number for the global target. `None` means all blocks for the objective "ua"
+            and only the last for the others, as published.
         global_loss_weight: Weight of the global (CLS) losses.
         retention_loss_weight: Weight of the source retention loss.
-        ema_decay: The teacher's decay at the first update.
-        ema_end_decay: Its decay from update `ema_anneal_end_step` on.
-        ema_anneal_end_step: Updates over which the decay goes linearly from the first to the second.
+        ema_decay: EMA decay of the teacher at the first update.
+        ema_end_decay: EMA decay from update `ema_anneal_end_step` on.
+        ema_anneal_end_step: Updates over which the decay changes linearly from `ema_decay` to `ema_end_decay`.
 
     Raises:
-        ValueError: If the fields contradict each other; the message names the field to change.
+        ValueError: If a field has a wrong value or contradicts another; the message names the field to change.
 
     Example:
-
     ```python
     >>> from modeling_sslam import SSLAMConfig, SSLAMModel
 
@@ -110,7 +128,7 @@ class SSLAMConfig(PretrainedConfig):
 
     model_type = "sslam"
 
-    # Transformers 5 makes dataclass fields of these; transformers 4 leaves them to `__init__`.
+    # Transformers 5 turns these annotations into dataclass fields; transformers 4 leaves them to `__init__`.
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
@@ -147,7 +165,7 @@ class SSLAMConfig(PretrainedConfig):
 
     def __init__(self, **kwargs: Any) -> None:
         fields = {name: kwargs.pop(name, getattr(SSLAMConfig, name)) for name in _FIELDS}
-        # The base class first: transformers 4 sets generation defaults there, a `max_length` of 20 among them.
+        # The base class comes first, because transformers 4 sets generation defaults there: `max_length` to 20.
         super().__init__(**kwargs)
         for name, value in fields.items():
             setattr(self, name, value)
@@ -155,7 +173,7 @@ class SSLAMConfig(PretrainedConfig):
 
     @classmethod
     def large(cls, **overrides: Any) -> "SSLAMConfig":
-        """EAT's large size (24 blocks of width 1024) with its decoder, masks and EMA schedule."""
+        """Create EAT's large size (24 blocks of width 1024) with its decoder, masks and EMA schedule."""
         preset: dict[str, Any] = {
             "hidden_size": 1024,
             "num_hidden_layers": 24,
@@ -171,76 +189,60 @@ class SSLAMConfig(PretrainedConfig):
 
     @property
     def num_mel_patches(self) -> int:
-        """Patches along the mel axis (8 for 128 bins); the patch grid is time x this."""
+        """Patches along the mel axis: 8 for 128 bins. The patch grid is (time, mel)."""
         return self.num_mel_bins // self.patch_size
 
     def validate_architecture(self) -> None:
-        """Raises the ValueError described above. Models check once more, since fields given to `from_pretrained` are
-        set on the finished configuration."""
-        # Here, as it is slow to import: its module brings accelerate along where that is installed.
+        """Check every field, and the fields against each other.
+
+        The constructor calls this. Models call it again, because fields given to `from_pretrained` are set on the
+        finished configuration.
+
+        Raises:
+            ValueError: If a field has a wrong value or contradicts another; the message names the field to change.
+        """
+        # Imported here because it is slow: transformers.activations imports accelerate where that is installed.
         from transformers.activations import ACT2FN
 
-        def require(condition: bool, field: str, remedy: str) -> None:
-            if not condition:
-                raise ValueError(f"SSLAMConfig: {field}={getattr(self, field)!r} {remedy}.")
-
-        for field in _COUNTS:
+        for field, rules in {"hidden_act": _one_of(*ACT2FN), **_RULES}.items():
             value = getattr(self, field)
-            require(isinstance(value, int) and value > 0, field, "must be a positive integer")
-        for field in (*_SHARES, *_POSITIVE, *_NOT_NEGATIVE):
-            require(isinstance(getattr(self, field), (int, float)), field, "must be a number")
-        for field in _SHARES:
-            require(0.0 <= getattr(self, field) <= 1.0, field, "must lie between 0 and 1")
-        for field in _POSITIVE:
-            require(getattr(self, field) > 0.0, field, "must be positive")
-        for field in _NOT_NEGATIVE:
-            require(getattr(self, field) >= 0.0, field, "must not be negative")
-        for field, choices in {"hidden_act": tuple(ACT2FN), **_CHOICES}.items():
-            require(getattr(self, field) in choices, field, f"is not one of {', '.join(map(str, choices))}")
-        require(0.0 < self.mask_prob < 1.0, "mask_prob", "must leave some patches visible and mask some")
+            for rule in rules:
+                if not rule.holds(value):
+                    raise self._error(field, rule.message)
+        for field, message in self._contradictions():
+            raise self._error(field, message)
 
+    def _error(self, field: str, message: str) -> ValueError:
+        return ValueError(f"SSLAMConfig: {field}={getattr(self, field)!r} {message}.")
+
+    def _contradictions(self) -> Iterator[tuple[str, str]]:
+        """Yield each field that does not fit the others, with the end of its error message."""
         heads, patch, layers = self.num_attention_heads, self.patch_size, self.num_hidden_layers
-        require(
-            self.hidden_size % heads == 0,
-            "hidden_size",
-            f"is not divisible by num_attention_heads={heads}; change one of the two",
-        )
-        require(
-            self.hidden_size % 4 == 0,
-            "hidden_size",
-            "is not divisible by 4, which the 2-D sine-cosine positions need; choose a multiple of 4",
-        )
-        require(
-            self.hidden_size % self.decoder_groups == 0,
-            "decoder_groups",
-            f"does not divide hidden_size={self.hidden_size}; choose a divisor of it",
-        )
-        for field in ("num_mel_bins", "max_length"):
-            require(
-                getattr(self, field) % patch == 0,
-                field,
-                f"is not a multiple of patch_size={patch}; change one of the two",
+        if self.hidden_size % heads:
+            yield "hidden_size", f"is not divisible by num_attention_heads={heads}; change one of the two"
+        if self.hidden_size % 4:
+            yield (
+                "hidden_size",
+                "is not divisible by 4, which the 2-D sine-cosine positions need; choose a multiple of 4",
             )
-        require(
-            self.max_length <= self.max_position_embeddings * patch,
-            "max_length",
-            f"exceeds the position table of {self.max_position_embeddings} patches of {patch} frames; shorten it or "
-            "raise max_position_embeddings",
-        )
-        require(self.mask_block_size % 2 == 1, "mask_block_size", "must be odd, so that a block has a centre")
-        require(
-            self.decoder_kernel_size % 2 == 1, "decoder_kernel_size", "must be odd, so that the grid keeps its size"
-        )
+        if self.hidden_size % self.decoder_groups:
+            yield "decoder_groups", f"does not divide hidden_size={self.hidden_size}; choose a divisor of it"
+        for field in ("num_mel_bins", "max_length"):
+            if getattr(self, field) % patch:
+                yield field, f"is not a multiple of patch_size={patch}; change one of the two"
+        if self.max_length > self.max_position_embeddings * patch:
+            yield (
+                "max_length",
+                f"exceeds the position table of {self.max_position_embeddings} patches of {patch} frames; shorten it "
+                "or raise max_position_embeddings",
+            )
         for field in ("num_target_layers", "num_global_target_layers"):
             value = getattr(self, field)
-            require(
-                value is None or (isinstance(value, int) and 1 <= value <= layers),
-                field,
-                f"must be None or lie between 1 and num_hidden_layers={layers}",
-            )
+            if value is not None and not (isinstance(value, int) and 1 <= value <= layers):
+                yield field, f"must be None or lie between 1 and num_hidden_layers={layers}"
 
     def _get_non_default_generation_parameters(self) -> dict[str, Any]:
-        # Transformers 4 would take `max_length` for the length of generated text and warn on every save.
+        # Transformers 4 takes `max_length` for the length of generated text and would warn on every save.
         return {}
 
 

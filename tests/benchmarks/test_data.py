@@ -16,12 +16,12 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_rival_gives_the_same(folder):
+def test_rival_gives_the_same_clips(folder):
     extractor = SSLAMFeatureExtractor(max_length=256)
     (batch,) = data.own_loader(folder, extractor, 0, "worker")
     plain = {clip["ids"]: clip["input_values"] for clip in data.PlainClips(folder, extractor)}
     assert sorted(batch["ids"]) == sorted(plain)
-    # Of values in units of two standard deviations; quiet mel bins hold the rounding of both.
+    # The unit is two standard deviations. Quiet mel bins magnify the rounding of both.
     expected = torch.stack([plain[id_] for id_ in batch["ids"]])
     torch.testing.assert_close(batch["input_values"], expected, atol=2e-3, rtol=0)
 
@@ -41,12 +41,12 @@ def test_steps_on_the_loader_and_on_a_ready_batch(folder, make_config, monkeypat
     assert not torch.equal(model.teacher.encoder.cls_token, teacher)
 
 
-def test_a_pass_misses_no_clip():
+def test_pass_refuses_to_miss_a_clip():
     with pytest.raises(RuntimeError, match="gave 3 clips of 4"):
         data.Pass(lambda: [torch.zeros(2), torch.zeros(1)], 4)()
 
 
-def test_report(tmp_path, monkeypatch):
+def test_writes_its_report(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SECONDS", 2.0)
     out = tmp_path / "data.json"
     data.main(["--rounds", "2", "--layers", "1", "--workers", "1", "--clips-per-worker", "3", "--out", str(out)])

@@ -16,7 +16,7 @@ def _threads():
 
 
 @pytest.mark.parametrize("seconds", [1.0, 2.5])
-def test_the_rival_computes_the_same(seconds):
+def test_rival_computes_the_same(seconds):
     extractor = SSLAMFeatureExtractor()
     clips = front_end.make_clips(3, seconds, extractor.sampling_rate, torch.device("cpu"))
     max_length = front_end.padded_frames(extractor, seconds)
@@ -25,7 +25,7 @@ def test_the_rival_computes_the_same(seconds):
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
-def test_writes_all_its_figures(tmp_path, monkeypatch):
+def test_writes_all_figures(tmp_path, monkeypatch):
     out = tmp_path / "front_end.json"
     options = ["--clips", "2", "--seconds", "1", "--rounds", "1", "--lengths", "0.5", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["front_end", *options])

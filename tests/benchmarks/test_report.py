@@ -1,4 +1,4 @@
-"""Measuring in turn, peak memory, and what becomes of results."""
+"""Measuring in turn, peak memory, and the results as JSON and Markdown."""
 
 import json
 from functools import partial
@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from benchmarks import __main__ as all_benchmarks
-from benchmarks.measurement import Measurement, peak_memory, ratio, scaled, time_in_turn
+from benchmarks.measurement import (
+    CallTime,
+    Measurement,
+    peak_memory,
+    print_ratios,
+    ratio,
+    scaled,
+    time_call,
+    time_in_turn,
+)
 from benchmarks.report import Report, Row, table_of
 
 MIB = 2**20
@@ -26,6 +35,14 @@ def test_ratios_are_of_the_same_round():
     assert found.repeats == [2.0, 3.0, 3.0]
     assert (found.lower, found.median, found.upper) == (2.5, 3.0, 3.0)
     assert scaled(found, lambda value: 6 / value).repeats == [3.0, 2.0, 2.0]
+
+
+def test_ratios_of_calls(capsys):
+    assert time_call(partial(sum, range(10_000))).wall > 0
+    print_ratios("embed", [CallTime(1, 2), CallTime(2, 3), CallTime(9, 9)], [CallTime(4, 4)] * 3)
+    assert capsys.readouterr().out == (
+        "wall-clock time: embed at 0.500 of the bare model\nprocessor time: embed at 0.750 of the bare model\n"
+    )
 
 
 def _hold(held: int, passing: int):
@@ -47,7 +64,7 @@ def _fail():
     raise ValueError("there is nothing to run")
 
 
-def test_a_process_that_fails_says_so(capfd):
+def test_error_of_a_failing_process_is_reported(capfd):
     with pytest.raises(RuntimeError, match="ended with exit code 1"):
         peak_memory(_fail)
     assert "there is nothing to run" in capfd.readouterr().err
@@ -63,7 +80,7 @@ def test_a_process_that_fails_says_so(capfd):
         (2.0, {}, None),
     ],
 )
-def test_what_counts_as_reached(value, bounds, reached):
+def test_reached_targets(value, bounds, reached):
     assert Row("what", "where", "figure", value, **bounds).is_reached is reached
 
 

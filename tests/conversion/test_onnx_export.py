@@ -135,6 +135,7 @@ def test_folder_has_what_inference_needs(converted, session):
         "config.json",
         "configuration_sslam.py",
         "feature_extraction_sslam.py",
+        "filter_bank_sslam.py",
         "model.onnx",
         "preprocessor_config.json",
     ]

@@ -26,7 +26,7 @@ from modeling_sslam import (
     SSLAMModel,
 )
 
-SOURCES = {"configuration_sslam.py", "feature_extraction_sslam.py", "modeling_sslam.py"}
+SOURCES = {"configuration_sslam.py", "feature_extraction_sslam.py", "filter_bank_sslam.py", "modeling_sslam.py"}
 
 # A machine without this package and without a network: neither can be reached from here on.
 ISOLATED = """

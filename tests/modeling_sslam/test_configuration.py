@@ -9,7 +9,7 @@ from modeling_sslam import SSLAMConfig, SSLAMForAudioClassification, SSLAMModel
 
 
 def same(config: SSLAMConfig, other: SSLAMConfig) -> bool:
-    """Equality of all that describes the model, not of the version that wrote it."""
+    """Compare all fields that describe the model, but not the version that wrote the configuration."""
     ignored = {"transformers_version", "auto_map"}
     first, second = ({k: v for k, v in c.to_dict().items() if k not in ignored} for c in (config, other))
     return first == second
@@ -67,9 +67,14 @@ def test_large_preset():
         ({"ema_anneal_end_step": 0}, "ema_anneal_end_step=0 must be a positive integer"),
     ],
 )
-def test_refuses_what_contradicts_itself(fields, sentence):
+def test_refuses_wrong_and_contradictory_fields(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         SSLAMConfig(**fields)
+
+
+def test_names_the_first_contradiction_only_after_every_field_is_right():
+    with pytest.raises(ValueError, match="decoder_groups=0 must be a positive integer"):
+        SSLAMConfig(hidden_size=770, decoder_groups=0)
 
 
 def test_refuses_unknown_problem_type():
@@ -77,7 +82,7 @@ def test_refuses_unknown_problem_type():
         SSLAMConfig(problem_type="multilabel")
 
 
-def test_refuses_fields_that_from_pretrained_overrides(tmp_path, make_config):
+def test_checks_fields_given_to_from_pretrained(tmp_path, make_config):
     SSLAMForAudioClassification(make_config()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="classifier_pooling='avg' is not one of"):
         SSLAMForAudioClassification.from_pretrained(tmp_path, classifier_pooling="avg")
@@ -102,7 +107,7 @@ def test_equality():
     assert pickle.loads(pickle.dumps(SSLAMConfig())) == SSLAMConfig()
 
 
-def test_keeps_fields_of_its_own(tmp_path):
+def test_keeps_unknown_fields(tmp_path):
     SSLAMConfig(dataset_revision="2024-01").save_pretrained(tmp_path)
     assert SSLAMConfig.from_pretrained(tmp_path).dataset_revision == "2024-01"
 

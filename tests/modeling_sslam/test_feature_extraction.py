@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -17,12 +18,12 @@ from modeling_sslam import DATASET_PRESETS, SSLAMFeatureExtractor
 from modeling_sslam.feature_extraction_sslam import log_mel_spectrogram, mel_filters
 
 RATE = 16_000
-# Padding frames after normalisation with the statistics of AudioSet.
+# Value of padding frames after normalisation with the statistics of AudioSet.
 PADDING = np.float32(4.268 / (2 * 4.569))
 
 
 def torchaudio_fbank(waveform: torch.Tensor) -> torch.Tensor:
-    """The published front end, of a waveform `(num_samples,)`."""
+    """Compute the published filter bank of a waveform `(num_samples,)`."""
     return torchaudio.compliance.kaldi.fbank(
         (waveform - waveform.mean())[None],
         htk_compat=True,
@@ -70,7 +71,7 @@ class TestParity:
     def test_log_mel(self, golden, parity, plain, name):
         waveform = golden.get(f"resampled_{name}", golden[f"wave_{name}"].float() / 32768)
         expected = golden[f"fbank_{name}"]
-        # Bins without energy magnify how this machine's Fourier transform rounds: what torchaudio itself loses here.
+        # Bins without energy magnify the rounding of this machine's FFT. torchaudio's own error here shows how much.
         unavoidable = (torchaudio_fbank(waveform) - expected).abs().max().item()
         error = (log_mel(plain, waveform) - expected).abs().max()
         parity(f"front end {name}: log-mel", error, unavoidable + 1e-5)
@@ -93,7 +94,7 @@ class TestParity:
         expected = golden[f"input_values_{name}_{max_length}"]
         parity(f"front end {name}: input_values", (features["input_values"][0] - expected).abs().max(), 2e-4)
 
-    def test_int16_as_published(self, golden, extractor):
+    def test_int16_equals_its_float_samples(self, golden, extractor):
         as_int, as_float = (
             extractor(wave, sampling_rate=RATE, return_tensors="pt")["input_values"]
             for wave in (golden["wave_0_16000"], golden["wave_0_16000"].float() / 32768)
@@ -155,13 +156,13 @@ def test_agrees_with_torchaudio_at_other_settings(num_mel_bins, sampling_rate):
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
 
 
-def test_filters_are_torchaudios():
+def test_mel_filters_agree_with_torchaudio():
     expected, _ = torchaudio.compliance.kaldi.get_mel_banks(128, 512, RATE, 20.0, 0.0, 100.0, -500.0, 1.0)
     torch.testing.assert_close(mel_filters(128, RATE, 512), expected.T, atol=1e-6, rtol=0)
 
 
 class TestPaddingAndNormalisation:
-    def test_pads_before_it_normalises(self, extractor, plain):
+    def test_pads_before_normalising(self, extractor, plain):
         wave = noise(RATE)
         normalised, log_mel = (
             e(wave, sampling_rate=RATE, return_tensors="np")["input_values"][0] for e in (extractor, plain)
@@ -176,12 +177,12 @@ class TestPaddingAndNormalisation:
         whole = extractor(wave, sampling_rate=RATE, return_tensors="np")["input_values"]
         cut = extractor(wave, sampling_rate=RATE, max_length=64, return_tensors="np")["input_values"]
         assert cut.shape == (1, 64, 128)
-        np.testing.assert_array_equal(cut, whole[:, :64])  # the mean is still the whole clip's
+        np.testing.assert_array_equal(cut, whole[:, :64])  # the subtracted mean is that of the whole clip
 
     def test_longest(self, extractor):
         clips = [noise(RATE), noise(RATE // 2)]
         features = extractor(clips, sampling_rate=RATE, padding="longest", return_tensors="pt")
-        assert features["input_values"].shape == (2, 112, 128)  # 98 frames in whole patches
+        assert features["input_values"].shape == (2, 112, 128)  # 98 frames, rounded up to whole patches
         assert features["attention_mask"].sum(1).tolist() == [98, 48]
         assert torch.equal(
             features["input_values"],
@@ -200,7 +201,7 @@ class TestPaddingAndNormalisation:
         ):
             extractor([noise(RATE), noise(12 * RATE)], sampling_rate=RATE, truncation=False)
 
-    def test_mask_where_it_matters(self, extractor):
+    def test_returns_a_mask_with_padding_to_the_longest_only(self, extractor):
         assert "attention_mask" not in extractor(noise(RATE), sampling_rate=RATE)
         assert "attention_mask" in extractor(noise(RATE), sampling_rate=RATE, padding="longest")
         features = extractor(noise(RATE), sampling_rate=RATE, return_attention_mask=True, return_tensors="pt")
@@ -225,7 +226,7 @@ class TestPaddingAndNormalisation:
 
 
 class TestForms:
-    """Whatever form audio comes in, its features are those of the same float32 waveform."""
+    """All forms of the same audio have the features of its float32 waveform."""
 
     @settings(deadline=None, max_examples=40)
     @given(
@@ -252,13 +253,13 @@ class TestForms:
             floats.append((values.mean(0) if channels else values).astype(np.float32))
         if container == "torch":
             clips = [torch.from_numpy(clip) for clip in clips]
-        elif container == "list" and not full_scale:  # Python's integers do not say which format they are
+        elif container == "list" and not full_scale:  # Python integers have no PCM format
             clips = [clip.tolist() for clip in clips]
         actual, expected = (
             extractor(batch, sampling_rate=RATE, padding=padding, return_tensors="np") for batch in (clips, floats)
         )
         assert actual["input_values"].dtype == np.float32
-        # float32 means of channels and scaled integers round in the last place; quiet bins magnify that
+        # Means of channels and scaled integers are rounded to float32; quiet bins magnify the error.
         np.testing.assert_allclose(actual["input_values"], expected["input_values"], atol=2e-3)
         assert actual.keys() == expected.keys()
         if not channels and dtype != "int32":
@@ -280,7 +281,7 @@ class TestForms:
         for i, clip in enumerate(clips):
             single = extractor(clip, **options)
             alone = single["input_values"].shape[1]
-            # one rounding of a mean, or of a product in another block, can differ
+            # A mean, or a product in a block of another size, can be rounded differently.
             np.testing.assert_allclose(batch["input_values"][i, :alone], single["input_values"][0], atol=1e-5)
             np.testing.assert_array_equal(batch["attention_mask"][i, :alone], single["attention_mask"][0])
             np.testing.assert_allclose(batch["input_values"][i, alone:], PADDING, rtol=1e-6)
@@ -306,7 +307,7 @@ class TestForms:
         stereo = extractor(np.stack([wave, wave])[None], sampling_rate=RATE, return_tensors="pt")["input_values"]
         assert torch.equal(stereo, expected)
 
-    def test_arrays_that_torch_does_not_take_as_they_are(self, extractor):
+    def test_arrays_that_torch_cannot_share_memory_with(self, extractor):
         wave = noise(RATE)
         read_only = wave.copy()
         read_only.flags.writeable = False
@@ -321,7 +322,7 @@ class TestForms:
                 extractor(form, sampling_rate=RATE, return_tensors="np")["input_values"], expected
             )
 
-    def test_leaves_its_input_alone(self, extractor):
+    def test_does_not_change_its_input(self, extractor):
         wave = noise(RATE)
         before = wave.copy()
         extractor(wave, sampling_rate=RATE)
@@ -341,7 +342,7 @@ class TestForms:
             extractor(clips, sampling_rate=RATE, return_tensors="tensorflow")
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-    def test_float32_whatever_the_default_dtype(self, extractor, dtype):
+    def test_computes_in_float32_under_any_default_dtype(self, extractor, dtype):
         wave = torch.from_numpy(noise(RATE))
         expected = extractor(wave, sampling_rate=RATE, return_tensors="pt")["input_values"]
         torch.set_default_dtype(dtype)
@@ -354,7 +355,7 @@ class TestForms:
         assert torch.equal(actual, expected)
         assert torch.equal(fresh, mel_filters(128, RATE, 512))
 
-    def test_float32_under_autocast_and_inference_mode(self, extractor):
+    def test_computes_in_float32_under_autocast_and_inference_mode(self, extractor):
         wave = torch.from_numpy(noise(RATE))
         expected = extractor(wave, sampling_rate=RATE, return_tensors="pt")["input_values"]
         with torch.autocast("cpu", torch.bfloat16):
@@ -362,7 +363,7 @@ class TestForms:
         with torch.inference_mode():
             assert torch.equal(extractor(wave, sampling_rate=RATE, return_tensors="pt")["input_values"], expected)
 
-    def test_results_can_be_trained_on(self, extractor):
+    def test_results_work_under_autograd(self, extractor):
         mel_filters.cache_clear()
         features = extractor(noise(RATE), sampling_rate=RATE, return_tensors="pt")["input_values"]
         for values in (features, mel_filters(128, RATE, 512)):
@@ -455,12 +456,37 @@ class TestSaving:
         assert torch.equal(first["input_values"], second["input_values"])
         assert torch.equal(first["attention_mask"], second["attention_mask"])
 
+    def test_loads_without_this_package(self, extractor, tmp_path):
+        wave = noise(RATE)
+        np.save(tmp_path / "wave.npy", wave)
+        extractor.save_pretrained(tmp_path / "saved")
+        assert {path.name for path in (tmp_path / "saved").glob("*.py")} == {
+            "feature_extraction_sslam.py",
+            "filter_bank_sslam.py",
+        }
+        script = """
+import sys
+sys.modules["modeling_sslam"] = None  # importing it raises ImportError
+import numpy as np
+from transformers import AutoFeatureExtractor
+extractor = AutoFeatureExtractor.from_pretrained("saved", trust_remote_code=True)
+assert type(extractor).__module__.startswith("transformers_modules."), type(extractor)
+features = extractor(np.load("wave.npy"), sampling_rate=16_000, return_tensors="np")
+np.save("features.npy", features["input_values"])
+extractor.save_pretrained("saved again")
+AutoFeatureExtractor.from_pretrained("saved again", trust_remote_code=True)
+"""
+        environment = {**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+        subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True)
+        expected = extractor(wave, sampling_rate=RATE, return_tensors="np")["input_values"]
+        np.testing.assert_array_equal(np.load(tmp_path / "features.npy"), expected)
+
     def test_copies(self, extractor):
         for twin in (copy.deepcopy(extractor), pickle.loads(pickle.dumps(extractor))):
             assert twin.to_dict() == extractor.to_dict()
 
 
-def test_takes_little_memory_beside_input_and_output():
+def test_needs_little_memory_besides_input_and_output():
     script = """
 import resource, sys
 import numpy as np
@@ -473,14 +499,14 @@ features = extractor(clips, sampling_rate=16_000, return_tensors="pt")
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / clips.nbytes)
 """
     ratio = float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
-    assert ratio < 2  # the output alone is 0.8
+    assert ratio < 2  # the output alone is 0.8 of the input
 
 
-def test_needs_no_library_that_reads_or_resamples_audio():
+def test_needs_no_audio_library():
     script = """
 import sys
 for name in ("torchaudio", "torchcodec", "soundfile", "librosa", "scipy", "sklearn", "datasets", "accelerate"):
-    sys.modules[name] = None  # to import it is an ImportError
+    sys.modules[name] = None  # importing it raises ImportError
 import numpy as np
 from modeling_sslam import SSLAMFeatureExtractor
 extractor = SSLAMFeatureExtractor()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ...common.errors import InferenceError
-from ...feature_extraction_sslam import LOWEST_FREQUENCY
+from ...filter_bank_sslam import LOWEST_FREQUENCY
 from .events import Event
 from .formats import clock
 from .timeline import Timeline

@@ -1,0 +1,258 @@
+"""Kaldi's log-mel filter bank in torch alone: a plain reference, and a fast version for batches of clips.
+
+[`reference_log_mel`] is the definition (as in `torchaudio.compliance.kaldi.fbank`). [`LogMelFilterBank`] computes the
+same values in float32 on any device. It keeps the order of the published operations, because the logarithm magnifies
+rounding differences wherever a mel bin holds little energy.
+"""
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+FRAME_LENGTH_MS, FRAME_SHIFT_MS = 25, 10
+PREEMPHASIS = 0.97
+LOWEST_FREQUENCY = 20.0
+LOG_FLOOR = torch.finfo(torch.float32).eps
+MEL_BINS_PER_BAND = 16
+HUGE_PAGE_BYTES = 1 << 21
+
+
+def frame_sizes(sampling_rate: int) -> tuple[int, int, int]:
+    """Return the frame length, the frame shift and the FFT length in samples: 400, 160 and 512 at 16 kHz."""
+    frame_length = sampling_rate * FRAME_LENGTH_MS // 1000
+    return frame_length, sampling_rate * FRAME_SHIFT_MS // 1000, 1 << (frame_length - 1).bit_length()
+
+
+@lru_cache
+@torch.inference_mode(False)  # The cached filters must be usable where a later caller computes gradients.
+def mel_filters(num_mel_bins: int, sampling_rate: int, fft_length: int) -> torch.Tensor:
+    """Build Kaldi's triangular filters, equally spaced on the mel scale 1127 ln(1 + f / 700) from 20 Hz to Nyquist.
+
+    The filters are computed in float32, as published: a filter between two FFT bins is the small difference of large
+    numbers.
+
+    Returns:
+        float32 of shape `(fft_length // 2, num_mel_bins)` on the CPU, without the Nyquist bin, which no filter passes.
+    """
+
+    def mel(frequency: float) -> float:
+        return 1127.0 * math.log(1.0 + frequency / 700.0)
+
+    lowest, highest = mel(LOWEST_FREQUENCY), mel(sampling_rate / 2)
+    spacing = (highest - lowest) / (num_mel_bins + 1)
+    index = torch.arange(num_mel_bins, dtype=torch.float32, device="cpu")
+    left, center, right = (lowest + (index + k) * spacing for k in range(3))
+    frequencies = (sampling_rate / fft_length) * torch.arange(fft_length // 2, dtype=torch.float32, device="cpu")
+    mels = (1127.0 * (1.0 + frequencies / 700.0).log())[:, None]
+    rising, falling = (mels - left) / (center - left), (right - mels) / (right - center)
+    return torch.minimum(rising, falling).clamp(min=0.0)
+
+
+def reference_log_mel(waveforms: torch.Tensor, num_mel_bins: int = 128, sampling_rate: int = 16_000) -> torch.Tensor:
+    """Compute the log-mel filter bank step by step, in the waveforms' dtype and without regard to speed.
+
+    Args:
+        waveforms: Zero-mean clips of shape `(batch_size, num_samples)` on the CPU.
+        num_mel_bins: Mel bins F.
+        sampling_rate: Sampling rate in Hz.
+
+    Returns:
+        Shape `(batch_size, num_frames, num_mel_bins)`: natural logarithm of the power, at least ln(eps) of float32.
+    """
+    frame_length, frame_shift, fft_length = frame_sizes(sampling_rate)
+    frames = waveforms.unfold(-1, frame_length, frame_shift)
+    frames = frames - frames.mean(-1, keepdim=True)
+    previous = torch.cat([frames[..., :1], frames[..., :-1]], -1)
+    frames = frames - PREEMPHASIS * previous
+    frames = frames * torch.hann_window(frame_length, periodic=False, dtype=waveforms.dtype)
+    power = torch.fft.rfft(frames, fft_length)[..., :-1].abs().square()
+    mel_energies = power @ mel_filters(num_mel_bins, sampling_rate, fft_length).to(waveforms.dtype)
+    return mel_energies.clamp(min=LOG_FLOOR).log()
+
+
+@torch.no_grad()
+def log_mel_spectrogram(waveforms: torch.Tensor, num_mel_bins: int = 128, sampling_rate: int = 16_000) -> torch.Tensor:
+    """Compute the log-mel filter bank of zero-mean waveforms: a 25 ms Hann window every 10 ms, whole windows only.
+
+    Args:
+        waveforms: float32 of shape `(batch_size, num_samples)`, on any device.
+        num_mel_bins: Mel bins F.
+        sampling_rate: Sampling rate in Hz.
+
+    Returns:
+        float32 of shape `(batch_size, num_frames, num_mel_bins)`: natural logarithm of the power, at least ln(eps).
+    """
+    frame_length, frame_shift, _ = frame_sizes(sampling_rate)
+    frames = waveforms.unfold(-1, frame_length, frame_shift)
+    batch_size, num_frames, _ = frames.shape
+    max_frames = min(batch_size * num_frames, frames_per_block(waveforms.device))
+    log_mel = torch.empty(batch_size, num_frames, num_mel_bins, dtype=torch.float32, device=waveforms.device)
+    filter_bank = LogMelFilterBank(num_mel_bins, sampling_rate, max_frames, waveforms.device)
+    clips_per_part = max(1, max_frames // num_frames)
+    for part, result in zip(frames.split(clips_per_part), log_mel.split(clips_per_part), strict=True):
+        filter_bank(part, result)
+    return log_mel
+
+
+def frames_per_block(device: torch.device) -> int:
+    """Return the number of frames to transform at a time.
+
+    On a CPU the intermediate results of a block should fit its cache, and a block should keep several threads busy.
+    On other devices a block should need few kernels and still little memory.
+    """
+    return 1024 if device.type == "cpu" else 1 << 14
+
+
+def allocate(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Allocate float32 memory, without setting its values; on a CPU it lies on huge pages if it is large.
+
+    numpy asks Linux for huge pages, torch does not. The system zeroes each page on first touch, which with small pages
+    takes a sixth of the front end's time.
+    """
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=torch.float32, device=device)
+    memory = np.empty(shape, dtype=np.float32)
+    # Touch each huge page once from one thread. Otherwise several threads fault on one page and each zeroes a copy.
+    memory.reshape(-1)[:: HUGE_PAGE_BYTES // memory.itemsize] = 0
+    return torch.from_numpy(memory)
+
+
+class _Band(NamedTuple):
+    """Neighbouring mel filters, restricted to the columns of the spectrum where they are not zero."""
+
+    columns: slice
+    mel_bins: slice
+    weights: torch.Tensor
+
+
+@lru_cache
+def _filter_bands(num_mel_bins: int, sampling_rate: int, fft_length: int, device: torch.device) -> list[_Band]:
+    """Split the filters into bands of neighbouring mel bins.
+
+    A band reads a narrow range of the spectrum; most of the whole matrix is zeros that need no multiplication. An FFT
+    bin is two columns, the squares of its real and its imaginary part. Both have the same weight, so the product with
+    the weights also adds the squares up to the power.
+    """
+    filters = mel_filters(num_mel_bins, sampling_rate, fft_length)
+    # Where TF32 is allowed, a GPU would round float32 factors to 10 bits.
+    dtype = torch.float64 if device.type == "cuda" else torch.float32
+    bands = []
+    for start in range(0, num_mel_bins, MEL_BINS_PER_BAND):
+        mel_bins = slice(start, start + MEL_BINS_PER_BAND)
+        passed = filters[:, mel_bins].any(1).nonzero().flatten().tolist() or [0]
+        first, last = passed[0], passed[-1] + 1
+        weights = filters[first:last, mel_bins].repeat_interleave(2, 0)
+        bands.append(_Band(slice(2 * first, 2 * last), mel_bins, weights.to(device, dtype)))
+    return bands
+
+
+class _BlockViews(NamedTuple):
+    """Views of the scratch memory for a block of one size; the names are those of `LogMelFilterBank._transform`."""
+
+    centered: torch.Tensor
+    scaled: torch.Tensor
+    samples: torch.Tensor
+    scaled_previous: torch.Tensor
+    windowed: torch.Tensor
+    padded: torch.Tensor
+    mel: torch.Tensor
+    products: list[tuple[slice, torch.Tensor, torch.Tensor]]
+
+
+class LogMelFilterBank:
+    """The filter bank with its constants and the scratch memory that all blocks of frames share.
+
+    On a CPU the scratch memory is small enough to stay in cache.
+
+    Args:
+        num_mel_bins: Mel bins F.
+        sampling_rate: Sampling rate in Hz.
+        max_frames: Frames of a block, counted over clips.
+        device: Device of the frames and of the results.
+        mean: Subtracted from the logarithm.
+        scale: Divides the difference. Normalising here saves a pass over the results after they have left the cache.
+    """
+
+    def __init__(
+        self,
+        num_mel_bins: int,
+        sampling_rate: int,
+        max_frames: int,
+        device: torch.device,
+        mean: float = 0.0,
+        scale: float = 1.0,
+    ) -> None:
+        frame_length, _, fft_length = frame_sizes(sampling_rate)
+        factory: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        self.max_frames = max_frames
+        self._frame_length = frame_length
+        self._window = torch.hann_window(frame_length, periodic=False, **factory)
+        # Tensors, because torch makes a tensor of a Python number at every call.
+        self._preemphasis = torch.tensor(PREEMPHASIS, **factory)
+        self._offset = torch.tensor(-mean / scale, **factory)
+        self._inverse_scale = 1 / scale
+        self._bands = _filter_bands(num_mel_bins, sampling_rate, fft_length, device)
+        widths = (frame_length, frame_length, fft_length, num_mel_bins)
+        scratch = allocate((max_frames * sum(widths),), device)  # in one piece, which is large enough for huge pages
+        self._centered, self._scaled, self._padded, self._mel = (
+            part.view(max_frames, width)
+            for part, width in zip(scratch.split([max_frames * width for width in widths]), widths, strict=True)
+        )
+        self._padded[:, frame_length:].zero_()
+        # Nearly all blocks have the same size, and making views takes time.
+        self._views: dict[tuple[int, int], _BlockViews] = {}
+
+    def __call__(self, frames: torch.Tensor, outputs: torch.Tensor) -> None:
+        """Fill `outputs` with `(log_mel - mean) / scale`.
+
+        Args:
+            frames: float32 frames of zero-mean clips, of shape `(batch_size, num_frames, frame_length)`: one clip of
+                any length, or several clips that have at most `max_frames` frames together.
+            outputs: float32 of shape `(batch_size, num_frames, num_mel_bins)`.
+        """
+        if frames.shape[1] <= self.max_frames:  # splitting a single block would take a fortieth of the time
+            self._transform(frames, outputs)
+        else:
+            for block, result in zip(frames.split(self.max_frames, 1), outputs.split(self.max_frames, 1), strict=True):
+                self._transform(block, result)
+
+    def _transform(self, frames: torch.Tensor, output: torch.Tensor) -> None:
+        batch_size, num_frames, _ = frames.shape
+        views = self._views.get((batch_size, num_frames))
+        if views is None:
+            views = self._views[batch_size, num_frames] = self._make_views(batch_size, num_frames)
+        torch.sub(frames, frames.mean(-1, keepdim=True), out=views.centered)
+        torch.mul(views.centered, self._preemphasis, out=views.scaled)
+        views.samples.sub_(views.scaled_previous)
+        torch.mul(views.centered, self._window, out=views.windowed)
+        squares = torch.view_as_real(torch.fft.rfft(views.padded)).flatten(1).square_()
+        for columns, weights, filtered in views.products:
+            if weights.dtype == filtered.dtype:
+                torch.mm(squares[:, columns], weights, out=filtered)  # autocast does not apply to products with `out`
+            else:
+                filtered.copy_(torch.mm(squares[:, columns].to(weights.dtype), weights))
+        torch.add(self._offset, views.mel.clamp_(min=LOG_FLOOR).log_(), alpha=self._inverse_scale, out=output)
+
+    def _make_views(self, batch_size: int, num_frames: int) -> _BlockViews:
+        centered, scaled, padded, mel = (
+            buffer[: batch_size * num_frames] for buffer in (self._centered, self._scaled, self._padded, self._mel)
+        )
+        shape = (batch_size, num_frames, -1)
+        return _BlockViews(
+            centered=centered.view(shape),
+            scaled=scaled.view(shape),
+            # All frames are one long row, because torch is slow on many rows of 399 samples. A frame's first sample is
+            # then paired with another frame's last one, but the window is 0 there.
+            samples=centered.view(-1)[1:],
+            scaled_previous=scaled.view(-1)[:-1],
+            windowed=padded[:, : self._frame_length].view(shape),
+            padded=padded,
+            mel=mel.view(shape),
+            products=[(band.columns, band.weights, mel[:, band.mel_bins]) for band in self._bands],
+        )
+
+
+__all__ = ["log_mel_spectrogram", "mel_filters", "reference_log_mel"]
