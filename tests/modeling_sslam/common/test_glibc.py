@@ -8,7 +8,7 @@ import sys
 SCRIPT = """
 import resource, sys
 import torch
-from training.processes import make_accelerator
+from training.run.processes import make_accelerator
 if sys.argv[1] == "training":
     make_accelerator(None)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

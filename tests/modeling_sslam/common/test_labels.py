@@ -49,7 +49,7 @@ def test_rows_may_come_in_any_order(tmp_path):
     [
         ("0,dog\n2,cat\n", "class 1 is missing"),
         ("0,dog\n0,cat\n", "class 1 is missing"),
-        ("0,/m/0,dog,extra\n", "is neither"),
+        ("0,/m/0,dog,extra\n", "lines are neither"),
         ("dog\ndog\n", "class 1 is named 'dog'"),
         ('0,dog\n1,""\n', "class 1 is named ''"),
     ],
