@@ -14,8 +14,10 @@ import torchaudio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_sslam.common import audio
-from modeling_sslam.common.audio import StreamResampler, duration_seconds, resample, waveform_blocks
+from modeling_sslam.common import decoding
+from modeling_sslam.common.audio import waveform_blocks
+from modeling_sslam.common.decoding import duration_seconds
+from modeling_sslam.common.resampling import StreamResampler, resample
 from modeling_sslam.inference import ClipError, InferenceError, stream_blocks
 
 
@@ -51,7 +53,7 @@ def test_a_long_file_is_never_held_whole(tmp_path, monkeypatch):
         minute = (0.1 * np.random.default_rng(0).standard_normal(60 * 8_000)).astype(np.float32)
         for _ in range(30):
             file.write(minute)
-    read, alive, most, reads = audio._read, set(), 0, 0
+    read, alive, most, reads = decoding._read, set(), 0, 0
 
     def watched(file, num_frames):
         nonlocal most, reads
@@ -63,7 +65,7 @@ def test_a_long_file_is_never_held_whole(tmp_path, monkeypatch):
         assert block.numel() <= 20 * 8_000
         return block
 
-    monkeypatch.setattr(audio, "_read", watched)
+    monkeypatch.setattr(decoding, "_read", watched)
     longest = total = 0
     for block in stream_blocks(str(path), 16_000, block_seconds=20.0):
         longest, total = max(longest, block.untyped_storage().nbytes()), total + len(block)
