@@ -11,7 +11,23 @@ import soundfile
 from .errors import InferenceError
 
 # Formats that FFmpeg decodes and libsndfile does not, containers of video among them.
-FFMPEG_SUFFIXES = {"3g2", "3gp", "aac", "ac3", "amr", "asf", "avi", "f4v", "m4a", "m4b", "m4v", "mka", "mkv", "mov"}
+FFMPEG_SUFFIXES = {
+    "3g2",
+    "3gp",
+    "aac",
+    "ac3",
+    "amr",
+    "asf",
+    "avi",
+    "f4v",
+    "flv",
+    "m4a",
+    "m4b",
+    "m4v",
+    "mka",
+    "mkv",
+    "mov",
+}
 FFMPEG_SUFFIXES |= {"mp4", "mpg", "mxf", "nut", "ogm", "opus", "weba", "webm", "wma", "wmv"}
 # Other suffixes of libsndfile's formats than the formats' names.
 ALTERNATIVE_SUFFIXES = {"aif", "aifc", "oga", "snd", "wave"}
