@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from transformers import pipeline
+from transformers import Pipeline, pipeline
 
 from modeling_sslam import SSLAMFeatureExtractor
 from modeling_sslam.common.audio import read_waveform
@@ -42,10 +42,10 @@ def clip_to_label(data: Path) -> dict[str, Any]:
     return next(row for row in test if row["num_sources"] == NUM_SOURCES)
 
 
-def print_labels(model: Path, name: str, audio: bytes | str, content: str) -> None:
+def print_labels(
+    labeller: Pipeline, extractor: SSLAMFeatureExtractor, name: str, audio: bytes | str, content: str
+) -> None:
     """Print the labels of a sound beside the sounds that it contains."""
-    labeller = pipeline("audio-classification", str(model), trust_remote_code=True)
-    extractor = SSLAMFeatureExtractor.from_pretrained(model)
     waveform = read_waveform(audio, extractor.sampling_rate, extractor.num_samples(extractor.max_length))
     print(f"\n{name} contains {content}")
     for label in labeller(waveform.numpy(), top_k=NUM_SOURCES):
@@ -72,10 +72,12 @@ def main() -> None:
 
     print("\nLabels of the classifier:")
     model = classifier / "model"
+    labeller = pipeline("audio-classification", str(model), trust_remote_code=True)
+    extractor = SSLAMFeatureExtractor.from_pretrained(model)
     clip = clip_to_label(data)
-    print_labels(model, clip["id"], clip["audio"]["bytes"], ", ".join(sorted(clip["labels"])))
+    print_labels(labeller, extractor, clip["id"], clip["audio"]["bytes"], ", ".join(sorted(clip["labels"])))
     for name, content in CONTENT.items():
-        print_labels(model, name, str(RECORDINGS / name), content)
+        print_labels(labeller, extractor, name, str(RECORDINGS / name), content)
     sample = out / f"{clip['id']}.flac"
     sample.write_bytes(clip["audio"]["bytes"])
 
