@@ -197,7 +197,7 @@ class Embedder:
         }
 
     def num_time_patches(self, num_frames: int) -> int:
-        """Return how many patches in a row hold any of so many frames."""
+        """Return the number of time steps of patches that hold any of `num_frames` frames."""
         return math.ceil(num_frames / self.patch_frames)
 
     def windows(self, sound: Sound) -> Iterator[Window | Failure]:
