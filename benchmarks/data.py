@@ -43,7 +43,8 @@ from benchmarks.measurement import Measurement, ratio, scaled, synchronize, time
 from benchmarks.pretraining_step import make_update
 from benchmarks.report import Report, Row, base_config, make_parser
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForPreTraining
-from modeling_sslam.common.audio import read_waveform, resample
+from modeling_sslam.common.audio import read_waveform
+from modeling_sslam.common.resampling import resample
 from training.data.config import DataConfig
 from training.data.loader import AudioLoader, make_loader
 from training.data.seeding import generator_for

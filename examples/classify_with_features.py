@@ -1,10 +1,10 @@
-"""A classifier on frozen features: embed once, then fit in seconds as often as you like.
+"""Train a classifier on frozen features: embed the clips once, then fit in seconds.
 
     python -m training.soundscapes soundscapes --clips 600 --seconds 3 --max-sources 1
-    python -m examples.classify_with_features outputs/quickstart soundscapes
+    python -m examples.classify_with_features outputs/quickstart/classifier/model soundscapes
 
-The data set needs the columns `audio` and `labels` and the splits train and test. The mean over a clip's patches is
-the feature here; whether that or the CLS token (`pooling="cls"`) serves better, and which layer, is worth trying.
+The data set needs the columns `id`, `audio` and `labels` and the splits train and test. The features are the mean over
+a clip's patches. The CLS token (`pooling="cls"`) or another layer may serve better for other data.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from modeling_sslam.inference.embedding.dataset import AudioDataset
 
 
 def features_and_labels(embedder: Embedder, dataset: str, split: str) -> tuple[np.ndarray, list[list[str]]]:
-    """`(clips, hidden_size)`, the mean over a clip's windows where it has several, and the labels of each clip."""
+    """Return features `(clips, hidden_size)`, the mean over a clip's windows, and the labels of each clip."""
     features: dict[str, list[np.ndarray]] = {}
     for clip in embed(AudioDataset(dataset, split=split), embedder):
         features.setdefault(clip.name, []).append(clip.embedding)
@@ -32,9 +32,10 @@ def features_and_labels(embedder: Embedder, dataset: str, split: str) -> tuple[n
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder or Hub id")
-    parser.add_argument("dataset", help="folder or Hub id")
+    parser.add_argument("model", help="folder or Hub id of a model")
+    parser.add_argument("dataset", help="folder or Hub id of a data set")
     arguments = parser.parse_args()
 
     embedder = Embedder.from_pretrained(arguments.model, pooling="mean")
@@ -45,7 +46,7 @@ def main() -> None:
     classifier = make_pipeline(StandardScaler(), OneVsRestClassifier(LogisticRegression(C=0.1, max_iter=1000)))
     classifier.fit(train, binarizer.transform(train_labels))
 
-    # A class has an average precision where the test clips have it, and a classifier where the training clips do.
+    # Only classes of the training clips have a classifier, and only classes of the test clips an average precision.
     known = [[label for label in labels if label in binarizer.classes_] for labels in test_labels]
     targets, scores = binarizer.transform(known), classifier.predict_proba(test)
     precision = {
@@ -53,7 +54,7 @@ def main() -> None:
         for index in np.flatnonzero(targets.any(axis=0))
     }
     print(f"mAP {np.mean(list(precision.values())):.3f} over {len(precision)} classes, {len(test)} test clips")
-    for label in sorted(precision, key=precision.get, reverse=True)[:5]:
+    for label in sorted(precision, key=precision.__getitem__, reverse=True)[:5]:
         print(f"  {precision[label]:.3f}  {label}")
 
 

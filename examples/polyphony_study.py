@@ -1,11 +1,12 @@
-"""What each objective of stage 2 is worth by degree of polyphony, as in table 2 of the paper, on generated sounds.
+"""Compare the objectives of stage 2 by degree of polyphony, as table 2 of the paper does, on generated sounds.
 
     python -m examples.polyphony_study runs/study                        # tiny, on a CPU
-    python -m examples.polyphony_study runs/study --clips 40000 ...      # bigger, where there is a GPU
+    python -m examples.polyphony_study runs/study --clips 40000 ...      # larger, on a GPU
 
-For every seed: stage 1; from it stage 2 with each objective for the same number of updates; then of each encoder a
-linear evaluation (frozen, mean of the patches) and fine-tuning, tested on clips with 1 to 5 sources. Each step is a
-command that is printed before it runs; what is there already is not done again, so a study can be interrupted.
+For every seed there is one stage 1 and, starting from it, one stage 2 with each objective for the same number of
+updates. Each encoder is evaluated by linear evaluation (frozen, mean of the patches) and by fine-tuning, on clips with
+1 to 5 sources. Every step is a command, which is printed before it runs. Steps that are done are not repeated, so the
+study can be interrupted.
 
 OUT gets results.json (every number of every seed), table.md (mean and standard deviation over seeds) and table.png.
 """
@@ -14,7 +15,6 @@ import argparse
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -27,15 +27,20 @@ OBJECTIVES = ("ua", "pma", "ua+pma", "sslam")
 PROTOCOLS = {"linear": "linear evaluation", "finetuned": "fine-tuning"}
 ALL = "all"
 
-# mAP by (protocol, encoder), number of sources and seed.
+# mAP by (protocol, encoder), then by number of sources; one value for each seed.
 Scores = dict[tuple[str, str], dict[str, list[float]]]
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the study")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of everything for each")
-    parser.add_argument("--clips", type=int, default=4000, help="clips to generate, 15 %% each to validate and test")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds, each for one run of everything"
+    )
+    parser.add_argument(
+        "--clips", type=int, default=4000, help="clips to generate, 15 %% each for validation and test"
+    )
     parser.add_argument("--seconds", type=float, default=2.58, help="length of a clip")
     parser.add_argument("--stage1_config", type=Path, default=CONFIGS / "pretrain_tiny.yaml")
     parser.add_argument("--stage2_config", type=Path, default=CONFIGS / "pretrain_tiny_stage2.yaml")
@@ -50,33 +55,21 @@ def main() -> None:
     for seed in arguments.seeds:
         folder = out / f"seed-{seed}"
         encoders = {STAGE1: folder / "stage1"} | {objective: folder / objective for objective in OBJECTIVES}
-        common = ("--data", data, "--seed", seed, "--resume", "auto")
+        data_and_seed = ("--data", data, "--seed", seed)
         for name, encoder in encoders.items():
-            if not (encoder / "model").exists():
-                if name == STAGE1:
-                    how = ("--config", arguments.stage1_config)
-                else:
-                    how = ("--config", arguments.stage2_config, "--init_from", encoders[STAGE1] / "model")
-                    how = (*how, "--model.pretraining_objective", name)
-                run("training.pretrain", *how, *common, "--output_dir", encoder)
-            model = ("--model", encoder / "model")
-            linear, finetuned = folder / f"{encoder.name}-linear", folder / f"{encoder.name}-finetuned"
-            if not (linear / "results.json").exists():
-                run("training.linear_eval", *model, *common[:4], "--poolings", "mean", "--output_dir", linear)
-            if not (results := finetuned / "model" / "evaluation" / "data-test" / "results.json").exists():
-                run(
-                    "training.finetune",
-                    "--config",
-                    arguments.finetune_config,
-                    *model,
-                    *common,
-                    "--output_dir",
-                    finetuned,
-                )
-            for protocol, path in {"linear": linear / "results.json", "finetuned": results}.items():
+            settings: tuple[object, ...]
+            if name == STAGE1:
+                settings = ("--config", arguments.stage1_config)
+            else:
+                settings = ("--config", arguments.stage2_config, "--init_from", encoders[STAGE1] / "model")
+                settings = (*settings, "--model.pretraining_objective", name)
+            pretrain(encoder, *settings, *data_and_seed)
+            results = evaluate(encoder, arguments.finetune_config, *data_and_seed)
+            for protocol, path in results.items():
                 for sources, value in read_scores(path).items():
                     scores[protocol, name][sources].append(value)
-            chance = read_scores(results, "chance_map")
+    # The scores of a random classifier depend on the test clips alone.
+    chance = read_scores(results["finetuned"], "chance_map")
 
     (out / "results.json").write_text(
         json.dumps({f"{protocol}, {name}": by for (protocol, name), by in scores.items()}, indent=1) + "\n"
@@ -87,24 +80,51 @@ def main() -> None:
     print(f"\n{text}\n{out / 'results.json'}\n{out / 'table.md'}\n{out / 'table.png'}")
 
 
+def pretrain(encoder: Path, *settings: object) -> None:
+    """Pre-train an encoder, unless that is done."""
+    if not (encoder / "model").exists():
+        run("training.pretrain", *settings, "--resume", "auto", "--output_dir", encoder)
+
+
+def evaluate(encoder: Path, finetune_config: Path, *data_and_seed: object) -> dict[str, Path]:
+    """Evaluate an encoder by both protocols, unless that is done, and return their files of results."""
+    model = ("--model", encoder / "model")
+    linear = encoder.with_name(f"{encoder.name}-linear")
+    finetuned = encoder.with_name(f"{encoder.name}-finetuned")
+    results = {
+        "linear": linear / "results.json",
+        "finetuned": finetuned / "model" / "evaluation" / "data-test" / "results.json",
+    }
+    if not results["linear"].exists():
+        run("training.linear_eval", *model, *data_and_seed, "--poolings", "mean", "--output_dir", linear)
+    if not results["finetuned"].exists():
+        settings = ("--config", finetune_config, *model, *data_and_seed, "--resume", "auto")
+        run("training.finetune", *settings, "--output_dir", finetuned)
+    return results
+
+
 def read_scores(results: Path, metric: str = "map") -> dict[str, float]:
-    """A metric on the test clips by their number of sources, and on all."""
+    """Read a metric of the test clips by their number of sources, and of all of them."""
     found = json.loads(results.read_text())
     by_sources = {str(row["group"]): row[metric] for row in found["by_group"]}
     return by_sources | {ALL: found["metrics"][metric]}
 
 
 def moments(values: list[float]) -> tuple[float, float]:
+    """Return mean and standard deviation (0 for one value)."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def columns() -> Iterable[str]:
+def columns() -> list[str]:
+    """Return the numbers of sources and `ALL`."""
     return [*map(str, range(1, MAX_SOURCES + 1)), ALL]
 
 
 def table(scores: Scores, chance: dict[str, float], num_seeds: int) -> str:
-    """Markdown: for each protocol and encoder the mAP by number of sources, in per cent; first that of random scores,
-    which grows with the number of sources."""
+    """Return a Markdown table of the mAP in per cent, by protocol and encoder and by number of sources.
+
+    Its first row has the mAP of random scores, which grows with the number of sources.
+    """
     head = ["", "encoder", *(f"{n} source{'s' if n != '1' else ''}" for n in columns() if n != ALL), ALL]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     lines.append(f"| {' | '.join(['', 'random scores', *(f'{100 * chance[n]:.1f}' for n in columns())])} |")
@@ -118,14 +138,14 @@ def table(scores: Scores, chance: dict[str, float], num_seeds: int) -> str:
 
 
 def plot(scores: Scores, path: Path) -> None:
-    """A panel for each protocol: mAP over the number of sources, one line with its spread for each encoder."""
+    """Plot mAP against the number of sources: a panel for each protocol, a line with error bars for each encoder."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     for axes, (protocol, words) in zip(figure.subplots(1, 2), PROTOCOLS.items(), strict=True):
         for shift, name in enumerate((STAGE1, *OBJECTIVES)):
             means, spreads = zip(*(moments(scores[protocol, name][n]) for n in columns()), strict=True)
             places = [i + 0.06 * (shift - 2) for i in range(len(means))]
             style = {"marker": "o", "markersize": 4, "capsize": 2, "color": f"C{shift}"}
-            # All clips are no further step after the largest number of sources.
+            # No line leads to the mAP of all clips, because it is no further number of sources.
             axes.errorbar(places[:-1], means[:-1], spreads[:-1], linewidth=1.2, label=name, **style)
             axes.errorbar(places[-1:], means[-1:], spreads[-1:], **style)
         axes.set_xticks(range(MAX_SOURCES + 1), list(columns()))

@@ -1,10 +1,10 @@
-"""The whole story on a CPU, in minutes: sounds, both stages of pre-training, fine-tuning, evaluation, and a pipeline
-that names what it hears. Run by `make quickstart`; every step is a command that is printed before it runs.
+"""Pre-train, fine-tune, evaluate and use a tiny model, in minutes on a CPU. `make quickstart` runs this.
 
     python -m examples.quickstart outputs/quickstart
 
-The encoder is tiny and has heard a thousand synthetic clips: it is the way that is worth a look, not the result.
-Called again it goes on from where it was.
+The steps: generate sounds, both stages of pre-training, fine-tuning with its evaluation, and a pipeline that labels
+sounds. Every step is a command of the project, which is printed before it runs. The encoder is tiny and is trained on
+about a thousand synthetic clips: this shows how to do it, not how good it gets. Called again, it continues.
 """
 
 import argparse
@@ -12,63 +12,79 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
-from transformers import pipeline
+from transformers import Pipeline, pipeline
 
+from modeling_sslam import SSLAMFeatureExtractor
 from modeling_sslam.common.audio import read_waveform
 from modeling_sslam.common.encoded_audio import EncodedAudio
 
 CONFIGS = Path("training/configs")
 RECORDINGS = Path("tests/fixtures/audio")
-# What can be heard in the recordings, in words; the classifier knows other ones.
-HEARD = {"drum_cowbell.flac": "a cowbell", "guit_e_slide.flac": "an electric guitar, sliding"}
+# The sounds in the recordings, in words. The classifier has other classes.
+CONTENT = {"drum_cowbell.flac": "a cowbell", "guit_e_slide.flac": "an electric guitar, sliding"}
+# The generated clip to label has this many sources, and so many labels are printed.
 NUM_SOURCES = 3
 
 
-def run(*arguments: str | Path) -> None:
-    """Prints a module of the project with its arguments as one would type it, and runs it."""
+def run(*arguments: object) -> None:
+    """Print a module of the project with its arguments, as one would type it, and run it."""
     words = list(map(str, arguments))
     print(f"\n$ python -m {shlex.join(words)}", flush=True)
     subprocess.run([sys.executable, "-m", *words], check=True)
 
 
+def clip_to_label(data: Path) -> dict[str, Any]:
+    """Return the first test clip with `NUM_SOURCES` sources."""
+    test = datasets.load_dataset(str(data), split="test").cast_column("audio", EncodedAudio())
+    return next(row for row in test if row["num_sources"] == NUM_SOURCES)
+
+
+def print_labels(
+    labeller: Pipeline, extractor: SSLAMFeatureExtractor, name: str, audio: bytes | str, content: str
+) -> None:
+    """Print the labels of a sound beside the sounds that it contains."""
+    waveform = read_waveform(audio, extractor.sampling_rate, extractor.num_samples(extractor.max_length))
+    print(f"\n{name} contains {content}")
+    for label in labeller(waveform.numpy(), top_k=NUM_SOURCES):
+        print(f"  {label['score']:.2f}  {label['label']}")
+
+
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder for all that it makes")
+    parser.add_argument("out", type=Path, help="folder for everything that the steps write")
     out = parser.parse_args().out
     data, stage1, stage2, classifier = (out / name for name in ("data", "stage1", "stage2", "classifier"))
 
     if not data.exists():
-        run("training.soundscapes", data, "--clips", "1600", "--seconds", "2.58", "--max-sources", "3", "--plot")
+        run("training.soundscapes", data, "--clips", 1600, "--seconds", 2.58, "--max-sources", 3, "--plot")
     common = ("--data", data, "--resume", "auto")
-    tiny = CONFIGS / "pretrain_tiny.yaml"
-    run("training.pretrain", "--config", tiny, *common, "--output_dir", stage1, "--max_updates", "500")
-    tiny = CONFIGS / "pretrain_tiny_stage2.yaml"
+    config = CONFIGS / "pretrain_tiny.yaml"
+    run("training.pretrain", "--config", config, *common, "--output_dir", stage1, "--max_updates", 500)
+    config = CONFIGS / "pretrain_tiny_stage2.yaml"
     init = ("--init_from", stage1 / "model")
-    run("training.pretrain", "--config", tiny, *common, *init, "--output_dir", stage2, "--max_updates", "200")
-    tiny = CONFIGS / "finetune_tiny.yaml"
-    run("training.finetune", "--config", tiny, *common, "--model", stage2 / "model", "--output_dir", classifier)
+    run("training.pretrain", "--config", config, *common, *init, "--output_dir", stage2, "--max_updates", 200)
+    config = CONFIGS / "finetune_tiny.yaml"
+    run("training.finetune", "--config", config, *common, "--model", stage2 / "model", "--output_dir", classifier)
 
-    print("\nWhat it hears:")
-    tagger = pipeline("audio-classification", str(classifier / "model"), trust_remote_code=True)
-    test = datasets.load_dataset(str(data), split="test").cast_column("audio", EncodedAudio())
-    clip = next(row for row in test if row["num_sources"] == NUM_SOURCES)
-    true = {clip["id"]: (clip["audio"]["bytes"], ", ".join(sorted(clip["labels"])))}
-    true |= {name: (str(RECORDINGS / name), words) for name, words in HEARD.items()}
-    extractor = tagger.feature_extractor
-    for name, (audio, words) in true.items():
-        waveform = read_waveform(audio, extractor.sampling_rate, extractor.num_samples(extractor.max_length))
-        print(f"\n{name}, in it: {words}")
-        for label in tagger(waveform.numpy(), top_k=NUM_SOURCES):
-            print(f"  {label['score']:.2f}  {label['label']}")
+    print("\nLabels of the classifier:")
+    model = classifier / "model"
+    labeller = pipeline("audio-classification", str(model), trust_remote_code=True)
+    extractor = SSLAMFeatureExtractor.from_pretrained(model)
+    clip = clip_to_label(data)
+    print_labels(labeller, extractor, clip["id"], clip["audio"]["bytes"], ", ".join(sorted(clip["labels"])))
+    for name, content in CONTENT.items():
+        print_labels(labeller, extractor, name, str(RECORDINGS / name), content)
     sample = out / f"{clip['id']}.flac"
     sample.write_bytes(clip["audio"]["bytes"])
 
-    evaluation = classifier / "model" / "evaluation" / f"{data.name}-test"
-    print("\nLeft behind:")
+    evaluation = model / "evaluation" / f"{data.name}-test"
+    print("\nFiles:")
     for path, what in {
-        classifier / "model": "the classifier, with its card: a folder for from_pretrained and for the Hub",
+        model: "the classifier and its card, a folder for from_pretrained and for the Hub",
         stage2 / "model": "the pre-trained encoder",
         stage1 / "curves.png": "curves of stage 1",
         stage2 / "curves.png": "curves of stage 2",
@@ -76,7 +92,7 @@ def main() -> None:
         evaluation / "per_class.png": "average precision by class",
         evaluation / "results.json": "all results on the test clips",
         sample: "the clip above",
-        data / "soundscapes.png": "what the sounds look like",
+        data / "soundscapes.png": "pictures of the sounds",
     }.items():
         print(f"  {path}  {what}")
 

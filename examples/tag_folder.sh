@@ -1,9 +1,10 @@
 #!/bin/sh
-# What is in a folder of recordings: the labels of every file as CSV, then how many files each label was found in.
+# Write the labels of every recording in a folder to a CSV file, and print in how many files each label was found.
 #
-#     sh examples/tag_folder.sh outputs/quickstart tests/fixtures/audio tags.csv
+#     sh examples/tag_folder.sh outputs/quickstart/classifier/model tests/fixtures/audio tags.csv
 #
-# A file that cannot be read is reported and left out. THRESHOLD=0.2 in front takes more labels than the 0.3 here.
+# Files that cannot be read are reported and left out; the exit status is then 1. The variable THRESHOLD sets the
+# lowest score of a label (default: 0.3).
 set -e
 model=${1:?model folder or Hub id} folder=${2:?folder of sound files} tags=${3:?CSV file to write}
 

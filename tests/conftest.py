@@ -1,7 +1,8 @@
-"""What every test package shares: fixtures' paths, a tiny model, and the table of parity with the published code."""
+"""Fixtures that all tests share, and the table of parity with the published code at the end of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,26 +14,30 @@ from conversion.convert import convert
 from modeling_sslam import SSLAMConfig
 from modeling_sslam.inference import SSLAMTagger, stream_blocks
 
-FIXTURES = Path(__file__).parent / "fixtures"
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Return the root folder of the repository."""
+    return Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
-def golden_dir() -> Path:
-    """Vectors and checkpoints from the published code; see its README."""
-    return FIXTURES / "golden"
+def golden_dir(repository: Path) -> Path:
+    """Return the folder of vectors and checkpoints from the published code; see its README."""
+    return repository / "tests" / "fixtures" / "golden"
 
 
 @pytest.fixture(scope="session")
-def audio_dir() -> Path:
-    """Real recordings; see its README."""
-    return FIXTURES / "audio"
+def audio_dir(repository: Path) -> Path:
+    """Return the folder of real recordings; see its README."""
+    return repository / "tests" / "fixtures" / "audio"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_config() -> Callable[..., SSLAMConfig]:
-    """Builds the configuration of a model that runs in milliseconds, with fields of one's choice."""
+    """Return a function that makes the configuration of a model that runs in milliseconds."""
 
-    def make(**overrides) -> SSLAMConfig:
+    def make(**overrides: Any) -> SSLAMConfig:
         tiny = {
             "hidden_size": 32,
             "num_hidden_layers": 3,
@@ -52,17 +57,19 @@ def make_config() -> Callable[..., SSLAMConfig]:
 
 @pytest.fixture
 def tiny_config(make_config: Callable[..., SSLAMConfig]) -> SSLAMConfig:
+    """Return the configuration of a model that runs in milliseconds."""
     return make_config()
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    """Seed torch before every test."""
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def parity(record_property: Callable[[str, object], None]) -> Callable[[str, float, float], None]:
-    """`parity(name, error, tolerance)` asserts error <= tolerance and lists both in the summary."""
+    """Return a function that asserts `error <= tolerance` and lists both in the table of parity."""
 
     def check(name: str, error: float, tolerance: float) -> None:
         error = float(error)
@@ -74,7 +81,7 @@ def parity(record_property: Callable[[str, object], None]) -> Callable[[str, flo
 
 @pytest.fixture(scope="session")
 def model_folder(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A classifier of twelve classes, several a clip, on clips of 1024 frames."""
+    """Return the folder of a classifier of twelve classes, several a clip, on clips of 1024 frames."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
     convert(golden_dir / "sslam_finetuned.pt", folder, report=lambda line: None)
     return folder
@@ -82,14 +89,21 @@ def model_folder(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def tagger(model_folder: Path) -> SSLAMTagger:
+    """Return a tagger with that classifier."""
     return SSLAMTagger.from_pretrained(model_folder, device="cpu")
 
 
 @pytest.fixture
 def write_sound(tmp_path: Path) -> Callable[..., Path]:
-    """Writes noise of so many seconds, or the samples given, as float samples; returns the path."""
+    """Return a function that writes noise, or the given samples, to a sound file and returns its path."""
 
-    def write(name: str, seconds: float = 1.0, rate: int = 16_000, channels: int = 1, samples=None) -> Path:
+    def write(
+        name: str,
+        seconds: float = 1.0,
+        rate: int = 16_000,
+        channels: int = 1,
+        samples: np.ndarray | torch.Tensor | None = None,
+    ) -> Path:
         if samples is None:
             generator = np.random.default_rng(0)
             samples = 0.1 * generator.standard_normal((round(seconds * rate), channels)).astype(np.float32)
@@ -103,20 +117,21 @@ def write_sound(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def recording(audio_dir: Path) -> torch.Tensor:
-    """The five recordings one after the other, with a breath between them: 10 s at 16 kHz."""
+    """Return the five recordings joined, each followed by 0.4 s of silence: 10 s at 16 kHz."""
     parts = [torch.cat(list(stream_blocks(str(path), 16_000))) for path in sorted(audio_dir.glob("*.flac"))]
     return torch.cat([torch.cat((part, torch.zeros(6400))) for part in parts])
 
 
 @pytest.fixture
-def write_audio_parquet(tmp_path):
-    """Sound files as a data set of parquet shards with the columns `id` and `audio`."""
-    # Not at the top: the other tests also run beside an older transformers, whose hub client is too old for datasets.
+def write_audio_parquet(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that writes sound files as parquet shards with the columns `id` and `audio`."""
+    # Imported here, because an older transformers, with which most tests also run, has a Hub client that is too old
+    # for datasets.
     import datasets
 
     from modeling_sslam.common.encoded_audio import EncodedAudio
 
-    def write(paths, shards=1, name="dataset"):
+    def write(paths: Iterable[str | Path], shards: int = 1, name: str = "dataset") -> Path:
         rows = [{"id": Path(p).name, "audio": {"bytes": Path(p).read_bytes(), "path": None}} for p in paths]
         features = datasets.Features({"id": datasets.Value("string"), "audio": EncodedAudio()})
         dataset = datasets.Dataset.from_list(rows, features=features)
@@ -131,15 +146,17 @@ def write_audio_parquet(tmp_path):
 
 
 def pytest_configure() -> None:
-    # Tests use tiny models, whose tensors several threads share at a loss; workers (-n) run beside each other instead.
+    """Let torch use one thread: the models are tiny, and the test workers (-n) already share the cores."""
     torch.set_num_threads(1)
 
 
 def pytest_report_header() -> str:
+    """Name the versions that the results depend on."""
     return f"transformers {transformers.__version__}, torch {torch.__version__}"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the table of parity."""
     reports = [report for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome)]
     rows = [
         value

@@ -1,4 +1,4 @@
-"""The page of `sslam app` as a Hugging Face Space; README.md says how to make one."""
+"""The page of `sslam app` as a Hugging Face Space; README.md explains how to make one."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from modeling_sslam.inference.commands.app.page import make_page, serve
 HERE = Path(__file__).parent
 # OWNER/NAME on the Hub, or a folder beside this file.
 MODEL = os.environ.get("SSLAM_MODEL", str(HERE / "model"))
-# A Space without a GPU has two cores.
+# Longest sound. A Space without a GPU has only two cores.
 MAX_MINUTES = 3
 EXAMPLES = HERE / "examples"
 

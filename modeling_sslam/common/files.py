@@ -1,7 +1,8 @@
 """Files and folders that appear under their name whole or not at all.
 
 Writers fill a hidden path beside the target. [`publish`] forces the result to disk and renames it. At every moment,
-also after a crash, the target is the old content or the new.
+also after a crash, the target is the old content or the new. There is one exception: where the system cannot exchange
+two paths atomically, a target that a folder replaces has no name for a moment.
 """
 
 import ctypes
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 TEMPORARY_PREFIX = ".tmp-"
-# From Linux' fcntl.h and fs.h: paths are relative to the working directory; the two paths trade places.
+# From Linux' fcntl.h (relative paths start at the working directory) and fs.h (the two paths trade places).
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
@@ -45,11 +46,17 @@ def replacing(target: str | Path) -> Iterator[Path]:
 
 
 def publish(temporary: Path, target: Path) -> None:
-    """Force a file or folder to disk and give it the name `target`, replacing what has that name."""
+    """Force a file or folder to disk and give it the name `target`, replacing what has that name.
+
+    Raises:
+        OSError: If a file is to replace a folder, whose content would be lost, or if renaming fails.
+    """
     for path in (temporary, *temporary.rglob("*")) if temporary.is_dir() else (temporary,):
         force_to_disk(path)
-    if target.is_dir() and not target.is_symlink():
-        _replace_folder(temporary, target)
+    if temporary.is_dir() and os.path.lexists(target):
+        _replace_by_folder(temporary, target)
+    elif target.is_dir() and not target.is_symlink():
+        raise OSError(f"{target} is a folder and is not replaced by a file. Choose another name.")
     else:
         temporary.replace(target)
     force_to_disk(target.parent)
@@ -78,10 +85,9 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _replace_folder(temporary: Path, target: Path) -> None:
-    """Put a folder in the place of another; the hidden path holds the old content until that is removed."""
+def _replace_by_folder(temporary: Path, target: Path) -> None:
+    """Put a folder in the place of `target`, whose content stays at a hidden path until the new one is on disk."""
     if not _exchange(temporary, target):
-        # Without an atomic exchange the target has no name for a moment.
         aside = temporary.with_name(f"{TEMPORARY_PREFIX}old-{target.name}")
         remove(aside)
         target.rename(aside)

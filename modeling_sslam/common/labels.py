@@ -5,26 +5,31 @@ from functools import lru_cache
 from pathlib import Path
 
 AUDIOSET_NUM_LABELS = 527
-# As AudioSet publishes it: index, machine id, display name.
+# AudioSet's published file: index, machine id, display name.
 AUDIOSET_LABELS = Path(__file__).with_name("audioset_labels.csv")
 
 
 class LabelFileError(ValueError):
-    """A label file cannot be read; the message names the file and the line."""
+    """A label file cannot be read. The message names the file and the line."""
 
 
 def read_labels(path: Path) -> list[str]:
-    """Class names in the order of the classifier's outputs; see [`read_label_table`]."""
+    """Read class names in the order of the classifier's outputs; see [`read_label_table`]."""
     return [name for name, _ in read_label_table(path)]
 
 
 def read_label_table(path: Path) -> list[tuple[str, str | None]]:
-    """Names of the classes and, where the file has them, their machine ids, in the order of the classifier's outputs,
-    from a file with a line for each class: `index,mid,name` (as AudioSet's), `index,name`, or just `name`. A header
-    line is optional.
+    """Read class names and, where the file has them, machine ids.
+
+    Args:
+        path: A CSV file with one line for each class: `index,mid,name` (as AudioSet's), `index,name`, or just `name`.
+            A header line is optional.
+
+    Returns:
+        Name and machine id of each class, in the order of the classifier's outputs.
 
     Raises:
-        LabelFileError: If the indices are not 0, 1, ... or a name is empty or comes twice.
+        LabelFileError: If the indices are not 0, 1, ..., or if a name is empty or occurs twice.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -33,6 +38,7 @@ def read_label_table(path: Path) -> list[tuple[str, str | None]]:
         raise LabelFileError(f"The labels in {path} cannot be read: {error}") from error
     if rows and rows[0][0].lower() == "index":
         rows = rows[1:]
+    table: list[tuple[str, str | None]]
     if rows and all(row[0].isdecimal() and 2 <= len(row) <= 3 for row in rows):
         rows.sort(key=lambda row: int(row[0]))
         for position, row in enumerate(rows):
@@ -44,7 +50,7 @@ def read_label_table(path: Path) -> list[tuple[str, str | None]]:
     elif all(len(row) == 1 for row in rows):
         table = [(row[0], None) for row in rows]
     else:
-        raise LabelFileError(f'{path} is neither `index,mid,"name"`, nor `index,name`, nor a name a line.')
+        raise LabelFileError(f'{path}: the lines are neither `index,mid,"name"`, nor `index,name`, nor `name`.')
     names = [name for name, _ in table]
     for position, name in enumerate(names):
         if not name or name in names[:position]:
@@ -54,5 +60,5 @@ def read_label_table(path: Path) -> list[tuple[str, str | None]]:
 
 @lru_cache
 def audioset_labels() -> list[str]:
-    """AudioSet's 527 display names in the order of the published classifiers."""
+    """Return AudioSet's 527 display names in the order of the published classifiers."""
     return read_labels(AUDIOSET_LABELS)

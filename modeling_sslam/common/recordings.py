@@ -10,26 +10,49 @@ import soundfile
 
 from .errors import InferenceError
 
-# What torchcodec and FFmpeg add to libsndfile's formats, and file names that its formats also go by.
-OTHER_SUFFIXES = {"aac", "ac3", "aif", "aifc", "amr", "m4a", "m4b", "mka", "mkv", "mov", "mp4", "oga", "opus"}
-OTHER_SUFFIXES |= {"snd", "weba", "webm", "wma", "wave"}
-# Headerless samples: nobody can say what rate and format they have.
+# Formats that FFmpeg decodes and libsndfile does not, containers of video among them.
+FFMPEG_SUFFIXES = {
+    "3g2",
+    "3gp",
+    "aac",
+    "ac3",
+    "amr",
+    "asf",
+    "avi",
+    "f4v",
+    "flv",
+    "m4a",
+    "m4b",
+    "m4v",
+    "mka",
+    "mkv",
+    "mov",
+}
+FFMPEG_SUFFIXES |= {"mp4", "mpg", "mxf", "nut", "ogm", "opus", "weba", "webm", "wma", "wmv"}
+# Other suffixes of libsndfile's formats than the formats' names.
+ALTERNATIVE_SUFFIXES = {"aif", "aifc", "oga", "snd", "wave"}
+# Headerless samples: their rate and sample format are unknown.
 UNREADABLE_SUFFIXES = {"raw"}
+LIBSNDFILE_SUFFIXES = {name.lower() for name in soundfile.available_formats()} - UNREADABLE_SUFFIXES
+# File name suffixes, in lower case and with their dot, by which folders are searched for sound files.
+AUDIO_SUFFIXES = frozenset(f".{name}" for name in LIBSNDFILE_SUFFIXES | ALTERNATIVE_SUFFIXES | FFMPEG_SUFFIXES)
 
 
-def audio_suffixes() -> set[str]:
-    """File name suffixes, with their dot, that folders are searched for."""
-    known = {name.lower() for name in soundfile.available_formats()} | OTHER_SUFFIXES
-    return {f".{name}" for name in known - UNREADABLE_SUFFIXES}
+def is_recording_name(name: str) -> bool:
+    """Tell whether a file name has an audio suffix and is not hidden."""
+    return os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES and not name.startswith(".")
 
 
 def find_recordings(sources: Iterable[str]) -> list[str]:
-    """Paths of the sound files that arguments mean, in the order of the arguments and sorted within each.
+    """Find the sound files that command-line arguments name.
 
     Args:
-        sources: Each a file (kept whether it is there or not: reading it will tell), a folder (searched through and
-            through for [`audio_suffixes`], hidden files left out), a pattern with `*`, `?`, `[` or `**`, or `-`: paths
-            on standard input, one a line or, as `find -print0` writes them, ended by NUL.
+        sources: Each a file (kept even if it does not exist, because reading it reports that), a folder (searched with
+            its subfolders for [`AUDIO_SUFFIXES`], without hidden files and folders), a pattern with `*`, `?`, `[` or
+            `**`, or `-`: paths on standard input, one a line or, as `find -print0` writes them, ended by NUL.
+
+    Returns:
+        Paths in the order of the arguments, sorted within each.
 
     Raises:
         InferenceError: If a folder, pattern or list has no sound file in it.
@@ -47,7 +70,7 @@ def find_recordings(sources: Iterable[str]) -> list[str]:
         if not found:
             where = "standard input" if source == "-" else source
             raise InferenceError(
-                f"{where}: no sound files there; folders are searched for {', '.join(sorted(audio_suffixes()))}."
+                f"{where}: no sound files there; folders are searched for {', '.join(sorted(AUDIO_SUFFIXES))}."
             )
         recordings += found
     return recordings
@@ -59,12 +82,8 @@ def _read_list(file: IO[str]) -> list[str]:
 
 
 def _search(folder: str) -> list[str]:
-    suffixes, found = audio_suffixes(), []
+    found: list[str] = []
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [
-            os.path.join(parent, name)
-            for name in sorted(names)
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes
-        ]
+        found += [os.path.join(parent, name) for name in sorted(names) if is_recording_name(name)]
     return found

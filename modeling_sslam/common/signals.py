@@ -22,7 +22,7 @@ class StopRequest:
     signal the whole process group, but the current update still needs its batches.
 
     Args:
-        abort: Called on a second SIGINT.
+        abort: Called on a SIGINT after the first signal.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -43,6 +43,7 @@ class StopRequest:
         self._before = {}
 
     def _shield(self) -> None:
+        # Python cannot unregister this function, so it must do nothing outside the context.
         if self._before:
             signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
             threading.Thread(target=self._obey_parent, daemon=True).start()
@@ -53,7 +54,7 @@ class StopRequest:
         os._exit(0)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        # Launchers forward a Ctrl-C as a SIGTERM as well, so only a second SIGINT comes from the user.
+        # Launchers also send a SIGTERM for each Ctrl-C, so a second SIGTERM does not mean that the user asks again.
         if number == signal.SIGINT and self.requested:
             self._abort()
         self.requested = True

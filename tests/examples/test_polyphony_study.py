@@ -1,4 +1,4 @@
-"""What the study makes of its runs' results; the runs themselves are commands with tests of their own."""
+"""Table and picture of the polyphony study. The commands that it runs have tests of their own."""
 
 import json
 
@@ -8,7 +8,7 @@ from examples import polyphony_study as study
 
 
 def scores(step: float) -> study.Scores:
-    """Two seeds: the encoders in steps, the numbers of sources in tenths of a step."""
+    """Return scores of two seeds that grow by `step` for each encoder and a tenth of it for each number of sources."""
     return {
         (protocol, name): {
             n: [step * i + step / 10 * k, step * i + step / 10 * k + 0.02] for k, n in enumerate(study.columns())
@@ -37,7 +37,7 @@ def test_table_and_picture(tmp_path):
     assert "over 2 seeds" in lines[0]
     rows = {tuple(cell.strip() for cell in line.split("|")[1:3]): line for line in lines[4:]}
     assert len(rows) == 1 + 2 * 5
-    # The fourth encoder with three sources: 0.3 + 0.02 and that plus 0.02.
+    # The fourth encoder with three sources has 0.3 + 0.02, and 0.02 more with the other seed.
     assert "| 33.0 ± 1.4 |" in rows["linear evaluation", "ua+pma"]
     assert rows["", "random scores"].count("5.0") == 6
     study.plot(scores(0.1), tmp_path / "table.png")

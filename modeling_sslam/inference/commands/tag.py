@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from ...common.audio import duration_seconds
+from ...common.decoding import duration_seconds
 from ...common.errors import ClipError
 from ...common.recordings import find_recordings
 from ..tagger import SSLAMTagger

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ...common.audio import duration_seconds
+from ...common.decoding import duration_seconds
 from ...common.errors import ClipError, InferenceError
 from ...common.files import replacing
 from ..tagger import SSLAMTagger

@@ -1,6 +1,6 @@
-"""A data set with an audio column as shards of rows whose audio is still encoded.
+"""Sounds of a data set with an audio column, shard by shard and still encoded.
 
-Nothing is decoded by `datasets`, which would need torchcodec for that, and nothing copied into its cache: local files
+`datasets` decodes nothing, because it would need torchcodec for that, and copies nothing into its cache: local files
 are read where they lie, and repositories on the Hub are streamed.
 """
 
@@ -10,24 +10,28 @@ from pathlib import Path
 import datasets
 from huggingface_hub import HfApi
 
-from ...common.encoded_audio import ID_COLUMNS, EncodedAudio
+from ...common.encoded_audio import EncodedAudio, find_audio_column, find_id_column
 from ...common.errors import InferenceError
 from .sounds import Sound, is_saved_dataset
 
-# A saved data set has no shards of its own; more than there will be processes.
+# A data set of `save_to_disk` can be cut into any number of shards; this is more than there will be processes.
 SAVED_DATASET_SHARDS = 1024
 
 
 class AudioDataset:
-    """The sounds of a data set, by shards that depend on nothing but the data.
+    """A data set whose sounds are shared out by shards. The shards depend on the data alone.
 
     Args:
         source: Id on the Hub, or a local folder of parquet, arrow or WebDataset shards or of `save_to_disk`.
-        audio_column, id_column: By default the only audio column, and the first of `video_id`, `id` and `__key__`
-            or, where there is none, the audio's own file name.
+        config_name: Configuration of a data set on the Hub.
+        split: The split to read.
+        revision: Branch, tag or commit of a data set on the Hub.
+        audio_column: By default the only audio column.
+        id_column: By default the first of `video_id`, `id` and `__key__`; without any, a sound's id is the name of its
+            audio file.
 
     Raises:
-        InferenceError: If it cannot be told which columns to read, naming those there are.
+        InferenceError: If the data set cannot be read or has no such columns. The message names the columns there are.
     """
 
     def __init__(
@@ -42,7 +46,7 @@ class AudioDataset:
         path = Path(source).expanduser()
         try:
             if not path.is_dir():
-                # A branch may move on before another call, and with it the rows.
+                # The commit, because a branch may move before the next call and then have other rows.
                 revision = HfApi().dataset_info(source, revision=revision).sha
             dataset = _open(path, source, config_name, split, revision)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -50,37 +54,30 @@ class AudioDataset:
         features = dataset.features
         if features is None:
             raise InferenceError(f"The columns of {source} are not known before it is read.")
-        if audio_column is None:
-            candidates = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
-            candidates = candidates or [name for name in ("audio",) if name in features]
-            if len(candidates) != 1:
-                raise InferenceError(
-                    f"{source} has {'several' if candidates else 'no'} audio columns; choose one of "
-                    f"{', '.join(candidates or features)} (--audio-column)."
-                )
-            audio_column = candidates[0]
-        id_column = id_column or next((name for name in ID_COLUMNS if name in features), None)
-        columns = [name for name in (audio_column, id_column) if name is not None]
-        for name in columns:
-            if name not in features:
-                raise InferenceError(f"{source} has no column {name!r}; it has {', '.join(features)}.")
-        self.audio_column, self.id_column = audio_column, id_column
+        try:
+            self.audio_column = find_audio_column(source, features, audio_column, "--audio-column")
+            self.id_column = find_id_column(source, features, id_column)
+        except ValueError as error:
+            raise InferenceError(str(error)) from error
         self.description = {
             "dataset": str(path.resolve()) if path.is_dir() else source,
             "config_name": config_name,
             "split": split,
             "revision": revision,
-            "audio_column": audio_column,
-            "id_column": id_column,
+            "audio_column": self.audio_column,
+            "id_column": self.id_column,
             "num_shards": dataset.num_shards,
         }
-        self.dataset = dataset.select_columns(list(dict.fromkeys(columns)))
-        self.dataset = self.dataset.cast_column(audio_column, EncodedAudio())
+        columns = [self.audio_column]
+        if self.id_column not in (None, self.audio_column):
+            columns.append(self.id_column)
+        self.dataset = dataset.select_columns(columns).cast_column(self.audio_column, EncodedAudio())
 
     def sounds(self, rank: int = 0, num_processes: int = 1) -> Iterator[Sound]:
-        """The share of one process. The keys are shard and row, whatever the number of processes.
+        """Read the sounds of one process.
 
-        Processes share out the shards; if there are more processes than shards, the rows of each.
+        Processes share out the shards or, if there are more processes than shards, the rows of every shard. A sound's
+        key is its shard and row, so it does not depend on the number of processes.
         """
         num_shards = self.dataset.num_shards
         by_row = num_shards < num_processes
@@ -88,7 +85,8 @@ class AudioDataset:
             for index, row in enumerate(self.dataset.shard(num_shards, shard)):
                 if by_row and index % num_processes != rank:
                     continue
-                key, audio = f"{shard:05d}-{index:07d}", row[self.audio_column] or {"bytes": b"", "path": None}
+                key = f"{shard:05d}-{index:07d}"
+                audio = row[self.audio_column] or {"bytes": b"", "path": None}
                 encoded = audio["bytes"] if audio["bytes"] is not None else audio["path"] or b""
                 name = row[self.id_column] if self.id_column else Path(audio["path"] or key).name
                 yield Sound(key, str(name), encoded)

@@ -1,12 +1,13 @@
-"""Sound to embeddings: recordings are cut into windows, windows go through the encoder in batches, states are pooled.
+"""Embeddings of sounds: recordings are cut into windows, and the encoder's states of each window are pooled.
 
-    for clip in embed(["recordings/"], "outputs/quickstart"):
+    for clip in embed(["recordings/"], "outputs/quickstart/classifier/model"):
         clip.name, clip.start, clip.end, clip.embedding          # "recordings/a.flac", 0.0, 10.24, (hidden_size,)
 
-A window is padded as in training, and its embedding is that of the same piece of sound by itself (see
-[`modeling_sslam.inference.windows`]). Decoding, resampling and the filter bank run in threads beside the model.
+A window is padded as in training. Its embedding equals that of the same piece of sound by itself (see
+[`modeling_sslam.inference.windows`]). Threads decode, resample and compute the filter bank while the model runs.
 """
 
+import math
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -33,23 +34,25 @@ from .sounds import Sound
 from .sources import open_sources
 
 if TYPE_CHECKING:
+    # Importing `datasets` takes a second, which sound files need not wait for.
     from .dataset import AudioDataset
 
-POOLINGS = ("cls", "mean", "frame", "patch")
+# Poolings of a window's states; see [`Embedder`].
+EMBEDDING_POOLINGS = ("cls", "mean", "frame", "patch")
 
 
 class Window(NamedTuple):
     """A piece of a sound: log-mel frames `(num_frames, num_mel_bins)`, neither padded nor normalised."""
 
     sound: Sound
-    index: int
+    number: int
     first_frame: int
     frames: torch.Tensor
     is_last: bool
 
 
 class Failure(NamedTuple):
-    """A sound that cannot be used, or not beyond the windows that came before this."""
+    """A sound that cannot be used, or not beyond the windows that were read before."""
 
     sound: Sound
     error: ClipError
@@ -59,14 +62,14 @@ class ClipEmbedding(NamedTuple):
     """The embedding of one window.
 
     Args:
-        name: The sound's path or id.
-        start, end: Of the window, in seconds from the beginning of the sound.
+        name: Path or id of the sound.
+        start, end: Limits of the window, in seconds from the beginning of the sound.
         embedding: float32. `(hidden_size,)` for pooling "cls" and "mean"; for "frame" `(time, hidden_size)`, one state
-            every `patch_size` frames (160 ms); for "patch" `(time, mel bands, hidden_size)`. Layer "all" puts an axis
+            every `patch_size` frames (160 ms); for "patch" `(time, mel bands, hidden_size)`. Layer "all" adds an axis
             in front: the embeddings' output, then one entry for each block.
-        key: Of the sound: its path, or where in a data set it is.
-        window: The window's number within the sound.
-        is_last: Whether the sound has no more.
+        key: Unique key of the sound: its path, or its place in a data set.
+        window: Number of the window within the sound.
+        is_last: Whether this is the last window of the sound.
     """
 
     name: str
@@ -79,21 +82,21 @@ class ClipEmbedding(NamedTuple):
 
 
 class Embedder:
-    """An encoder together with how sounds are cut and its states are pooled.
+    """An encoder, with the settings of windows and pooling.
 
     Args:
-        model: The encoder, on the device and in the precision it is to run in.
-        feature_extractor: That of the model.
+        model: The encoder, on the device and in the precision to compute in.
+        feature_extractor: The model's feature extractor.
         pooling: "cls": the CLS token. "mean": the mean over the patches that hold any of the clip. "frame": one
             vector every `patch_size` frames, the mean over frequency. "patch": every patch. Frames and patches that
             are padding throughout are left out.
-        layer: "last", "all", "mean" (over the blocks) or the number of a block, 0 being the embeddings' output.
+        layer: "last", "all", "mean" (over the blocks) or the number of a block; 0 is the embeddings' output.
         window: Length of a window in seconds; by default the feature extractor's `max_length` (10.24 s).
-        hop: From one window to the next, in seconds; by default `window`. The last window ends with the recording.
-        batch_size: Windows at a time. "auto" goes by the device's memory, and halves when it is not enough after all.
+        hop: Step from one window to the next in seconds; by default `window`. The last window ends with the recording.
+        batch_size: Windows per batch. "auto" chooses it by the device's free memory and halves it if that runs out.
 
     Raises:
-        InferenceError: If the model has no such layer or takes no such window.
+        InferenceError: If there is no such pooling, or if the model has no such layer or takes no such window.
     """
 
     def __init__(
@@ -107,8 +110,8 @@ class Embedder:
         batch_size: int | str = "auto",
     ) -> None:
         config, extractor = model.config, feature_extractor
-        if pooling not in POOLINGS:
-            raise InferenceError(f"pooling={pooling!r} is not one of {', '.join(POOLINGS)}.")
+        if pooling not in EMBEDDING_POOLINGS:
+            raise InferenceError(f"pooling={pooling!r} is not one of {', '.join(EMBEDDING_POOLINGS)}.")
         if layer not in ("last", "all", "mean", *range(config.num_hidden_layers + 1)):
             raise InferenceError(
                 f"layer={layer!r} is neither last, all, mean nor a number from 0 to {config.num_hidden_layers}."
@@ -130,8 +133,8 @@ class Embedder:
                 f"A hop of {hop} s is not between one frame, {1 / self.frames_per_second:g} s, and the window of "
                 f"{self.window / self.frames_per_second:g} s."
             )
-        # A window longer than the model was trained on is padded to a whole patch.
-        self.padded_length = max(extractor.max_length, -(-self.window // self.patch_frames) * self.patch_frames)
+        # A window longer than the training length is padded to whole patches.
+        self.padded_length = max(extractor.max_length, self.num_time_patches(self.window) * self.patch_frames)
         self.pooling = pooling
         self.layer = layer
         self.batch_size = batch_size
@@ -145,39 +148,39 @@ class Embedder:
         revision: str | None = None,
         **settings: Any,
     ) -> "Embedder":
-        """Loads the encoder of a folder or Hub repository that `save_pretrained` or `python -m conversion` wrote,
-        also of a classifier or of a pre-training checkpoint. No code from it is run.
+        """Load an encoder, also from a classifier or a pre-training checkpoint. No code from the folder is run.
 
         Args:
-            model: Folder, or OWNER/NAME.
+            model: Folder or Hub repository (OWNER/NAME) that `save_pretrained` or `python -m conversion` wrote.
             device: "auto" takes the accelerator of this machine, or else the CPU.
-            dtype: "auto" is what the weights were saved in; "int8", on a CPU, an approximation of float32.
+            dtype: "auto" takes the precision of the saved weights; "int8", on a CPU, approximates float32.
             revision: Branch, tag or commit on the Hub.
-            settings: See the class.
+            settings: Other arguments of the class.
 
         Raises:
-            InferenceError: If there is no SSLAM model there, or no such device, or for what the class raises it.
+            InferenceError: If there is no SSLAM model or no such device, or if the class raises it.
         """
         encoder, extractor = load_pretrained(SSLAMModel, model, device, dtype, revision)
         embedder = cls(encoder, extractor, **settings)
-        embedder.weights_crc32  # noqa: B018 - now, while the blocks have the weights that were loaded
+        embedder.weights_crc32  # noqa: B018 - computed and kept now, because packing changes the weights
         embedder.model = speed_up(encoder, dtype)
         return embedder
 
     @property
     def hidden_size(self) -> int:
+        """Size of a vector."""
         return self.model.config.hidden_size
 
     @cached_property
     def weights_crc32(self) -> str:
-        """Checksum of the weights, in eight hexadecimal digits."""
+        """CRC-32 of the weights, in eight hexadecimal digits."""
         checksum = 0
         for _, tensor in sorted(self.model.state_dict().items()):
             checksum = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy(), checksum)
         return f"{checksum:08x}"
 
     def settings(self) -> dict[str, Any]:
-        """All that the embeddings of a sound depend on, in plain values."""
+        """Return everything that the embedding of a sound depends on, as JSON values."""
         extractor = self.feature_extractor
         return {
             "weights_crc32": self.weights_crc32,
@@ -193,19 +196,22 @@ class Embedder:
             "attention_mask": bool(extractor.return_attention_mask),
         }
 
+    def num_time_patches(self, num_frames: int) -> int:
+        """Return the number of time steps of patches that hold any of `num_frames` frames."""
+        return math.ceil(num_frames / self.patch_frames)
+
     def windows(self, sound: Sound) -> Iterator[Window | Failure]:
-        """The windows of a sound, read in bounded memory; at the end what is wrong with it, if anything is."""
+        """Read the windows of a sound in bounded memory, and its failure at the end if it cannot be used."""
         blocks = waveform_blocks(sound.audio, self.feature_extractor.sampling_rate)
         on_device = (block.to(self.model.device) for block in blocks)
         previous = None
         try:
             pieces = cut_windows(stream_log_mel(on_device, self.feature_extractor), self.window, self.hop)
-            for index, (first_frame, frames) in enumerate(pieces):
+            for number, (first_frame, frames) in enumerate(pieces):
                 if previous is not None:
                     yield previous
-                previous = Window(sound, index, first_frame, frames.clone(), is_last=False)
-                if index < sound.first_window:
-                    previous = None
+                wanted = number >= sound.first_window
+                previous = Window(sound, number, first_frame, frames.clone(), is_last=False) if wanted else None
             if previous is not None:
                 yield previous._replace(is_last=True)
         except ClipError as error:
@@ -215,10 +221,8 @@ class Embedder:
 
     @torch.inference_mode()
     def states(self, windows: Sequence[Window]) -> torch.Tensor:
-        """The pooled states, padding included, on the model's device: `(num_windows, ..., hidden_size)`."""
-        frames = [window.frames for window in windows]
-        inputs = model_inputs(frames, self.padded_length, self.feature_extractor)
-        counts = torch.tensor(list(map(len, frames)), device=self.model.device)
+        """Compute the pooled states `(num_windows, ..., hidden_size)` on the model's device, with those of padding."""
+        inputs = model_inputs([window.frames for window in windows], self.padded_length, self.feature_extractor)
         outputs = self.model(**inputs, output_hidden_states=self.layer != "last")
         if self.layer == "last":
             states = outputs.last_hidden_state
@@ -236,35 +240,41 @@ class Embedder:
         steps = grid.mean(-2, dtype=torch.float32)
         if self.pooling == "frame":
             return steps
-        # The patches of a time step are all of the clip or none is, so the mean over steps is that over patches.
-        counts = -(-counts // self.patch_frames)
+        # All patches of a time step hold some of the clip or none does, so the mean over steps is that over patches.
+        counts = torch.tensor([self.num_time_patches(len(window.frames)) for window in windows], device=steps.device)
         weights = (torch.arange(steps.shape[-2], device=counts.device) < counts[:, None]) / counts[:, None]
         return (steps * weights.reshape(len(windows), *[1] * (steps.ndim - 3), -1, 1)).sum(-2)
 
     def clips(self, windows: Sequence[Window], states: list[torch.Tensor]) -> list[ClipEmbedding]:
-        """The embeddings of windows whose states were computed, in parts."""
+        """Return the embeddings of windows.
+
+        Args:
+            windows: The windows of a batch.
+            states: The results of [`states`] for the parts of the batch, in order.
+        """
         arrays = torch.cat(states).float().cpu().numpy()
         time_axis = {"frame": -2, "patch": -3}.get(self.pooling)
         clips = []
-        for (sound, index, first_frame, frames, is_last), array in zip(windows, arrays, strict=True):
+        for (sound, number, first_frame, frames, is_last), array in zip(windows, arrays, strict=True):
             if time_axis is not None:
-                array = array.take(range(-(-len(frames) // self.patch_frames)), axis=time_axis)
+                array = array.take(range(self.num_time_patches(len(frames))), axis=time_axis)
             start, end = first_frame / self.frames_per_second, (first_frame + len(frames)) / self.frames_per_second
-            clips.append(ClipEmbedding(sound.name, start, end, array, sound.key, index, is_last))
+            clips.append(ClipEmbedding(sound.name, start, end, array, sound.key, number, is_last))
         return clips
 
     def stream(
         self, sounds: Iterable[Sound], on_failure: Callable[[Sound, ClipError], Any]
     ) -> Generator[list[ClipEmbedding], None, None]:
-        """All windows of all sounds in their order, a batch at a time.
+        """Embed all windows of all sounds in their order, a batch at a time.
 
         Args:
             sounds: Iterated in another thread.
-            on_failure: Called with each sound that cannot be used and why.
+            on_failure: Called with each sound that cannot be used, and its error.
         """
-        size = self.batch_size
-        if size == "auto":
+        if isinstance(self.batch_size, str):
             size = choose_batch_size(self.model.config, self.padded_length, self.model.device, self.model.dtype)
+        else:
+            size = self.batch_size
 
         def usable(windows: Iterable[Window | Failure]) -> Iterator[Window]:
             for window in windows:
@@ -274,14 +284,14 @@ class Embedder:
                     yield window
 
         previous, trim = None, MemoryTrimmer()
-        with closing(prefetch(sounds, self.windows, items_ahead=2 * size)) as windows:
-            windows = usable(windows)
+        with closing(prefetch(sounds, self.windows, items_ahead=2 * size)) as produced:
+            windows = usable(produced)
             while batch := list(islice(windows, size)):
                 if self.batch_size == "auto":
                     states, size = compute_in_parts(self.states, batch, size)
                 else:
                     states = [self.states(batch)]
-                # On a GPU the next batch is begun before the last one's result is waited for.
+                # A GPU starts on the next batch before this thread waits for the result of the previous one.
                 if previous is not None:
                     yield previous()
                 previous = partial(self.clips, batch, states)
@@ -296,40 +306,42 @@ def embed(
     on_failure: Callable[[Sound, ClipError], Any] | None = None,
     **settings: Any,
 ) -> Iterator[ClipEmbedding]:
-    """The embeddings of sound files or a data set, window by window in their order: what `sslam embed` writes.
+    """Embed sound files or a data set, window by window in their order, as `sslam embed` does.
 
     Args:
         sources: A file, a folder, a pattern, several of these, or a data set: a folder of its shards, an id on the
-            Hub, or an [`AudioDataset`] for other than its split "train".
+            Hub, or an [`AudioDataset`] for another split than "train".
         model: Folder or Hub id of a model, or an [`Embedder`].
-        on_failure: Called with each sound that cannot be used and why; by default that is raised.
-        settings: Of [`Embedder.from_pretrained`], if `model` is none yet: `pooling`, `layer`, `window`, `hop`,
-            `device`, `dtype`, `batch_size`, `revision`.
+        on_failure: Called with each sound that cannot be used, and its error; by default the error is raised.
+        settings: Arguments of [`Embedder.from_pretrained`], unless `model` is an [`Embedder`]: `pooling`, `layer`,
+            `window`, `hop`, `device`, `dtype`, `batch_size`, `revision`.
+
+    Yields:
+        The embedding of each window.
 
     Raises:
-        InferenceError: If there are no such files, or for what [`Embedder`] raises it.
-        ClipError: If a sound cannot be used, unless `on_failure` is given.
+        InferenceError: If there are no such files, or if [`Embedder`] raises it.
+        ClipError: If a sound cannot be used and `on_failure` is not given.
 
     Example:
-
     ```python
     >>> from modeling_sslam.inference import embed
 
-    >>> clips = list(embed("tests/fixtures/audio", "outputs/quickstart", pooling="mean"))
+    >>> clips = list(embed("tests/fixtures/audio", "outputs/quickstart/classifier/model", pooling="mean"))
     >>> clips[0].name, clips[0].embedding.shape
-    ('tests/fixtures/audio/ambi_choir.flac', (32,))
+    ('tests/fixtures/audio/ambi_choir.flac', (96,))
     ```
     """
     if not isinstance(model, Embedder):
         model = Embedder.from_pretrained(model, **settings)
     if isinstance(sources, (str, Path)):
         sources = [sources]
-    if not hasattr(sources, "sounds"):
-        sources = open_sources(sources)
-    if isinstance(sources, list):
-        sounds = (Sound(path, path, path) for path in find_recordings(sources))
+    opened = open_sources(sources) if isinstance(sources, Iterable) else sources
+    sounds: Iterable[Sound]
+    if isinstance(opened, list):
+        sounds = (Sound(path, path, path) for path in find_recordings(opened))
     else:
-        sounds = sources.sounds()
+        sounds = opened.sounds()
 
     def fail(sound: Sound, error: ClipError) -> None:
         raise error

@@ -1,17 +1,19 @@
 """Embeddings of any number of sounds as a folder of Parquet, by one process or many, which may be killed at any time.
 
-OUT/data/*.parquet    the rows; README.md in the same folder says what is in them and how to read them
-OUT/settings.json     what they were made with: to go on with anything else is refused
-OUT/failures.csv      the sounds that could not be used, which every call tries again
+OUT/data/*.parquet    the rows, one vector each
+OUT/README.md         the columns and how to read them
+OUT/settings.json     the settings; continuing with other settings is refused
+OUT/failures.csv      the sounds that could not be used; every call tries them again
 """
 
 import csv
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,17 +23,18 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ...common.errors import ClipError, InferenceError
-from ...common.files import replacing
+from ...common.files import write_text
 from ...common.recordings import find_recordings
-from .embedder import Embedder
-from .shards import Progress, ShardWriter, read_progress, remove_leftovers
+from .embedder import ClipEmbedding, Embedder
+from .shards import ShardProgress, ShardWriter, read_progress, remove_leftovers
 from .sounds import Sound
 from .table import COLUMNS, table_schema, to_table
 
 if TYPE_CHECKING:
+    # Importing `datasets` takes a second, which sound files need not wait for.
     from .dataset import AudioDataset
 
-# The first process to finish waits for the last, however long that takes.
+# The first process to finish waits for the last one for as long as that takes.
 PATIENCE = timedelta(days=365)
 CARD = """\
 ---
@@ -45,7 +48,7 @@ tags:
 # Embeddings by {model}
 
 Vectors of {size} numbers ({dtype_out}) of {source}: pooling {pooling}, layer {layer}, a window of {window:g} s every
-{hop:g} s. `settings.json` has every setting, `failures.csv` (where there is one) the sounds that could not be used.
+{hop:g} s. `settings.json` has every setting. `failures.csv`, if it exists, lists the sounds that could not be used.
 
 | column | |
 |---|---|
@@ -63,7 +66,7 @@ duckdb.sql("SELECT {key}, count(*) FROM '{out}/data/*.parquet' GROUP BY {key}")
 
 
 class Summary(NamedTuple):
-    """Sounds that the folder holds whole, those that could not be used, and whether work was stopped."""
+    """Number of sounds that the folder holds whole, number of unusable ones, and whether the call was stopped."""
 
     num_sounds: int
     num_failures: int
@@ -71,16 +74,25 @@ class Summary(NamedTuple):
 
 
 class Processes(NamedTuple):
-    """This process among those that work together, as `accelerate launch` or torchrun started them."""
+    """This process among those that `accelerate launch` or torchrun started together.
+
+    Args:
+        rank: Number of this process.
+        num_processes: Number of all processes.
+        device: Device of this process, or "auto".
+        wait: Waits for all processes.
+        broadcast: Returns the first process's value in all processes.
+    """
 
     rank: int
-    count: int
+    num_processes: int
     device: str | torch.device
     wait: Callable[[], None]
     broadcast: Callable[[Any], Any]
 
     @classmethod
     def find(cls) -> "Processes":
+        """Join the processes of this launch."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls(0, 1, "auto", lambda: None, lambda value: value)
         from accelerate import PartialState
@@ -96,6 +108,22 @@ class Processes(NamedTuple):
         )
 
 
+class Plan(NamedTuple):
+    """The decisions of the first process, which all processes follow.
+
+    Args:
+        settings: All that the rows depend on.
+        progress: The sounds that the folder holds.
+        paths: The sound files that are still to be embedded; empty for a data set.
+        call: Number of this call, for the names of its shards.
+    """
+
+    settings: dict[str, Any]
+    progress: ShardProgress
+    paths: list[str]
+    call: int
+
+
 def embed_to_folder(
     sources: "list[str] | AudioDataset",
     out: str | Path,
@@ -106,16 +134,20 @@ def embed_to_folder(
     should_stop: Callable[[], bool] = lambda: False,
     processes: Processes | None = None,
 ) -> Summary:
-    """Embeds what `out` does not hold yet.
+    """Embed the sounds that a folder does not hold yet.
 
     Args:
         sources: Files, folders and patterns as for [`find_recordings`], or a data set.
-        out: Folder to write, or to go on with. Processes on several machines must see the same one.
-        model_id: What the column `model` is to say.
-        dtype: Of the vectors: "float32" or "float16".
-        shard_rows: Rows of a file, about; by default as many as make 128 MB.
-        should_stop: Asked after every batch; what was embedded until then is kept.
-        processes: By default those of this launch.
+        out: Folder to write or to continue. Processes on several machines must see the same one.
+        embedder: The embedder, whose settings may not change from call to call.
+        model_id: Content of the column `model`.
+        dtype: Type of the vectors, "float32" or "float16".
+        shard_rows: Approximate number of rows of a shard; by default its size is 128 MB.
+        should_stop: Called after every batch. If it returns true, the call ends and keeps what it has embedded.
+        processes: By default the processes of this launch.
+
+    Returns:
+        The content of the folder after this call.
 
     Raises:
         InferenceError: If `out` was begun with other settings, is being written by another call or holds other files.
@@ -123,31 +155,14 @@ def embed_to_folder(
     out, processes = Path(out), processes or Processes.find()
     key = "path" if isinstance(sources, list) else "row"
     schema = table_schema(embedder, key, dtype)
-    lock, plan = FileLock(out / ".lock"), None
+    lock = FileLock(out / ".lock")
     try:
-        if processes.rank == 0:
-            try:
-                plan = _plan(sources, out, embedder, model_id, dtype, schema, lock)
-            except InferenceError as error:
-                plan = error
-        # Decided once: another process might see other files, or shards that the first has written since.
-        plan = processes.broadcast(plan)
-        if isinstance(plan, InferenceError):
-            raise plan
-        settings, progress, paths, call = plan
-        if isinstance(sources, list):
-            paths = paths[processes.rank :: processes.count]
-            sounds = (Sound(path, path, path, progress.begun.get(path, 0)) for path in paths)
-        else:
-            sounds = (
-                sound._replace(first_window=progress.begun.get(sound.key, 0))
-                for sound in sources.sounds(processes.rank, processes.count)
-                if sound.key not in progress.done
-            )
-        prefix = f"embeddings-{call:04d}-{processes.rank:05d}"
-        writer = ShardWriter(out / "data", prefix, schema, key, {"sslam.settings": settings}, shard_rows)
-        total = len(paths) if isinstance(sources, list) else None
-        # One bar for all: that of the first process, whose share is like the others'.
+        plan = _agree(processes, partial(_plan, sources, out, embedder, model_id, dtype, schema, lock))
+        prefix = f"embeddings-{plan.call:04d}-{processes.rank:05d}"
+        writer = ShardWriter(out / "data", prefix, schema, key, {"sslam.settings": plan.settings}, shard_rows)
+        sounds = _remaining_sounds(sources, plan, processes)
+        total = len(sounds) if isinstance(sounds, list) else None
+        # Only the first process shows a bar, because the shares are alike.
         disable = None if processes.rank == 0 else True
         with tqdm(total=total, unit="sound", desc="Embedding", disable=disable, dynamic_ncols=True) as bar:
 
@@ -155,21 +170,12 @@ def embed_to_folder(
                 _record_failure(out, sound, error)
                 bar.update()
 
-            num_windows, stopped = 0, False
             with closing(embedder.stream(sounds, on_failure)) as batches:
-                for clips in batches:
-                    rows = to_table(clips, embedder, schema, model_id)
-                    writer.write(rows, [(clip.key, clip.window, clip.is_last) for clip in clips])
-                    writer.publish_if_full()
-                    num_windows += len(clips)
-                    bar.update(sum(clip.is_last for clip in clips))
-                    # Also drawn where a recording goes on for hours.
-                    bar.set_postfix(windows=num_windows)
-                    if stopped := should_stop():
-                        break
+                to_rows = partial(to_table, embedder=embedder, schema=schema, model_id=model_id)
+                stopped = _write_batches(batches, writer, to_rows, bar, should_stop)
         writer.publish()
         if not stopped:
-            # A launcher ends all processes once one has an error to report.
+            # A launcher ends all processes as soon as one ends with an error status, so the last one must be done.
             processes.wait()
         return Summary(len(read_progress(out / "data", key).done), len(read_failures(out)), stopped)
     finally:
@@ -177,7 +183,7 @@ def embed_to_folder(
 
 
 def read_failures(out: Path) -> list[dict[str, str]]:
-    """The rows of `failures.csv`: path (or id), reason and detail."""
+    """Read the rows of `failures.csv`: path (or id), reason and detail."""
     path = out / "failures.csv"
     if not path.exists():
         return []
@@ -185,13 +191,21 @@ def read_failures(out: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-class Plan(NamedTuple):
-    """What all processes are to know before they begin; `paths` are the files still to embed."""
+def _agree(processes: Processes, make_plan: Callable[[], Plan]) -> Plan:
+    """Let the first process plan for all, or raise its error in all.
 
-    settings: dict[str, Any]
-    progress: Progress
-    paths: list[str]
-    call: int
+    Another process might see other files, or shards that the first one has written since.
+    """
+    plan: Plan | InferenceError | None = None
+    if processes.rank == 0:
+        try:
+            plan = make_plan()
+        except InferenceError as error:
+            plan = error
+    plan = processes.broadcast(plan)
+    if isinstance(plan, InferenceError):
+        raise plan
+    return plan
 
 
 def _plan(
@@ -203,7 +217,7 @@ def _plan(
     schema: pa.Schema,
     lock: FileLock,
 ) -> Plan:
-    """Takes the folder for this call and sees what is to be done."""
+    """Lock the folder for this call, prepare it and list what is to be embedded."""
     files = None
     if isinstance(sources, list):
         files = list(dict.fromkeys(os.path.normpath(path) for path in find_recordings(sources)))
@@ -220,19 +234,23 @@ def _plan(
 
 
 def _settings(embedder: Embedder, model_id: str, dtype: str, source: "list[str] | AudioDataset") -> dict[str, Any]:
-    """All that the rows depend on, in plain values."""
+    """Return everything that the rows depend on, as JSON values."""
     if not isinstance(source, list):
         description = source.description
     elif all(os.path.isabs(path) for path in source):
         description = {"files": "by absolute path"}
     else:
-        # The same file must have the same path in every call, or it would be embedded twice.
+        # A relative path means another file in another folder, and the same file would be embedded twice.
         description = {"files": f"by path from {os.getcwd()}"}
     return {"model": model_id, **embedder.settings(), "dtype_out": dtype, "source": description}
 
 
 def _begin(out: Path, settings: dict[str, Any], schema: pa.Schema) -> None:
-    """Makes the folder ready for another call, unless it was begun with other settings."""
+    """Prepare the folder for a call.
+
+    Raises:
+        InferenceError: If the folder was begun with other settings or holds other files.
+    """
     path = out / "settings.json"
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -251,21 +269,58 @@ def _begin(out: Path, settings: dict[str, Any], schema: pa.Schema) -> None:
         **{name: settings[name] for name in ("model", "dtype_out", "pooling", "layer", "window", "hop")},
     )
     for target, text in ((out / "README.md", card), (path, json.dumps(settings, indent=2) + "\n")):
-        with replacing(target) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(target, text)
     (out / "failures.csv").unlink(missing_ok=True)
     remove_leftovers(out / "data")
 
 
 def _next_call(folder: Path) -> int:
+    """Return the number of this call: one more than any in the names of the shards."""
     return 1 + max((int(path.name.split("-")[1]) for path in folder.glob("embeddings-*.parquet")), default=-1)
 
 
+def _remaining_sounds(
+    sources: "list[str] | AudioDataset", plan: Plan, processes: Processes
+) -> list[Sound] | Iterator[Sound]:
+    """Return this process's share of the sounds that are still to be embedded."""
+    begun = plan.progress.begun
+    if isinstance(sources, list):
+        paths = plan.paths[processes.rank :: processes.num_processes]
+        return [Sound(path, path, path, begun.get(path, 0)) for path in paths]
+    return (
+        sound._replace(first_window=begun.get(sound.key, 0))
+        for sound in sources.sounds(processes.rank, processes.num_processes)
+        if sound.key not in plan.progress.done
+    )
+
+
+def _write_batches(
+    batches: Iterable[list[ClipEmbedding]],
+    writer: ShardWriter,
+    to_rows: Callable[[list[ClipEmbedding]], pa.Table],
+    bar: tqdm,
+    should_stop: Callable[[], bool],
+) -> bool:
+    """Write batches until there are no more or `should_stop` says so. Return whether it did."""
+    num_windows = 0
+    for clips in batches:
+        writer.write(to_rows(clips), [(clip.key, clip.window, clip.is_last) for clip in clips])
+        writer.publish_if_full()
+        num_windows += len(clips)
+        bar.update(sum(clip.is_last for clip in clips))
+        # This also redraws the bar, which a recording of hours would not advance.
+        bar.set_postfix(windows=num_windows)
+        if should_stop():
+            return True
+    return False
+
+
 def _record_failure(out: Path, sound: Sound, error: ClipError) -> None:
+    """Report an unusable sound on standard error and append it to `failures.csv`."""
     tqdm.write(f"{sound.name}: {error}", file=sys.stderr)
     path = out / "failures.csv"
     with FileLock(out / ".failures.lock"), open(path, "a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         if not file.tell():
             writer.writerow(("path" if sound.key == sound.name else "id", "reason", "detail"))
-        writer.writerow((sound.name, error.reason, str(error).removeprefix(f"{error.reason}: ")))
+        writer.writerow((sound.name, error.reason, error.detail))

@@ -1,9 +1,9 @@
-"""A growing table of Parquet files that is whole whenever its writer is killed, and that itself says what is done.
+"""A table of Parquet files that grows, is whole whenever its writer is killed, and records by itself what is done.
 
-The rows of a table belong to items (recordings), and within an item to windows, numbered from 0. A writer fills one
-hidden file at a time and renames it into its place. An item whose rows do not all lie in that one file is named in the
-file's metadata with the windows that do, so that reading the key column and the metadata of all files tells which
-items are done and where to go on with the others. There is no other record that could disagree with the rows.
+The rows of the table belong to items (recordings), and within an item to windows, numbered from 0. A writer fills one
+hidden file at a time and renames it into its place. The metadata of a file names every item whose rows do not all lie
+in that file, with the windows that do. The key column and the metadata of all files therefore tell which items are
+done and where to go on with the others. No other record exists that could contradict the rows.
 """
 
 import json
@@ -16,43 +16,44 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ...common.errors import InferenceError
-from ...common.files import TEMPORARY_PREFIX, force_to_disk
+from ...common.files import TEMPORARY_PREFIX, publish
 
 PARTS_KEY = b"sslam.parts"
-# Shards of this size suit the Hub and every reader; on slow machines the time bounds what a kill can cost.
+# Shards of this size suit the Hub and every reader. On slow machines the time limits how much work a kill can lose.
 SHARD_BYTES = 128 << 20
 SHARD_SECONDS = 300
-# What a writer holds in memory before it encodes it.
+# Rows are held in memory up to this size and then encoded.
 ROW_GROUP_BYTES = 16 << 20
 
 
 class ShardError(InferenceError):
-    """A folder of shards that cannot be continued; the message says what to do."""
+    """A folder of shards cannot be continued. The message says what to do."""
 
 
 class Part(NamedTuple):
-    """The windows `first` to `stop` (exclusive) of an item, and whether these end it."""
+    """The windows `first` to `stop` (exclusive) of an item, and whether the last of them ends it."""
 
     first: int
     stop: int
     ends: bool
 
 
-class Progress(NamedTuple):
-    """What a folder of shards holds: items that are done, and the next window of those that are begun."""
+class ShardProgress(NamedTuple):
+    """Content of a folder of shards: the items that are done, and the next window of those that are begun."""
 
     done: set[str]
     begun: dict[str, int]
 
 
-def read_progress(folder: Path, key: str) -> Progress:
-    """What the shards in `folder` hold by their own account.
+def read_progress(folder: Path, key: str) -> ShardProgress:
+    """Read which items the shards in a folder hold.
 
     Args:
+        folder: The folder of the shards.
         key: The column that names a row's item.
 
     Raises:
-        ShardError: If a file is no shard, or if windows of an item are missing before others that are there.
+        ShardError: If a file is no shard, or if an item has a window but not all windows before it.
     """
     done: set[str] = set()
     parts: dict[str, list[Part]] = {}
@@ -83,17 +84,19 @@ def read_progress(folder: Path, key: str) -> Progress:
             done.add(item)
         else:
             begun[item] = stop
-    return Progress(done, begun)
+    return ShardProgress(done, begun)
 
 
 class ShardWriter:
-    """Writes one process's rows, a shard after the other.
+    """Write the rows of one process, one shard after the other.
 
     Args:
-        folder: Where the shards go, as `{prefix}-00000.parquet` and so on.
-        prefix: Of this writer alone.
-        metadata: Goes into every file.
-        max_rows: Rows of a shard, about; by default as many as make `SHARD_BYTES` of uncompressed columns.
+        folder: The folder of the shards, which are named `{prefix}-00000.parquet` and so on.
+        prefix: A prefix that no other writer has.
+        schema: The columns.
+        key: The column that names a row's item.
+        metadata: JSON values for the metadata of every file.
+        max_rows: Approximate number of rows of a shard; by default it has `SHARD_BYTES` of uncompressed columns.
     """
 
     def __init__(
@@ -102,7 +105,7 @@ class ShardWriter:
         self.folder = folder
         self.prefix = prefix
         self.schema = schema.with_metadata({name: json.dumps(value) for name, value in metadata.items()})
-        # A dictionary of numbers that hardly repeat only costs time.
+        # Numbers hardly repeat, so a dictionary of them only costs time.
         self.dictionary_columns = [field.name for field in schema if pa.types.is_string(field.type)]
         self.key = key
         self.max_rows = max_rows
@@ -118,11 +121,19 @@ class ShardWriter:
         self.opened = time.monotonic()
 
     def write(self, rows: pa.Table, windows: Iterable[tuple[str, int, bool]]) -> None:
-        """Adds the rows of whole windows: each window's item, its number, and whether it is the item's last."""
+        """Add the rows of whole windows.
+
+        Args:
+            rows: The rows of all these windows.
+            windows: The item and the number of each window, and whether it is the item's last.
+
+        Raises:
+            ValueError: If a window does not follow the item's previous one.
+        """
         for item, window, ends in windows:
             part = self.parts.get(item, Part(window, window, False))
             if window != part.stop:
-                raise ValueError(f"window {window} of {item} does not follow on {part.stop - 1}")
+                raise ValueError(f"window {window} of {item} does not follow window {part.stop - 1}")
             self.parts[item] = Part(part.first, window + 1, ends)
         self.buffer.append(rows)
         self.num_rows += len(rows)
@@ -132,36 +143,36 @@ class ShardWriter:
             self._flush()
 
     def publish_if_full(self) -> None:
-        """To be called between batches."""
+        """Publish the shard if it is large or old enough. Call it between batches."""
         full = self.num_bytes >= SHARD_BYTES if self.max_rows is None else self.num_rows >= self.max_rows
         if full or time.monotonic() - self.opened >= SHARD_SECONDS:
             self.publish()
 
     def publish(self) -> None:
-        """Gives the shard so far its name, whole and on disk, and begins another."""
+        """Give the shard its name, whole and on disk, and begin another."""
         if not self.parts:
             self._open()
             return
-        self._flush()
+        file = self._flush()
         partly = {item: part for item, part in self.parts.items() if part.first > 0 or not part.ends}
-        self.file.add_key_value_metadata({PARTS_KEY: json.dumps(partly)})
-        self.file.close()
-        force_to_disk(self.temporary)
-        self.temporary.rename(self.folder / f"{self.prefix}-{self.num_shards:05d}.parquet")
-        force_to_disk(self.folder)
+        file.add_key_value_metadata({PARTS_KEY: json.dumps(partly)})
+        file.close()
+        publish(self.temporary, self.folder / f"{self.prefix}-{self.num_shards:05d}.parquet")
         self.num_shards += 1
         self._open()
 
-    def _flush(self) -> None:
+    def _flush(self) -> pq.ParquetWriter:
+        """Encode the rows in memory and return the open file."""
         if self.file is None:
             self.file = pq.ParquetWriter(self.temporary, self.schema, use_dictionary=self.dictionary_columns)
         if self.buffer:
             rows = pa.concat_tables(self.buffer).combine_chunks()
             self.file.write_table(rows.cast(self.schema), row_group_size=len(rows))
         self.buffer, self.buffered_bytes = [], 0
+        return self.file
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what killed writers left half-written."""
+    """Remove the unfinished files of killed writers."""
     for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
         path.unlink()

@@ -3,19 +3,19 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from ...common.recordings import audio_suffixes
+from ...common.recordings import AUDIO_SUFFIXES
 
 DATASET_SUFFIXES = {".parquet", ".arrow", ".tar"}
 
 
 class Sound(NamedTuple):
-    """Something to embed.
+    """One sound to embed.
 
     Args:
-        key: What tells it apart from the others.
-        name: What its user calls it.
+        key: Unique key: the path, or the place in a data set.
+        name: The user's name for it: the path, or an id.
         audio: Path of its file, or the encoded bytes.
-        first_window: Windows before this are not wanted.
+        first_window: The first window to embed; those before it are skipped.
     """
 
     key: str
@@ -25,17 +25,19 @@ class Sound(NamedTuple):
 
 
 def is_saved_dataset(path: Path) -> bool:
-    """Whether a folder is what `save_to_disk` of `datasets` wrote."""
+    """Tell whether `save_to_disk` of `datasets` wrote a folder."""
     return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def is_dataset(source: str) -> bool:
-    """Whether a source names a data set rather than sound files: a folder that has shards of one and no sound files,
-    or an id on the Hub."""
+    """Tell whether a source names a data set and not sound files.
+
+    A data set is a folder that `save_to_disk` wrote, a folder with shards and without sound files, or a Hub id.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
         suffixes = {file.suffix.lower() for file in path.rglob("*")}
-        return is_saved_dataset(path) or (bool(suffixes & DATASET_SUFFIXES) and not suffixes & audio_suffixes())
+        return is_saved_dataset(path) or (bool(suffixes & DATASET_SUFFIXES) and not suffixes & AUDIO_SUFFIXES)
     owner, _, name = source.partition("/")
     is_id = bool(owner and name) and not set(source) & set("*?[") and "/" not in name
-    return is_id and not path.exists() and path.suffix.lower() not in audio_suffixes()
+    return is_id and not path.exists() and path.suffix.lower() not in AUDIO_SUFFIXES

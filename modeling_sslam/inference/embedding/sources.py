@@ -10,21 +10,25 @@ from ...common.errors import InferenceError
 from .sounds import is_dataset
 
 if TYPE_CHECKING:
+    # Importing `datasets` takes a second, which sound files need not wait for.
     from .dataset import AudioDataset
 
 
 def open_sources(sources: Iterable[str | Path], **options: Any) -> list[str] | AudioDataset:
-    """The sources as they are, or the data set that the only one names.
+    """Open a data set if the only source names one, or else return the sources as they are.
 
     Args:
-        options: Of [`AudioDataset`].
+        sources: Files, folders and patterns, or one data set.
+        options: Options of [`AudioDataset`].
+
+    Raises:
+        InferenceError: If a data set is one source among others, or if it cannot be read.
     """
-    sources = [str(source) for source in sources]
-    if not any(is_dataset(source) for source in sources):
-        return sources
-    if len(sources) > 1:
+    names = [str(source) for source in sources]
+    if not any(is_dataset(name) for name in names):
+        return names
+    if len(names) > 1:
         raise InferenceError("A data set is embedded by itself; name other files and folders in another call.")
-    # Here, because importing `datasets` takes a second that sound files need not wait for.
     from .dataset import AudioDataset
 
-    return AudioDataset(sources[0], **options)
+    return AudioDataset(names[0], **options)

@@ -1,4 +1,4 @@
-"""Embeddings as rows: one vector a row, in a list of fixed size, beside what it is the vector of."""
+"""Embeddings as table rows: one vector a row, as a list of fixed size, with the place that it stands for."""
 
 import math
 from collections.abc import Iterable
@@ -10,33 +10,36 @@ import pyarrow as pa
 from ...common.errors import InferenceError
 from .embedder import ClipEmbedding, Embedder
 
-# What a clip's embedding has an axis for, besides the vectors' own.
-POOLED_AXES = {"cls": (), "mean": (), "frame": ("time",), "patch": ("time", "mel_band")}
+# The axes of a window's embedding before the vector's own, by pooling.
+POOLED_AXES: dict[str, tuple[str, ...]] = {"cls": (), "mean": (), "frame": ("time",), "patch": ("time", "mel_band")}
 COLUMNS = {
     "path": "The sound file.",
-    "row": "Shard and row in the data set.",
-    "id": "What the data set calls the sound.",
-    "start": "Seconds from the beginning of the sound to what the vector stands for.",
-    "end": "Seconds to where that ends.",
+    "row": "Shard and row of the sound in the data set.",
+    "id": "Id of the sound in the data set.",
+    "start": "Start of the vector's stretch, in seconds from the beginning of the sound.",
+    "end": "End of the vector's stretch, in seconds from the beginning of the sound.",
     "window": "Number of the window within the sound.",
-    "mel_band": "Row of patches: 0 is the lowest frequencies.",
-    "layer": "Block whose output it is: 0 is the embeddings' output.",
-    "model": "The model's folder or Hub id.",
+    "mel_band": "Row of patches; 0 holds the lowest frequencies.",
+    "layer": "Number of the block whose output the vector is; 0 is the embeddings' output.",
+    "model": "Folder or Hub id of the model.",
     "embedding": "The vector.",
 }
 
 
 def axes_of(embedder: Embedder) -> tuple[str, ...]:
-    """What the axes of `ClipEmbedding.embedding` stand for, without the last."""
+    """Return the names of the axes of `ClipEmbedding.embedding` without the last."""
     return (*(("layer",) if embedder.layer == "all" else ()), *POOLED_AXES[embedder.pooling])
 
 
 def table_schema(embedder: Embedder, key: str, dtype: str) -> pa.Schema:
-    """The columns, of which some are there only where the rows differ in them.
+    """Return the columns of the table.
+
+    `window`, `mel_band` and `layer` are left out unless a window has several vectors that they tell apart.
 
     Args:
-        key: "path", or "row" for the rows of a data set, which have an "id" besides.
-        dtype: "float32" or "float16".
+        embedder: The embedder of the rows.
+        key: "path", or "row" for the sounds of a data set, which also have an "id".
+        dtype: Type of the vectors, "float32" or "float16".
     """
     axes = axes_of(embedder)
     columns = [(name, pa.string()) for name in ((key,) if key == "path" else (key, "id"))]
@@ -48,10 +51,16 @@ def table_schema(embedder: Embedder, key: str, dtype: str) -> pa.Schema:
 
 
 def to_table(clips: list[ClipEmbedding], embedder: Embedder, schema: pa.Schema, model_id: str) -> pa.Table:
-    """The rows of some clips, in the columns of [`table_schema`].
+    """Return the rows of embeddings.
+
+    Args:
+        clips: The embeddings, at least one.
+        embedder: The embedder that computed them.
+        schema: The columns, from [`table_schema`].
+        model_id: Content of the column `model`.
 
     Raises:
-        InferenceError: If a value is not finite in the precision asked for.
+        InferenceError: If a value is not finite in the precision of the column.
     """
     axes, vector_type = axes_of(embedder), schema.field("embedding").type
     dtype = np.dtype(vector_type.value_type.to_pandas_dtype())
@@ -59,7 +68,7 @@ def to_table(clips: list[ClipEmbedding], embedder: Embedder, schema: pa.Schema, 
         values = np.concatenate([clip.embedding.ravel() for clip in clips]).astype(dtype)
     if not np.isfinite(values).all():
         raise InferenceError(
-            f"The model gives values that {dtype} does not hold. Compute and write in float32 (--dtype float32, "
+            f"The embeddings have values that {dtype} cannot hold. Compute and write in float32 (--dtype float32, "
             "--dtype-out float32); if that does not help, the model's weights are broken."
         )
     shapes = [clip.embedding.shape[:-1] for clip in clips]

@@ -1,6 +1,7 @@
-"""Recordings in blocks, against the same recordings read and resampled whole."""
+"""Recordings in blocks, compared with the same recordings read and resampled whole."""
 
 import os
+import pickle
 import sys
 import threading
 import types
@@ -14,8 +15,10 @@ import torchaudio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_sslam.common import audio
-from modeling_sslam.common.audio import StreamResampler, duration_seconds, resample, waveform_blocks
+from modeling_sslam.common import decoding
+from modeling_sslam.common.audio import read_waveform, waveform_blocks
+from modeling_sslam.common.decoding import duration_seconds
+from modeling_sslam.common.resampling import StreamResampler, resample
 from modeling_sslam.inference import ClipError, InferenceError, stream_blocks
 
 
@@ -24,7 +27,7 @@ from modeling_sslam.inference import ClipError, InferenceError, stream_blocks
 def test_blocks_joined_are_the_resampled_whole(write_sound, rate, block_seconds):
     path = write_sound("sound.wav", seconds=1.37, rate=rate, channels=2)
     samples = torch.from_numpy(soundfile.read(path, dtype="float32")[0]).mean(1)
-    # Where the rates' ratio is simple, torchaudio's own function takes it.
+    # torchaudio's own function takes rates whose ratio is simple.
     whole = (resample if rate == 11_127 else torchaudio.functional.resample)(samples, rate, 16_000)
     joined = torch.cat(list(stream_blocks(str(path), 16_000, block_seconds)))
     assert joined.dtype == torch.float32
@@ -45,13 +48,13 @@ def test_resampler_takes_blocks_of_any_size(rate, sizes):
 
 
 def test_a_long_file_is_never_held_whole(tmp_path, monkeypatch):
-    """Half an hour at 8 kHz: blocks must have gone before the next but one is read."""
+    """At most two blocks of half an hour at 8 kHz are in memory at a time."""
     path = tmp_path / "long.wav"
     with soundfile.SoundFile(path, "w", 8_000, 1, "PCM_16") as file:
         minute = (0.1 * np.random.default_rng(0).standard_normal(60 * 8_000)).astype(np.float32)
         for _ in range(30):
             file.write(minute)
-    read, alive, most, reads = audio._read, set(), 0, 0
+    read, alive, most, reads = decoding._read, set(), 0, 0
 
     def watched(file, num_frames):
         nonlocal most, reads
@@ -63,7 +66,7 @@ def test_a_long_file_is_never_held_whole(tmp_path, monkeypatch):
         assert block.numel() <= 20 * 8_000
         return block
 
-    monkeypatch.setattr(audio, "_read", watched)
+    monkeypatch.setattr(decoding, "_read", watched)
     longest = total = 0
     for block in stream_blocks(str(path), 16_000, block_seconds=20.0):
         longest, total = max(longest, block.untyped_storage().nbytes()), total + len(block)
@@ -110,7 +113,7 @@ def test_a_damaged_flac(write_sound):
 
 
 def fake_ffmpeg(folder, monkeypatch, script: str) -> None:
-    """Stands in for the program, which the tests do not require: m4a and webm themselves need it."""
+    """Put a script in the place of the program ffmpeg, which the tests do not require."""
     program = folder / "bin" / "ffmpeg"
     program.parent.mkdir()
     program.write_text(f"#!{sys.executable}\n{script}")
@@ -118,7 +121,7 @@ def fake_ffmpeg(folder, monkeypatch, script: str) -> None:
     monkeypatch.setenv("PATH", str(program.parent))
 
 
-def test_what_libsndfile_cannot_read_streams_from_ffmpeg(tmp_path, monkeypatch, write_sound):
+def test_ffmpeg_streams_files_that_libsndfile_cannot_read(tmp_path, monkeypatch, write_sound):
     stereo = np.random.default_rng(0).uniform(-1, 1, (20_000, 2)).astype(np.float32)
     soundfile.write(tmp_path / "sound.au", stereo, 8_000, subtype="FLOAT", endian="BIG", format="AU")
     path = tmp_path / "-odd:name.m4a"
@@ -135,7 +138,7 @@ def test_what_libsndfile_cannot_read_streams_from_ffmpeg(tmp_path, monkeypatch, 
     torch.testing.assert_close(torch.cat(blocks), torch.from_numpy(stereo.mean(1)), rtol=0, atol=1e-7)
 
 
-def test_what_ffmpeg_cannot_read_either(tmp_path, monkeypatch):
+def test_a_file_that_ffmpeg_cannot_read_either(tmp_path, monkeypatch):
     path = tmp_path / "sound.m4a"
     path.write_bytes(b"nor for FFmpeg")
     fake_ffmpeg(tmp_path, monkeypatch, "import sys\nsys.exit('Invalid data found')\n")
@@ -161,7 +164,7 @@ def test_a_reader_that_stops_ends_ffmpeg(tmp_path, monkeypatch):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
-def test_without_ffmpeg_torchcodec_gives_the_whole(tmp_path, monkeypatch):
+def test_without_ffmpeg_torchcodec_decodes_the_whole_file(tmp_path, monkeypatch):
     stereo = torch.linspace(-1, 1, 4000).reshape(2, 2000)
     samples = types.SimpleNamespace(data=stereo, sample_rate=16_000)
     decoder = types.SimpleNamespace(get_all_samples=lambda: samples)
@@ -171,6 +174,37 @@ def test_without_ffmpeg_torchcodec_gives_the_whole(tmp_path, monkeypatch):
     blocks = list(stream_blocks(b"not for libsndfile", 16_000, block_seconds=0.05))
     assert len(blocks) == 3
     torch.testing.assert_close(torch.cat(blocks), stereo.mean(0))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, ValueError, IndexError])
+def test_every_error_of_a_decoder_is_a_clip_error(monkeypatch, write_sound, error):
+    path = str(write_sound("sound.wav", seconds=1))
+
+    def broken(*arguments, **options):
+        raise error("no sound")
+
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    monkeypatch.setattr(soundfile.SoundFile, "read", broken)
+    with pytest.raises(ClipError, match="undecodable: after 0 s libsndfile says: no sound"):
+        list(stream_blocks(path, 16_000))
+    with pytest.raises(ClipError, match=r"undecodable: libsndfile says: no sound .* install torchcodec"):
+        read_waveform(path, 16_000, 100)
+    with pytest.raises(ClipError, match="undecodable: torchcodec says: no sound"):
+        list(waveform_blocks(types.SimpleNamespace(get_all_samples=broken), 16_000))
+    monkeypatch.setitem(sys.modules, "torchcodec", types.ModuleType("torchcodec"))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", types.SimpleNamespace(AudioDecoder=broken))
+    with pytest.raises(ClipError, match="undecodable: libsndfile says: no sound torchcodec says: no sound"):
+        read_waveform(path, 16_000, 100)
+
+
+def test_clip_errors_pass_between_processes():
+    error = pickle.loads(pickle.dumps(ClipError("empty", "the file has no bytes")))
+    assert (str(error), error.reason, error.detail) == (
+        "empty: the file has no bytes",
+        "empty",
+        "the file has no bytes",
+    )
 
 
 def test_every_form_of_a_recording(write_sound):
@@ -202,7 +236,7 @@ def test_every_form_of_a_recording(write_sound):
         (3, "not int"),
     ],
 )
-def test_what_is_no_recording(form, message):
+def test_forms_that_are_no_recording(form, message):
     with pytest.raises(InferenceError, match=message):
         list(waveform_blocks(form, 16_000))
 
@@ -239,11 +273,11 @@ def test_a_file_that_does_not_open_holds_up_no_other(tmp_path):
     other.start()
     other.join(10)
     was_held_up = other.is_alive()
-    while hanging.is_alive():  # it must not hold up the tests that follow
+    while hanging.is_alive():  # let it end, so that it does not hold up later tests
         try:
             os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
         except OSError:
-            hanging.join(0.01)  # nobody reads at the moment
+            hanging.join(0.01)  # there is no reader at the moment
     other.join()
     assert not was_held_up
     assert [error.reason for error in errors] == ["empty"]

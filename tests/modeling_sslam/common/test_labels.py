@@ -1,4 +1,4 @@
-"""Names of classes from the forms they are found in."""
+"""Class names from label files in every form."""
 
 import csv
 
@@ -30,7 +30,7 @@ def test_audioset_has_its_527_classes():
 
 @given(names=NAMES, columns=st.integers(1, 3), header=st.booleans())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_every_form_gives_the_names_in_order(names, columns, header, tmp_path):
+def test_every_form_has_the_names_in_order(names, columns, header, tmp_path):
     rows = [[str(i), f"/m/{i}", name][-columns:] if columns != 2 else [str(i), name] for i, name in enumerate(names)]
     if header and columns > 1:
         rows.insert(0, ["index", "mid", "display_name"][:columns])
@@ -49,17 +49,17 @@ def test_rows_may_come_in_any_order(tmp_path):
     [
         ("0,dog\n2,cat\n", "class 1 is missing"),
         ("0,dog\n0,cat\n", "class 1 is missing"),
-        ("0,/m/0,dog,extra\n", "is neither"),
+        ("0,/m/0,dog,extra\n", "lines are neither"),
         ("dog\ndog\n", "class 1 is named 'dog'"),
         ('0,dog\n1,""\n', "class 1 is named ''"),
     ],
 )
-def test_labels_that_contradict_themselves(text, named, tmp_path):
+def test_labels_that_contradict_each_other(text, named, tmp_path):
     (tmp_path / "labels.csv").write_text(text)
     with pytest.raises(LabelFileError, match=named):
         read_labels(tmp_path / "labels.csv")
 
 
-def test_labels_that_are_not_there(tmp_path):
+def test_a_missing_label_file(tmp_path):
     with pytest.raises(LabelFileError, match="cannot be read"):
         read_labels(tmp_path / "labels.csv")

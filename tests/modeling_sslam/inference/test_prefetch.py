@@ -1,4 +1,4 @@
-"""Work ahead in threads: results in order, errors in their place, nothing left behind."""
+"""Threads that work ahead: results in order, errors in their place, no thread left."""
 
 import threading
 import time
@@ -35,7 +35,7 @@ def test_work_is_done_ahead_but_not_without_bound():
     next(outputs)
     time.sleep(0.3)
     assert len(begun) >= 2 or len(produced) >= 2
-    # One item is handed out, three wait, and one is about to.
+    # One item is being read, three wait, and one more waits for room.
     assert len(begun) <= 5
     assert len(produced) <= len(begun) * (OUTPUTS_AHEAD + 1) + 1
     outputs.close()
@@ -54,7 +54,7 @@ def test_errors_come_after_what_came_before_them(place):
             raise ValueError("no more outputs")
 
     found = []
-    with pytest.raises(ValueError, match=f"no more {place}s"):  # noqa: PT012 - it comes in the middle
+    with pytest.raises(ValueError, match=f"no more {place}s"):  # noqa: PT012 - raised in the middle of the loop
         for output in prefetch(items(), produce, 2):
             found.append(output)
     assert found == [1, 2, 3]
@@ -64,7 +64,7 @@ def test_threads_end_with_the_iteration():
     threads, torch_threads = set(threading.enumerate()), torch.get_num_threads()
     outputs = prefetch(range(100), lambda item: iter(lambda: item, None), items_ahead=3)
     assert next(outputs) == 0
-    # A program may also end without closing it, and must not wait for them.
+    # A program that ends without closing the iterator must not wait for the threads.
     assert {thread.daemon for thread in set(threading.enumerate()) - threads} == {True}
     outputs.close()
     assert set(threading.enumerate()) == threads

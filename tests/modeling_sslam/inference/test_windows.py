@@ -1,4 +1,4 @@
-"""One filter-bank pass, against the feature extractor on separate clips."""
+"""One filter-bank pass over a recording, compared with the feature extractor on separate clips."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def log_mel(waveform: torch.Tensor, block: int = 16_000) -> torch.Tensor:
 
 @pytest.mark.parametrize(("block", "tolerance"), [(37, 2e-6), (400, 2e-6), (4001, 0), (10**6, 0)])
 def test_blocks_joined_are_one_pass(recording, block, tolerance):
-    """A handful of frames goes through another matrix product, which sums in another order."""
+    """Few frames go through another kernel of the matrix product, which sums in another order."""
     whole = log_mel_spectrogram(recording[None])[0]
     assert len(whole) == EXTRACTOR.num_frames(len(recording))
     torch.testing.assert_close(log_mel(recording, block), whole, rtol=0, atol=tolerance)
@@ -29,8 +29,10 @@ def test_blocks_joined_are_one_pass(recording, block, tolerance):
 @pytest.mark.parametrize("offset", [0.0, 0.01, 0.3])
 @pytest.mark.parametrize("seconds", [1.0, 2.0])
 def test_windows_equal_separate_clips(recording, offset, seconds):
-    """But for the mean of the clip, which the extractor removes before that of each frame: rounding, which shows where
-    a mel bin is nearly empty beside a loud sound."""
+    """Window and clip differ by rounding, as the extractor removes the mean of the clip before that of each frame.
+
+    The difference is largest where a mel bin is nearly empty beside a loud sound.
+    """
     waveform = recording * 0.5 + offset
     num_samples = round(seconds * 16_000)
     num_frames = EXTRACTOR.num_frames(num_samples)
@@ -44,7 +46,7 @@ def test_windows_equal_separate_clips(recording, offset, seconds):
 
 
 def test_two_seconds_are_198_frames():
-    """A window of 2 s is what a clip of 2 s is, not what is left of 200 frames."""
+    """A window of 2 s has as many frames as a clip of 2 s, not 200."""
     assert EXTRACTOR.num_frames(32_000) == 198
     clip = torch.randn(32_000) / 10
     (window,) = cut_windows([log_mel(clip)], 198, 50)
@@ -52,7 +54,7 @@ def test_two_seconds_are_198_frames():
     torch.testing.assert_close(pad_and_normalize([window[1]], 208, EXTRACTOR)[0, :198], expected, rtol=0, atol=1e-4)
 
 
-def test_plain_log_mel_stays_plain():
+def test_log_mel_is_not_normalised_without_do_normalize():
     extractor = SSLAMFeatureExtractor(do_normalize=False, padding_value=-3.0)
     frames = torch.randn(5, 128)
     inputs = pad_and_normalize([frames, frames[:2]], 16, extractor)
@@ -100,7 +102,7 @@ def test_windows_stand_for_their_middle():
     assert borders.tolist() == pytest.approx([0, 1.25, 1.75, 2.15, 3.3])
 
 
-def test_less_than_a_frame():
+def test_a_recording_shorter_than_a_frame():
     with pytest.raises(ClipError, match="too_short: 399 samples at 16000 Hz, less than one frame of 400"):
         list(stream_log_mel(torch.zeros(399).split(100), EXTRACTOR))
     assert len(log_mel(torch.zeros(400))) == 1

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ....common.audio import duration_seconds, stream_blocks
+from ....common.audio import stream_blocks
+from ....common.decoding import duration_seconds
 from ....common.errors import ClipError, InferenceError
 from ...embedding.embedder import Embedder, embed
 from ...tagger import SSLAMTagger

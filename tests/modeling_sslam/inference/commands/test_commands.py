@@ -120,7 +120,7 @@ def test_no_files_at_all(run, tmp_path, monkeypatch, source):
     source = source if source == "-" else str(tmp_path / source) if source else str(tmp_path)
     status, out, err = run("tag", source)
     assert (status, out) == (1, "")
-    assert "no sound files there; folders are searched for .aac" in err
+    assert "no sound files there; folders are searched for .3g2, .3gp, .aac" in err
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Embeddings are what model and feature extractor give for each window by itself."""
+"""Embeddings equal those of model and feature extractor for each window by itself."""
+
+import math
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ def extractor():
 
 @pytest.fixture
 def recordings(tmp_path):
-    """Noise of several lengths, as paths and samples: shorter than a window, exactly one, several with a rest."""
+    """Write noise shorter than a window, as long as one, and longer; return the samples by path."""
     folder, samples = tmp_path / "recordings", {}
     folder.mkdir()
     for number, seconds in enumerate((0.3, 0.655, 2.0, 25.1)):
@@ -36,14 +38,14 @@ def recordings(tmp_path):
 
 
 def model_alone(model, extractor, samples, start, window=WINDOW):
-    """Hidden states `(layers + 1, 1 + N, D)` of one window, and how many time patches hold any of it."""
+    """Return the hidden states `(layers + 1, 1 + N, D)` of one window and the number of its time patches."""
     first = round(start * 100)
     clip = samples[first * extractor.frame_shift :][: extractor.num_samples(window)]
-    length = max(WINDOW, -(-window // 16) * 16)
+    length = max(WINDOW, math.ceil(window / 16) * 16)
     inputs = extractor(clip, sampling_rate=16_000, max_length=length, return_tensors="pt")
     with torch.no_grad():
         states = model(**inputs, output_hidden_states=True).hidden_states
-    return torch.cat(states), -(-extractor.num_frames(len(clip)) // 16)
+    return torch.cat(states), math.ceil(extractor.num_frames(len(clip)) / 16)
 
 
 def pool(states, time_patches, pooling):
@@ -52,7 +54,7 @@ def pool(states, time_patches, pooling):
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "frame", "patch"])
-def test_embeddings_are_the_models_own(model, extractor, recordings, pooling):
+def test_embeddings_equal_the_models_states(model, extractor, recordings, pooling):
     clips = list(embed(recordings, Embedder(model, extractor, pooling, batch_size=4)))
     assert [clip.name for clip in clips if clip.is_last] == list(recordings)
     assert [clip.window for clip in clips if clip.name.endswith("3.flac")] == list(range(40))
@@ -68,7 +70,7 @@ def test_windows_cover_the_recording_in_seconds(model, extractor, recordings):
     clips = list(embed(recordings, Embedder(model, extractor)))
     spans = {name: [(c.start, c.end) for c in clips if c.name == name] for name in recordings}
     short, exact, longer, _ = spans.values()
-    assert short == [(0.0, 0.28)]  # whole frames of 25 ms
+    assert short == [(0.0, 0.28)]  # whole frames only
     assert exact == [(0.0, 0.64)]
     # 198 frames: the last window ends with the recording.
     assert longer == [(0.0, 0.64), (0.64, 1.28), (1.28, 1.92), (1.34, 1.98)]
@@ -98,7 +100,7 @@ def test_window_and_hop(model, extractor, recordings, window, hop):
         np.testing.assert_allclose(clip.embedding, pool(states[-1], time_patches, "mean"), atol=1e-4)
 
 
-def test_attention_mask_of_the_extractor_is_heeded(model, extractor, recordings):
+def test_attention_mask_of_the_extractor_is_used(model, extractor, recordings):
     path, samples = next(iter(recordings.items()))
     extractor.return_attention_mask = True
     (clip,) = embed(path, Embedder(model, extractor))
@@ -142,14 +144,14 @@ def test_unusable_sounds(model, extractor, recordings, tmp_path):
         (paths[2], "missing"),
     ]
     assert clips[-1].name == good
-    # What came before the fault is given, and not called the end.
+    # Windows before the fault are embedded, and none of them is the last.
     assert {clip.name for clip in clips[:-1]} == {paths[1]}
     assert not any(clip.is_last for clip in clips[:-1])
     with pytest.raises(ClipError, match="undecodable"):
         list(embed(paths, Embedder(model, extractor)))
 
 
-def test_soundscapes_as_a_data_set(model, extractor, recordings, write_audio_parquet):
+def test_a_data_set_gives_the_embeddings_of_its_files(model, extractor, recordings, write_audio_parquet):
     folder = write_audio_parquet(recordings, shards=2)
     embedder = Embedder(model, extractor)
     clips = list(embed(AudioDataset(str(folder)), embedder))

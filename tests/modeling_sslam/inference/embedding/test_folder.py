@@ -1,4 +1,4 @@
-"""`sslam embed`: every sound exactly once in the table, however often and in whatever way it is interrupted."""
+"""`sslam embed` writes every sound exactly once, however often and in whatever way it is interrupted."""
 
 import json
 import os
@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import datasets
 import duckdb
@@ -26,7 +25,6 @@ from modeling_sslam.inference.embedding.dataset import AudioDataset
 from modeling_sslam.inference.embedding.folder import Processes, embed_to_folder
 from modeling_sslam.inference.embedding.shards import read_progress
 
-REPOSITORY = Path(__file__).parents[4]
 PATIENCE_SECONDS = 100
 
 
@@ -39,7 +37,7 @@ def model_folder(make_config, tmp_path):
 
 @pytest.fixture
 def recordings(tmp_path):
-    """A folder of noise: seven clips shorter than a window of 0.64 s, one of ten windows in their middle."""
+    """Write a folder of noise: seven clips shorter than a window of 0.64 s and, among them, one of ten windows."""
     folder = tmp_path / "recordings"
     folder.mkdir()
     for number in range(8):
@@ -61,9 +59,9 @@ def run_embed(sources, model, out, *options):
 
 
 @pytest.fixture
-def start_embed():
-    """Starts the command as a process group of its own, which the test's end ends."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "ACCELERATE_USE_CPU": "true"}
+def start_embed(repository):
+    """Return a function that starts the command in a process group of its own. The group ends with the test."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository), "ACCELERATE_USE_CPU": "true"}
     started = []
 
     def start_embed(*args, launcher=()):
@@ -86,7 +84,7 @@ def start_embed():
 
 
 def embed_in_turn(num_processes, sources, out, embedder, model):
-    """The shares of several processes, one after the other, of which each stops after a batch if it is not alone."""
+    """Embed the shares of several processes in turn. Each stops after one batch, unless it is the only process."""
     plan = []
 
     def broadcast(value):
@@ -105,7 +103,7 @@ def read_rows(out):
 
 
 def assert_same_rows(out, expected):
-    """The same vectors; batches of other clips round differently."""
+    """Compare vectors up to rounding, which depends on the clips that share a batch."""
     ours, theirs = read_rows(out), read_rows(expected)
     columns = [name for name in theirs.columns if name != "embedding"]
     pd.testing.assert_frame_equal(ours[columns], theirs[columns])
@@ -120,7 +118,7 @@ def wait_for(condition, process):
         time.sleep(0.05)
 
 
-def test_the_command_writes_what_embed_gives(model_folder, recordings, tmp_path):
+def test_the_command_writes_the_embeddings_of_embed(model_folder, recordings, tmp_path):
     out = tmp_path / "out"
     assert run_embed([recordings], model_folder, out) == 0
     rows, clips = read_rows(out), list(embed(recordings, model_folder, device="cpu"))
@@ -136,12 +134,12 @@ def test_the_command_writes_what_embed_gives(model_folder, recordings, tmp_path)
         assert json.loads(pq.read_metadata(shard).metadata[b"sslam.settings"]) == settings
 
 
-def test_rows_of_frames_patches_and_layers(model_folder, recordings, tmp_path):
+def test_rows_for_every_patch_and_layer(model_folder, recordings, tmp_path):
     out, short = tmp_path / "out", recordings / "0.wav"
     run_embed([short], model_folder, out, "--pooling", "patch", "--layer", "all")
     rows = read_rows(out)
     (clip,) = embed(short, model_folder, device="cpu", pooling="patch", layer="all")
-    # 38 frames: three patches in time, two bands, the embeddings' output and three blocks.
+    # 38 frames give three patches in time and two bands; the layers are the embeddings' output and three blocks.
     assert len(rows) == 3 * 2 * 4
     for _, row in rows.iterrows():
         step = round(row["start"] / 0.16)
@@ -151,7 +149,7 @@ def test_rows_of_frames_patches_and_layers(model_folder, recordings, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_others_read_it(model_folder, recordings, tmp_path, dtype):
+def test_other_programs_read_the_table(model_folder, recordings, tmp_path, dtype):
     out = tmp_path / "out"
     run_embed([recordings], model_folder, out, "--dtype-out", dtype, "--shard-rows", 6)
     expected = np.stack([clip.embedding for clip in embed(recordings, model_folder, device="cpu")])
@@ -181,7 +179,7 @@ def test_a_second_call_adds_only_what_is_new(model_folder, recordings, tmp_path)
     (first,) = (out / "data").iterdir()
     before = first.read_bytes()
     add_recording(recordings, 8)
-    # The same files by other spellings are no others.
+    # Other spellings of a path name the same file.
     assert run_embed([recordings / "0.wav", f"{recordings}/../recordings"], model_folder, out) == 0
     assert first.read_bytes() == before
     added = sorted(set((out / "data").iterdir()) - {first})
@@ -189,7 +187,7 @@ def test_a_second_call_adds_only_what_is_new(model_folder, recordings, tmp_path)
 
 
 def test_out_may_lie_among_the_recordings(model_folder, recordings):
-    """The Parquet in it makes no data set of them."""
+    """The Parquet files of an earlier call do not make the folder a data set."""
     out = recordings / "embeddings"
     assert run_embed([recordings], model_folder, out) == 0
     add_recording(recordings, 8)
@@ -198,7 +196,7 @@ def test_out_may_lie_among_the_recordings(model_folder, recordings):
 
 
 def test_stopped_in_a_recording_and_continued(model_folder, recordings, tmp_path):
-    """Whatever the batch it stops after, the rest follows in another call, by more processes or fewer."""
+    """A call may stop after any batch; the next call embeds the rest."""
     embedder = Embedder.from_pretrained(model_folder, device="cpu", batch_size=3)
     expected, out = tmp_path / "expected", tmp_path / "out"
     embed_to_folder([str(recordings)], expected, embedder, model_folder)
@@ -222,7 +220,7 @@ def test_processes_that_change_in_number(model_folder, recordings, tmp_path):
 def test_killed_and_continued(start_embed, model_folder, recordings, tmp_path):
     out, expected = tmp_path / "out", tmp_path / "expected"
     options = ("--batch-size", 4, "--shard-rows", 4)
-    # Opening a pipe that nobody writes to takes forever: the process is in the middle when it is killed.
+    # Opening a pipe without a writer blocks, so the process is still at work when it is killed.
     shutil.move(recordings / "4.wav", tmp_path / "4.wav")
     os.mkfifo(recordings / "4.wav")
     process = start_embed([recordings], model_folder, out, *options)
@@ -251,14 +249,14 @@ def test_asked_to_stop(start_embed, model_folder, recordings, tmp_path, number):
     wait_for(lambda: len(list(out.glob("data/*.parquet"))) == 2, process)
     process.send_signal(number)
     if number == signal.SIGINT:
-        # Asked twice, it does not wait for the decoder that hangs.
+        # After a second SIGINT it does not wait for the decoder that hangs.
         time.sleep(0.5)
         process.send_signal(number)
     while process.poll() is None and number == signal.SIGTERM:
         try:
             os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
         except OSError:
-            time.sleep(0.05)  # nobody reads at the moment
+            time.sleep(0.05)  # there is no reader at the moment
     printed, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130, printed
     assert len(list(out.glob("data/*.parquet"))) == (3 if number == signal.SIGTERM else 2)
@@ -276,7 +274,7 @@ def test_two_processes(start_embed, model_folder, recordings, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # By itself `accelerate launch --cpu --num_processes 2` starts one process, unless there is MPI.
+    # Without MPI, `accelerate launch --cpu --num_processes 2` starts only one process.
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
     process = start_embed([recordings], model_folder, out, launcher=launcher)
@@ -379,7 +377,7 @@ def test_a_data_set_saved_to_disk(model_folder, recordings, tmp_path, write_audi
     assert len(read_rows(tmp_path / "out")) == 17
 
 
-def test_what_cannot_be_read_as_a_data_set(model_folder, recordings, tmp_path, write_audio_parquet, capsys):
+def test_data_sets_that_cannot_be_read(model_folder, recordings, tmp_path, write_audio_parquet, capsys):
     folder = write_audio_parquet(sorted(recordings.iterdir()))
     assert run_embed([folder], model_folder, tmp_path / "out", "--audio-column", "sound") == 1
     assert "no column 'sound'; it has id, audio" in capsys.readouterr().err
