@@ -99,7 +99,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, nargs="+", default=[], metavar="PATH", help="files for the events (default: none)"
     )
     results.add_argument(
-        "--scores", type=Path, metavar="PATH", help="CSV file for the scores of all windows and classes (default: none)"
+        "--scores",
+        type=Path,
+        metavar="PATH",
+        help="CSV file for the scores of all windows and classes (default: none)",
     )
     results.add_argument(
         "--plot",

@@ -169,7 +169,7 @@ def test_settings(page, audio_dir):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("broken.wav", b"no sound", "broken.wav is no sound file that can be read here"),
+        ("broken.wav", b"no sound", "broken.wav cannot be read as a sound file"),
         ("empty.wav", b"", "empty.wav is empty"),
         ("long.wav", np.zeros((60 * MAX_MINUTES + 1) * 8000, np.int16), "long.wav is too long"),
     ],
@@ -202,7 +202,7 @@ def test_similarity(page, audio_dir):
     page.get_by_role("tab", name="Compare").click()
     compare, number = page.get_by_role("button", name="Compare"), page.locator("#similarity .number")
     compare.click()
-    expect(page.locator("#similarity")).to_contain_text("It takes two sounds to compare.")
+    expect(page.locator("#similarity")).to_contain_text("Choose two sounds to compare.")
     upload(page, "#one", audio_dir / "misc_crow.flac")
     upload(page, "#another", audio_dir / "misc_crow.flac")
     expect(page.locator("#one audio, #another audio")).to_have_count(2)

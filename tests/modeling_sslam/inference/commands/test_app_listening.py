@@ -67,7 +67,7 @@ def test_a_sound_that_is_too_long(listener, write_sound, monkeypatch, stated):
         monkeypatch.setattr(listening, "duration_seconds", lambda path: None)
     listener.similarity(*[str(write_sound("short.wav", seconds=5.9))] * 2)
     path = str(write_sound("long.wav", seconds=6.1))
-    message = r"^long\.wav is too long: this page takes up to 0\.1 min"
+    message = r"^long\.wav is too long: this page accepts up to 0\.1 min"
     with pytest.raises(InferenceError, match=message):
         listener.analyse(path, 2.0, 0.5)
     with pytest.raises(InferenceError, match=message):
@@ -78,10 +78,10 @@ def test_a_sound_that_is_too_long(listener, write_sound, monkeypatch, stated):
     ("content", "message"),
     [
         (b"", r"sound\.wav is empty \(the file has no bytes\)\."),
-        (b"no sound at all", r"sound\.wav is no sound file that can be read here \("),
+        (b"no sound at all", r"sound\.wav cannot be read as a sound file \("),
         (np.zeros(10, np.float32), r"sound\.wav is too short \("),
         (np.full(16_000, np.nan, np.float32), r"sound\.wav is damaged \(NaN"),
-        (np.full(16_000, 30_000, np.float32), r"sound\.wav is damaged or mislabelled \(peak"),
+        (np.full(16_000, 30_000, np.float32), r"sound\.wav is damaged or has a wrong header \(peak"),
     ],
 )
 def test_files_that_are_no_sounds(listener, write_sound, tmp_path, content, message):

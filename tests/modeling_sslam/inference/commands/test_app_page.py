@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from modeling_sslam.__main__ import main
 from modeling_sslam.inference import InferenceError
 from modeling_sslam.inference.commands.app.listening import Listener
-from modeling_sslam.inference.commands.app.page import answered, make_page, timeline_html
+from modeling_sslam.inference.commands.app.page import errors_as_messages, make_page, timeline_html
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -28,7 +28,7 @@ def listener(tagger) -> Listener:
 
 
 def test_errors_are_answered(caplog):
-    @answered({})
+    @errors_as_messages({})
     def function(error):
         raise error
 
@@ -50,7 +50,7 @@ def test_names_are_text_on_the_page(listener, audio_dir, tmp_path):
 
 
 def test_the_command_without_gradio(model_folder, monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "modeling_sslam.inference.app.page")
+    monkeypatch.delitem(sys.modules, "modeling_sslam.inference.commands.app.page")
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["app", "--model", str(model_folder)]) == 1
     assert 'pip install "modeling-sslam[app]"' in capsys.readouterr().err

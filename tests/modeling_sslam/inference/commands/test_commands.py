@@ -206,13 +206,13 @@ def test_timeline_prints_what_it_is_asked_for(run, audio_dir):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--out", "events.xml"], "events.xml: what to write there goes by the suffix, one of .csv (csv), .txt (aud"),
+        (["--out", "events.xml"], "events.xml selects no format; end the name in one of .csv (csv), .txt (aud"),
         (["--out", "nowhere/events.csv"], "nowhere/events.csv cannot be written"),
         (["--window", "200", "--hop", "1"], "position table ends at"),
         (["--hop", "3"], "A hop of 3 s must be at least"),
         (["--release", "0.8"], "release=0.8"),
         (["--median", "2"], "median=2 must be an odd number"),
-        (["--plot", "picture.docx"], "picture.docx is no picture; end its name in one of ."),
+        (["--plot", "picture.docx"], "picture.docx selects no picture format; end the name in one of ."),
     ],
 )
 def test_timeline_refuses_and_leaves_nothing(run, audio_dir, tmp_path, monkeypatch, options, message):
@@ -312,7 +312,7 @@ def test_the_model_imports_nothing_of_this_and_the_command_says_what_is_missing(
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False)
     assert done.stdout == "[]\n"
-    assert done.stderr == 'error: soundfile is not there: pip install "modeling-sslam[inference]"\n'
+    assert done.stderr == 'error: soundfile is not installed: pip install "modeling-sslam[inference]"\n'
     assert done.returncode == 1
 
 

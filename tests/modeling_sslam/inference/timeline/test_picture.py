@@ -8,7 +8,7 @@ import torch
 
 from modeling_sslam.feature_extraction_sslam import mel_filters
 from modeling_sslam.inference import Event, EventSettings, Timeline
-from modeling_sslam.inference.timeline import picture as plots
+from modeling_sslam.inference.timeline import picture as picture_module
 from modeling_sslam.inference.timeline.picture import BoundedColumns, TimelinePicture, mel_bin
 
 
@@ -69,7 +69,7 @@ def test_picture(tmp_path):
     edges = curves.patches[0].get_data().edges
     assert edges[:3].tolist() == [0, 1.25, 1.75]
     assert edges[-1] == 10
-    picture.draw(timeline, tmp_path / "picture.png")
+    picture.save(timeline, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
@@ -97,7 +97,7 @@ def test_more_classes_than_can_be_told_apart():
     ],
 )
 def test_hours_have_few_columns_and_readable_ticks(monkeypatch, duration, hop, label, ticks):
-    monkeypatch.setattr(plots, "MAX_COLUMNS", 64)
+    monkeypatch.setattr(picture_module, "MAX_COLUMNS", 64)
     timeline = make_timeline([Event(100.0, 200.0, "class 0", 0.9)], duration, hop, num_labels=1)
     scores = (timeline.starts / duration)[:, None]
     picture = TimelinePicture(16_000, 0.01)
@@ -122,5 +122,5 @@ def test_names_are_no_formulas(tmp_path):
     timeline = replace(make_timeline([], 10.0), path="/recordings/a$\\frac{$b.wav")
     timeline.labels[7] = "$x_"
     picture = make_picture(timeline, np.eye(len(timeline.starts), 12))
-    picture.draw(timeline, tmp_path / "picture.png")
+    picture.save(timeline, tmp_path / "picture.png")
     assert picture.figure(timeline).axes[0].get_title("left") == "a$\\frac{$b.wav"
