@@ -62,12 +62,15 @@ class LongAudioClassificationPipeline(ChunkPipeline):
         feature_extractor: Any = self.feature_extractor
         self._tagger = SSLAMTagger(model, feature_extractor)
 
-    def __call__(self, inputs: Audio | list[Audio], **kwargs: Any) -> dict[str, Any] | list[dict[str, Any]]:
+    def __call__(
+        self, inputs: Audio | list[Audio], *args: Any, **kwargs: Any
+    ) -> dict[str, Any] | list[dict[str, Any]]:
         """Return events and window scores of recordings.
 
         Args:
             inputs: A recording or a list of them: a path, encoded bytes, `{"array": samples, "sampling_rate": Hz}`, or
                 samples at the model's rate.
+            args: Ignored, as in other pipelines.
             kwargs: See the class.
 
         Returns:
@@ -78,7 +81,7 @@ class LongAudioClassificationPipeline(ChunkPipeline):
             ClipError: If a recording cannot be used.
             InferenceError: If the settings contradict each other or the model cannot take such windows.
         """
-        return super().__call__(inputs, **kwargs)
+        return super().__call__(inputs, *args, **kwargs)
 
     def _sanitize_parameters(
         self, chunk_length_s: float | None = None, stride_length_s: Any = None, **kwargs: Any
@@ -87,7 +90,10 @@ class LongAudioClassificationPipeline(ChunkPipeline):
         windows = {name: value for name, value in windows.items() if value is not None}
         return windows, {}, windows | kwargs
 
-    def preprocess(
+    # The type hints of the base class are those of pipelines without chunks, whose settings are all dictionaries, so
+    # these three steps cannot agree with them.
+
+    def preprocess(  # type: ignore[override]
         self, inputs: Audio, chunk_length_s: float = DEFAULT_CHUNK_SECONDS, stride_length_s: Any = None
     ) -> Iterator[dict[str, Any]]:
         """Yield the model inputs of one window after the other."""
@@ -103,11 +109,11 @@ class LongAudioClassificationPipeline(ChunkPipeline):
             waiting = {**self._tagger.model_inputs([frames]), "first": first}
         yield {**waiting, "is_last": True, "num_samples": blocks.num_samples}
 
-    def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
+    def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
         passed_on = {name: model_inputs.pop(name) for name in ("is_last", "first", "num_samples")}
         return {"logits": self.model(**model_inputs).logits} | passed_on
 
-    def postprocess(
+    def postprocess(  # type: ignore[override]
         self,
         model_outputs: list[dict[str, Any]],
         chunk_length_s: float = DEFAULT_CHUNK_SECONDS,

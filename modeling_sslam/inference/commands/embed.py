@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="approximate number of rows in a Parquet file (default: 128 MB of rows)",
     )
     data = parser.add_argument_group("data set")
-    data.add_argument("--config-name", help="configuration of a data set on the Hub (default: the only one)")
+    data.add_argument("--config-name", help="configuration of a data set on the Hub (default: its own default)")
     data.add_argument("--split", default="train", help="split of the data set (default: train)")
     data.add_argument("--data-revision", help="branch, tag or commit of a data set on the Hub (default: main)")
     data.add_argument("--audio-column", help="column with the sounds (default: the only audio column)")

@@ -17,6 +17,7 @@ from .timeline import Timeline
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.typing import ColorType
 
 # About the width of the picture in pixels: more columns would not be visible.
 MAX_COLUMNS = 2048
@@ -149,7 +150,7 @@ class TimelinePicture:
         )
         axes.set_ylabel("Hz")
 
-    def _draw_curves(self, axes: "Axes", timeline: Timeline, colors: dict[str, str]) -> None:
+    def _draw_curves(self, axes: "Axes", timeline: Timeline, colors: "dict[str, ColorType]") -> None:
         scores = self._scores.columns()
         borders = timeline.borders[:: self._scores.vectors_per_column]
         borders = np.append(borders[: len(scores)], timeline.duration)
@@ -175,7 +176,7 @@ def check_picture_format(path: Path) -> None:
         raise InferenceError(f"{path} selects no picture format; end the name in one of .{', .'.join(formats)}.")
 
 
-def _draw_bars(axes: "Axes", events: list[Event], colors: dict[str, str]) -> None:
+def _draw_bars(axes: "Axes", events: list[Event], colors: "dict[str, ColorType]") -> None:
     for row, (name, color) in enumerate(colors.items()):
         spans = [(event.onset, event.offset - event.onset) for event in events if event.label == name]
         # Without an edge, an event of a second would be invisible in an hour.

@@ -15,7 +15,7 @@ LOOPBACK = "127.0.0.1"
 SUMMARY = "Serve a page that analyses sounds in the browser."
 DETAILS = """\
 Visitors upload or record a sound and see its spectrogram, events and top labels. During playback, a cursor moves over
-the picture. A second tab compares two sounds by their embeddings. Sounds are not sent to any other machine.
+the picture. A second tab compares two sounds by their embeddings. The model and the sounds stay on this machine.
 """
 EXAMPLES = """\
 examples:

@@ -135,8 +135,8 @@ def _listen_tab(listener: Listener, examples: Sequence[str]) -> None:
         return timeline_html(path, analysis), {entry["label"]: entry["score"] for entry in analysis.labels}
 
     gr.on(
-        # A slider moved by keyboard has `change` events but no `release`. "always_last" drops all but the first and the
-        # last of many changes in a row.
+        # A slider that is moved by keyboard has `change` events but no `release`. Of many changes in a row,
+        # "always_last" keeps the first and the last.
         [sound.change, window.change, threshold.change],
         listen,
         [sound, window, threshold],
@@ -236,8 +236,10 @@ def serve(
     Args:
         page: The page, from [`make_page`].
         max_megabytes: Size of the largest upload to accept.
-        host, port: Address to listen on. By default Gradio's environment variables decide; without them the page is
-            visible on this machine only, at the first free port from 7860.
+        host: Address to listen on. By default Gradio's environment variables decide, or else this machine alone can
+            see the page.
+        port: Port to listen on. By default Gradio's environment variables decide, or else the first free one from
+            7860.
         share: Whether to create a public address, which leads through Gradio's servers.
 
     Raises:
