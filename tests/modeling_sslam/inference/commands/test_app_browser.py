@@ -155,8 +155,8 @@ def test_recording_by_microphone(page):
 
 
 def test_threshold_changes_the_events(page, audio_dir):
-    # The settings are opened first, because Gradio creates the sliders then. A result that arrives at that moment would
-    # reset a slider that the test has just moved.
+    # The settings are opened first, because Gradio creates the sliders then. A result that arrives at that moment
+    # would reset a slider that the test has just moved.
     page.get_by_role("button", name="Settings").click()
     upload(page, "#sound", audio_dir / "misc_crow.flac")
     expect(page.locator("#timeline .picture img")).to_be_visible()
