@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.typing import ColorType
 
-# About the width of the picture in pixels: more columns would not be visible.
+# More than the pixels in the width of a picture: more columns would not be visible.
 MAX_COLUMNS = 2048
 # More curves could not be told apart.
 MAX_CLASSES = 8

@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 FILES = Path(__file__).parent
 DEFAULT_WINDOW = 2.0
 SHORTEST_WINDOW = 0.5
-# Uploads are private. They are deleted after this time, when their visitors have probably left.
+# Uploads are private, so they are deleted this long after they came.
 CACHE_SECONDS = 3600
 MAX_WAITING = 20
-# One suffix for each format: .jams and .json name the same one.
+# One suffix for each format; .jams and .json name the same.
 DOWNLOADS = {suffix: name for suffix, name in SUFFIXES.items() if suffix != ".jams"}
 # Least width of a column in pixels. In a narrower window, the columns stand one below the other.
 MIN_COLUMN_PIXELS = 300
@@ -219,8 +219,8 @@ def similarity_html(similarity: float) -> str:
     """Return the similarity of two sounds and how to read it."""
     return (
         f"<p class='number'>{similarity:.3f}</p><meter min='-1' max='1' value='{similarity}'></meter>"
-        "<p class='note'>Cosine similarity of the embeddings; identical sounds have 1. How low it gets for different "
-        "sounds depends on the model, so compare it with the value of other pairs.</p>"
+        "<p class='note'>Cosine similarity of the embeddings. Identical sounds have 1. The values of different sounds "
+        "depend on the model, so compare several pairs.</p>"
     )
 
 
