@@ -1,72 +1,95 @@
-"""`sslam COMMAND`, also as `python -m modeling_sslam COMMAND`: long recordings and large collections of sound."""
+"""Command line of the package: `sslam COMMAND`, also as `python -m modeling_sslam COMMAND`."""
 
 import argparse
+import io
 import os
 import sys
 from importlib import import_module
 
+from .common.errors import InferenceError
+from .common.signals import INTERRUPTED
+
 DESCRIPTION = """\
-What sounds in recordings and when, by an SSLAM or EAT model. MODEL is everywhere a folder that save_pretrained or
-`python -m conversion` wrote, or OWNER/NAME of such a repository on the Hub.
+Label sounds in recordings, locate them in time and embed them, with an SSLAM or EAT model.
 """
-# Each command is a module of `inference/commands` with `add_arguments(parser)` and `run(args) -> exit status`.
-COMMANDS = {
-    "tag": "labels of sound files",
-    "timeline": "what sounds when in a recording of any length",
-    "embed": "embeddings of any number of sounds, as Parquet",
-    "app": "a page in the browser that listens",
-}
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+EPILOG = """\
+MODEL is a folder that save_pretrained or `python -m conversion` wrote, or OWNER/NAME of such a repository on the Hub.
+
+examples:
+  sslam tag recordings/ --model MODEL
+  sslam timeline night.wav --model MODEL
+  sslam COMMAND --help      # options and examples of a command
+"""
+# A command is a module of `inference/commands` with the texts SUMMARY, DETAILS and EXAMPLES, `add_arguments(parser)`
+# and `run(args)`, which returns the exit status. `run` imports what computes, so that help and errors appear at once.
+COMMANDS = ("tag", "timeline", "embed", "app")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sslam", description=DESCRIPTION)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, summary in COMMANDS.items():
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="sslam", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name in COMMANDS:
         command = import_module(f"modeling_sslam.inference.commands.{name}")
-        subparser = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        subparser = commands.add_parser(
+            name,
+            help=command.SUMMARY,
+            description=f"{command.SUMMARY}\n\n{command.DETAILS}",
+            epilog=command.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command.
+    """Run a command.
+
+    Args:
+        arguments: The command's name and arguments; by default those of the process.
 
     Returns:
-        The exit status: 0, 1 if something could not be done (stderr says what), 2 for arguments that make no sense,
-        130 after Ctrl-C.
+        The exit status: 0 for success, 1 for a failure that stderr describes, 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: After help (status 0) and for invalid arguments (status 2).
     """
-    from huggingface_hub.utils import enable_progress_bars
-    from transformers.utils import logging
-
-    try:
-        from .common.errors import InferenceError
-    except ModuleNotFoundError as error:
-        print(f'error: {error.name} is not there: pip install "modeling-sslam[inference]"', file=sys.stderr)
-        return 1
-
     args = make_parser().parse_args(arguments)
-    # Names of files may hold what the terminal's encoding has no character for.
-    sys.stdout.reconfigure(errors="backslashreplace")
-    logging.set_verbosity_error()
-    # That of loading weights, which takes a second; downloads take longer and keep theirs.
-    logging.disable_progress_bar()
-    enable_progress_bars()
+    # A file name can hold bytes for which the terminal's encoding has no character.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        status = args.run(args)
+        _quiet_transformers()
+        status: int = args.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader (`| head`) has had enough. What Python flushes at exit must not complain once more.
+        # The reader (`| head`) closed the pipe. Python flushes stdout once more at exit, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ModuleNotFoundError as error:
+        print(f'error: {error.name} is not installed: pip install "modeling-sslam[inference]"', file=sys.stderr)
         return 1
     except (InferenceError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return status
+
+
+def _quiet_transformers() -> None:
+    """Silence transformers' warnings and its progress bar for weights; downloads keep theirs."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    # This call also disables the bars of downloads.
+    logging.disable_progress_bar()
+    enable_progress_bars()
 
 
 if __name__ == "__main__":

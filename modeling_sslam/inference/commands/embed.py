@@ -1,19 +1,20 @@
-"""`sslam embed`: any number of sounds to a folder of Parquet with their embeddings."""
+"""`sslam embed`: write the embeddings of any number of sounds to a folder of Parquet files."""
 
 import argparse
 import os
 import sys
 
-from ...common.signals import StopRequest
+from ...common.signals import INTERRUPTED, StopRequest
+from ..embedding import EMBEDDING_POOLINGS
 from .arguments import add_model_arguments, positive_int, positive_seconds
 
-DESCRIPTION = """\
-Embeds sound files, or a data set with an audio column, with an SSLAM or EAT encoder, and writes sharded Parquet that
-datasets, pandas, DuckDB and the like read: the sound, start and end in seconds, and the vector. Recordings longer than
-a window are cut into windows.
+SUMMARY = "Write embeddings of sound files, or of a data set with an audio column, to a folder of Parquet files."
+DETAILS = """\
+Each row holds the name of the sound, start and end in seconds, and the vector. Recordings longer than a window are cut
+into windows. datasets, pandas and DuckDB read the folder.
 
-Interrupted in whatever way, the same command goes on where it was; once done, it embeds what has been added. Sounds
-that cannot be used are listed in OUT/failures.csv, and the exit status is then 1.
+After an interruption, the same command continues. After it has finished, it embeds the sounds that have been added.
+Sounds that cannot be used are listed in OUT/failures.csv, and every call tries them again; the exit status is then 1.
 """
 EXAMPLES = """\
 examples:
@@ -22,10 +23,70 @@ examples:
   sslam embed OWNER/NAME --split test --model sslam-base --out embeddings
   accelerate launch --num_processes 4 -m modeling_sslam embed recordings/ --model sslam-base --out embeddings
 """
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="FILE|DIR|DATASET|-",
+        help="sound files, folders (searched recursively), quoted patterns (** matches any depth), or - for a list of "
+        "paths on standard input; or one data set: OWNER/NAME on the Hub, a folder of parquet, arrow or WebDataset "
+        "shards, or a folder that save_to_disk wrote",
+    )
+    add_model_arguments(parser)
+    embeddings = parser.add_argument_group("embeddings")
+    embeddings.add_argument(
+        "--pooling",
+        choices=EMBEDDING_POOLINGS,
+        default="cls",
+        help="cls: the CLS token; mean: the mean over the patches; frame: a vector every 160 ms, the mean over "
+        "frequency; patch: a vector for each patch, 8 every 160 ms (default: cls)",
+    )
+    embeddings.add_argument(
+        "--layer",
+        type=layer,
+        default="last",
+        help="number of a block (0: the input of the first), last, mean (over the blocks), or all (a row for each) "
+        "(default: last)",
+    )
+    embeddings.add_argument(
+        "--window",
+        type=positive_seconds,
+        metavar="S",
+        help="length of a window in seconds (default: the model's clip length, 10.24)",
+    )
+    embeddings.add_argument(
+        "--hop", type=positive_seconds, metavar="S", help="seconds from one window to the next (default: the window)"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", required=True, help="folder to create or to continue")
+    output.add_argument(
+        "--dtype-out",
+        choices=("float32", "float16"),
+        default="float32",
+        help="data type of the vectors (default: float32)",
+    )
+    output.add_argument(
+        "--shard-rows",
+        type=positive_int,
+        metavar="N",
+        help="approximate number of rows in a Parquet file (default: 128 MB of rows)",
+    )
+    data = parser.add_argument_group("data set")
+    data.add_argument("--config-name", help="configuration of a data set on the Hub (default: its own default)")
+    data.add_argument("--split", default="train", help="split of the data set (default: train)")
+    data.add_argument("--data-revision", help="branch, tag or commit of a data set on the Hub (default: main)")
+    data.add_argument("--audio-column", help="column with the sounds (default: the only audio column)")
+    data.add_argument(
+        "--id-column",
+        help="column with the names of the sounds (default: video_id, id or __key__, or else the audio file's name)",
+    )
 
 
 def layer(text: str) -> int | str:
+    """Argparse type of `--layer`: the number of a block, "last", "all" or "mean"."""
     if text.isdecimal():
         return int(text)
     if text not in ("last", "all", "mean"):
@@ -33,54 +94,8 @@ def layer(text: str) -> int | str:
     return text
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.add_argument(
-        "sources",
-        nargs="+",
-        metavar="FILE|DIR|DATASET|-",
-        help="sound files, folders of them, patterns, - for a list of files on standard input; or one data set: "
-        "OWNER/NAME on the Hub, or a folder of parquet, arrow or WebDataset shards or of save_to_disk",
-    )
-    parser.add_argument("--out", required=True, help="folder to write, or to go on with")
-    add_model_arguments(parser)
-    what = parser.add_argument_group("what to embed")
-    what.add_argument(
-        "--pooling",
-        choices=("cls", "mean", "frame", "patch"),
-        default="cls",
-        help="cls: the CLS token; mean: over the patches; frame: a vector every 160 ms; patch: one for every patch, 8 "
-        "every 160 ms (default: cls)",
-    )
-    what.add_argument(
-        "--layer",
-        type=layer,
-        default="last",
-        help="number of a block (0: before the first), last, mean (over the blocks), or all: a row "
-        "for each (default: last)",
-    )
-    what.add_argument(
-        "--window", type=positive_seconds, metavar="S", help="seconds of a window (default: the model's, 10.24)"
-    )
-    what.add_argument(
-        "--hop", type=positive_seconds, metavar="S", help="seconds from one window to the next (default: a window)"
-    )
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--dtype-out", choices=("float32", "float16"), default="float32", help="of the vectors (default: float32)"
-    )
-    output.add_argument(
-        "--shard-rows", type=positive_int, metavar="N", help="rows of a Parquet file, about (default: 128 MB)"
-    )
-    data = parser.add_argument_group("data sets")
-    data.add_argument("--config-name", help="configuration of a data set on the Hub")
-    data.add_argument("--split", default="train", help="default: train")
-    data.add_argument("--data-revision", help="branch, tag or commit of a data set on the Hub")
-    data.add_argument("--audio-column", help="default: the only one there is")
-    data.add_argument("--id-column", help="default: video_id, id or __key__, else the name of the audio file")
-
-
 def run(args: argparse.Namespace) -> int:
+    """Embed all sounds that the folder does not hold yet; return the exit status."""
     from ..embedding.embedder import Embedder
     from ..embedding.folder import Processes, embed_to_folder
     from ..embedding.sources import open_sources
@@ -117,8 +132,12 @@ def run(args: argparse.Namespace) -> int:
             processes=processes,
         )
     if summary.stopped:
-        print(f"Stopped; the same command goes on. {args.out} has what was embedded.", file=sys.stderr)
+        print(
+            f"Stopped. {args.out} keeps what has been embedded; the same command continues from there.",
+            file=sys.stderr,
+        )
         return INTERRUPTED
+    # The first process reports for all.
     if processes.rank:
         return 0
     print(f"{args.out} holds the embeddings of {summary.num_sounds} sounds.", file=sys.stderr)

@@ -1,25 +1,21 @@
-"""`sslam tag`: the labels of sound files."""
+"""`sslam tag`: print the labels of sound files."""
 
 import argparse
 import csv
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TextIO
 
-from tqdm import tqdm
-
-from ...common.decoding import duration_seconds
 from ...common.errors import ClipError
-from ...common.recordings import find_recordings
-from ..tagger import SSLAMTagger
-from .arguments import add_model_arguments, positive_int, share
+from .arguments import add_model_arguments, positive_int, score
 
-DESCRIPTION = """\
-Prints the labels of sound files, the most probable first. A file longer than the clips that the model was trained on
-is cut into windows of that length: a class gets its highest score of any, or with a single-label model the mean.
-A file that cannot be used is reported and left out; the exit status is then 1.
+SUMMARY = "Print the labels of sound files, the most probable first."
+DETAILS = """\
+A file that is longer than the model's training clips is cut into windows of that length. A class gets the highest of
+its scores in all windows, or with a single-label model the mean. A file that cannot be read is reported on stderr and
+left out; the exit status is then 1.
 """
 EXAMPLES = """\
 examples:
@@ -28,55 +24,72 @@ examples:
   find . -name '*.mp3' -size +1M -print0 | sslam tag - --model sslam-as2m --format jsonl > tags.jsonl
 """
 
+# Writes the labels of a file: its path, and `[{"label": name, "score": score}, ...]`.
+Writer = Callable[[str, list[dict[str, Any]]], None]
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    """Add the command's arguments."""
     parser.add_argument(
         "sources",
         metavar="FILE|DIR|-",
         nargs="+",
-        help="sound files, folders to search through, patterns (quoted, ** for any depth), or - for paths on stdin",
+        help="sound files, folders (searched recursively), quoted patterns (** matches any depth), or - for a list of "
+        "paths on standard input",
     )
     add_model_arguments(parser)
-    parser.add_argument(
-        "--top-k", type=positive_int, default=10, metavar="K", help="labels of a file at most (default: 10)"
+    results = parser.add_argument_group("results")
+    results.add_argument(
+        "--top-k", type=positive_int, default=10, metavar="K", help="print at most K labels of a file (default: 10)"
     )
-    parser.add_argument(
-        "--threshold", type=share, default=0.0, metavar="SCORE", help="lowest score to print (default: 0)"
+    results.add_argument(
+        "--threshold",
+        type=score,
+        default=0.0,
+        metavar="SCORE",
+        help="print only labels with at least this score (default: 0)",
     )
-    parser.add_argument(
+    results.add_argument(
         "--format",
         choices=tuple(WRITERS),
         default="table",
-        help="table to read; json, jsonl and csv with path, label and score for programs",
+        help="table is for people; json, jsonl and csv hold path, label and score (default: table)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print the labels of all files as they become known; return the exit status."""
+    from tqdm import tqdm
+
+    from ...common.recordings import find_recordings
+    from ..tagger import SSLAMTagger
+
     recordings = find_recordings(args.sources)
     tagger = SSLAMTagger.from_pretrained(args.model, args.device, args.dtype, args.batch_size, args.revision)
-    failed = 0
+    num_failed = 0
     with (
         WRITERS[args.format](sys.stdout) as write,
         tqdm(total=len(recordings), unit="file", disable=None, dynamic_ncols=True) as progress,
     ):
         results = tagger.tag_each(recordings, args.top_k, args.threshold)
         for path, result in zip(recordings, results, strict=True):
-            # The bar is on stderr, but perhaps on the same screen.
+            # The bar goes to stderr, which may share the terminal with stdout.
             with progress.external_write_mode(sys.stdout):
                 if isinstance(result, ClipError):
                     print(f"{path}: {result}", file=sys.stderr)
-                    failed += 1
+                    num_failed += 1
                 else:
                     write(path, result)
             progress.update()
-    if failed:
-        print(f"{failed} of {len(recordings)} files could not be used", file=sys.stderr)
-    return int(failed > 0)
+    if num_failed:
+        print(f"{num_failed} of {len(recordings)} files could not be used", file=sys.stderr)
+    return int(num_failed > 0)
 
 
 @contextmanager
-def _table(file: TextIO) -> Iterator[Any]:
+def _table(file: TextIO) -> Iterator[Writer]:
+    from ...common.decoding import duration_seconds
+
     def write(path: str, labels: list[dict[str, Any]]) -> None:
         seconds = duration_seconds(path)
         print(path if seconds is None else f"{path}  ({seconds:.2f} s)", file=file)
@@ -88,7 +101,7 @@ def _table(file: TextIO) -> Iterator[Any]:
 
 
 @contextmanager
-def _json(file: TextIO) -> Iterator[Any]:
+def _json(file: TextIO) -> Iterator[Writer]:
     separator = "["
 
     def write(path: str, labels: list[dict[str, Any]]) -> None:
@@ -99,12 +112,12 @@ def _json(file: TextIO) -> Iterator[Any]:
     try:
         yield write
     finally:
-        # Whole also after Ctrl-C.
+        # The list is closed also after Ctrl-C, so that the output is valid JSON.
         file.write("[]\n" if separator == "[" else "\n]\n")
 
 
 @contextmanager
-def _jsonl(file: TextIO) -> Iterator[Any]:
+def _jsonl(file: TextIO) -> Iterator[Writer]:
     def write(path: str, labels: list[dict[str, Any]]) -> None:
         print(json.dumps({"path": path, "labels": labels}, ensure_ascii=False), file=file, flush=True)
 
@@ -112,7 +125,7 @@ def _jsonl(file: TextIO) -> Iterator[Any]:
 
 
 @contextmanager
-def _csv(file: TextIO) -> Iterator[Any]:
+def _csv(file: TextIO) -> Iterator[Writer]:
     rows = csv.writer(file, lineterminator="\n")
     rows.writerow(("path", "label", "score"))
 
@@ -123,4 +136,9 @@ def _csv(file: TextIO) -> Iterator[Any]:
     yield write
 
 
-WRITERS = {"table": _table, "json": _json, "jsonl": _jsonl, "csv": _csv}
+WRITERS: dict[str, Callable[[TextIO], AbstractContextManager[Writer]]] = {
+    "table": _table,
+    "json": _json,
+    "jsonl": _jsonl,
+    "csv": _csv,
+}

@@ -1,4 +1,4 @@
-"""`sslam timeline`: what sounds when in a recording of any length."""
+"""`sslam timeline`: find when each class sounds in a recording of any length."""
 
 import argparse
 import csv
@@ -7,25 +7,28 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from tqdm import tqdm
-
-from ...common.decoding import duration_seconds
 from ...common.errors import ClipError, InferenceError
 from ...common.files import replacing
-from ..tagger import SSLAMTagger
 from ..timeline.events import EventSettings
 from ..timeline.formats import FORMATS, SUFFIXES, format_of
-from ..timeline.picture import TimelinePicture, check_picture_format
-from .arguments import add_model_arguments, positive_int, positive_seconds, seconds, share
+from .arguments import add_model_arguments, non_negative_seconds, positive_int, positive_seconds, score
 
-DESCRIPTION = f"""\
-Goes through a recording of any length in bounded memory, window by window, and says from when to when each class
-sounds. What is written goes by the file name: {", ".join(f"{suffix} ({name})" for suffix, name in SUFFIXES.items())}.
+if TYPE_CHECKING:
+    import numpy as np
 
-A window tells whether a class sounds anywhere in it, so onsets and offsets are uncertain by half its length. Windows
-are padded to the clips of the training: short ones tell the time better, and the class worse.
+    from ..tagger import SSLAMTagger
+
+SUMMARY = "Find when each class sounds in a recording of any length."
+DETAILS = f"""\
+The recording is classified window by window, in memory that does not grow with its length. Events are read off the
+scores and written in the format that a file name's suffix selects:
+{", ".join(f"{suffix} ({name})" for suffix, name in SUFFIXES.items())}.
+
+A score tells whether a class sounds anywhere in a window, so onsets and offsets are accurate to about half a window.
+Windows are padded to the length of the training clips. Short windows locate sounds better in time but recognise
+classes worse.
 """
 EXAMPLES = """\
 examples:
@@ -38,79 +41,115 @@ night.txt is a label track for Audacity: File > Import > Labels.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    """Add the command's arguments."""
     defaults = EventSettings()
     parser.add_argument("recording", metavar="FILE", help="a sound file of any length")
     add_model_arguments(parser)
     windows = parser.add_argument_group("windows")
     windows.add_argument(
-        "--window", type=positive_seconds, default=2.0, metavar="S", help="length in seconds (default: 2)"
+        "--window", type=positive_seconds, default=2.0, metavar="S", help="length of a window in seconds (default: 2)"
     )
     windows.add_argument(
-        "--hop", type=positive_seconds, default=0.5, metavar="S", help="from one to the next (default: 0.5)"
+        "--hop",
+        type=positive_seconds,
+        default=0.5,
+        metavar="S",
+        help="seconds from one window to the next (default: 0.5)",
     )
     events = parser.add_argument_group("events")
     events.add_argument(
         "--threshold",
-        type=share,
+        type=score,
         default=defaults.threshold,
         metavar="SCORE",
-        help=f"score that an event reaches (default: {defaults.threshold:g})",
+        help=f"score that an event must reach (default: {defaults.threshold:g})",
     )
     events.add_argument(
         "--release",
-        type=share,
+        type=score,
         metavar="SCORE",
-        help="score at which it begins and ends (default: half the threshold)",
+        help="score at which an event begins and ends (default: half the threshold)",
     )
     events.add_argument(
         "--median",
         type=positive_int,
         default=defaults.median,
         metavar="N",
-        help=f"windows of the median filter over scores, odd; 1 for none (default: {defaults.median})",
+        help=f"length of the scores' median filter in windows, odd; 1: no filter (default: {defaults.median})",
     )
     events.add_argument(
         "--max-gap",
-        type=seconds,
-        default=0.0,
+        type=non_negative_seconds,
+        default=defaults.max_gap,
         metavar="S",
-        help="join a class's events no further apart (default: 0)",
+        help=f"join events of a class that are at most S seconds apart (default: {defaults.max_gap:g})",
     )
     events.add_argument(
-        "--min-duration", type=seconds, default=0.0, metavar="S", help="drop shorter events (default: 0)"
+        "--min-duration",
+        type=non_negative_seconds,
+        default=defaults.min_duration,
+        metavar="S",
+        help=f"drop events shorter than S seconds (default: {defaults.min_duration:g})",
     )
     results = parser.add_argument_group("results")
     results.add_argument(
-        "--format", choices=tuple(FORMATS), help="what to print (default: table, or nothing with --out)"
+        "--format", choices=tuple(FORMATS), help="format to print (default: table, or nothing with --out)"
     )
     results.add_argument(
-        "--out", type=Path, nargs="+", default=[], metavar="PATH", help="files to write the events to, by their suffix"
+        "--out", type=Path, nargs="+", default=[], metavar="PATH", help="files for the events (default: none)"
     )
     results.add_argument(
-        "--scores", type=Path, metavar="PATH", help="CSV to write the scores of every window and class to"
+        "--scores",
+        type=Path,
+        metavar="PATH",
+        help="CSV file for the scores of all windows and classes (default: none)",
     )
     results.add_argument(
-        "--plot", type=Path, metavar="PATH", help="picture (.png, .pdf, .svg) of spectrogram and events"
+        "--plot",
+        type=Path,
+        metavar="PATH",
+        help="picture (.png, .pdf, .svg) of spectrogram, scores and events (default: none)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
+    """Write and print the timeline of the recording; return the exit status."""
+    # Invalid settings are reported before the model is loaded, which takes seconds.
     settings = EventSettings(args.threshold, args.release, args.median, args.max_gap, args.min_duration)
     if os.path.isdir(args.recording):
         raise InferenceError(f"{args.recording} is a folder; sslam timeline takes one recording, sslam tag folders.")
     formats = {path: format_of(path) for path in args.out}
     if args.plot:
+        from ..timeline.picture import check_picture_format
+
         check_picture_format(args.plot)
+    from ..tagger import SSLAMTagger
+
     tagger = SSLAMTagger.from_pretrained(args.model, args.device, args.dtype, args.batch_size, args.revision)
     write_timeline(tagger, args, settings, formats)
     return 0
 
 
 def write_timeline(
-    tagger: SSLAMTagger, args: argparse.Namespace, settings: EventSettings, formats: dict[Path, str]
+    tagger: "SSLAMTagger", args: argparse.Namespace, settings: EventSettings, formats: dict[Path, str]
 ) -> None:
-    """Writes and prints all that the arguments ask for."""
+    """Write and print what the arguments ask for; files appear whole or not at all.
+
+    Args:
+        tagger: The model.
+        args: Values of the arguments of [`add_arguments`].
+        settings: Made from `args`.
+        formats: Files for the events, with the format of each: a key of `FORMATS`.
+
+    Raises:
+        InferenceError: If the recording cannot be used, or if the model cannot take such windows.
+        OSError: If a file cannot be written.
+    """
+    from tqdm import tqdm
+
+    from ...common.decoding import duration_seconds
+    from ..timeline.picture import TimelinePicture
+
     total = duration_seconds(args.recording)
     with ExitStack() as stack:
         files = {path: stack.enter_context(replacing(path)) for path in (*formats, args.scores, args.plot) if path}
@@ -124,7 +163,7 @@ def write_timeline(
         if args.scores:
             write_scores = stack.enter_context(_score_table(files[args.scores], tagger.labels, args.window))
 
-        def on_scores(start: float, scores: np.ndarray) -> None:
+        def on_scores(start: float, scores: "np.ndarray") -> None:
             progress.update(start + args.hop - progress.n)
             if picture is not None:
                 picture.add_scores(start, scores)
@@ -138,7 +177,7 @@ def write_timeline(
                 args.hop,
                 settings,
                 keep_scores=False,
-                on_frames=picture and picture.add_frames,
+                on_frames=None if picture is None else picture.add_frames,
                 on_scores=on_scores,
             )
         except ClipError as error:
@@ -147,16 +186,19 @@ def write_timeline(
         for path, name in formats.items():
             files[path].write_text(FORMATS[name](timeline), encoding="utf-8")
         if picture is not None:
-            picture.draw(timeline, files[args.plot])
+            picture.save(timeline, files[args.plot])
     if args.format or not args.out:
         sys.stdout.write(FORMATS[args.format or "table"](timeline))
 
 
 @contextmanager
-def _score_table(path: Path, labels: list[str], window: float) -> Iterator[Callable[[float, np.ndarray], None]]:
+def _score_table(path: Path, labels: list[str], window: float) -> Iterator[Callable[[float, "np.ndarray"], None]]:
+    """Open a CSV file with a row for each window; yield a function that writes the row of a start and its scores."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(("start", "end", *labels))
-        yield lambda start, scores: rows.writerow(
-            (f"{start:.3f}", f"{start + window:.3f}", *(f"{score:.5f}" for score in scores))
-        )
+
+        def write(start: float, scores: "np.ndarray") -> None:
+            rows.writerow((f"{start:.3f}", f"{start + window:.3f}", *(f"{value:.5f}" for value in scores)))
+
+        yield write

@@ -30,6 +30,7 @@ from ..loading import load_pretrained, speed_up
 from ..packed_blocks import precision_of
 from ..prefetch import prefetch
 from ..windows import cut_windows, model_inputs, stream_log_mel
+from . import EMBEDDING_POOLINGS
 from .sounds import Sound
 from .sources import open_sources
 
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from .dataset import AudioDataset
 
 # Poolings of a window's states; see [`Embedder`].
-EMBEDDING_POOLINGS = ("cls", "mean", "frame", "patch")
 
 
 class Window(NamedTuple):

@@ -1,4 +1,4 @@
-"""Events as files that other programs read."""
+"""File formats for the events of a timeline."""
 
 import csv
 import io
@@ -6,13 +6,17 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...common.errors import InferenceError
-from .timeline import Timeline
+
+if TYPE_CHECKING:
+    # Not imported at run time: `sslam timeline --help` lists the formats, and windows need torch.
+    from .timeline import Timeline
 
 
-def to_csv(timeline: Timeline) -> str:
-    """`onset,offset,label,score`, in seconds."""
+def to_csv(timeline: "Timeline") -> str:
+    """Format events as CSV with the columns `onset,offset,label,score`; times are in seconds."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(("onset", "offset", "label", "score"))
@@ -20,14 +24,17 @@ def to_csv(timeline: Timeline) -> str:
     return text.getvalue()
 
 
-def to_audacity(timeline: Timeline) -> str:
-    """A label track for Audacity (File > Import > Labels): onset, offset and label between tabs."""
+def to_audacity(timeline: "Timeline") -> str:
+    """Format events as a label track for Audacity (File > Import > Labels): onset, offset and label between tabs."""
     return "".join(f"{e.onset:.6f}\t{e.offset:.6f}\t{_one_line(e.label)}\n" for e in timeline.events)
 
 
-def to_rttm(timeline: Timeline) -> str:
-    """NIST's Rich Transcription Time Marked, as diarisation tools read it: ten fields between spaces, the class in the
-    place of the speaker, the score in that of the confidence. Spaces in names become underscores."""
+def to_rttm(timeline: "Timeline") -> str:
+    """Format events as NIST's Rich Transcription Time Marked (RTTM), which diarisation tools read.
+
+    A line has ten fields between spaces. The class is in the field of the speaker, the score in that of the
+    confidence. Spaces in names become underscores.
+    """
     recording = _one_word(Path(timeline.path).stem if timeline.path else "recording")
     return "".join(
         f"SPEAKER {recording} 1 {e.onset:.3f} {e.offset - e.onset:.3f} <NA> <NA> {_one_word(e.label)} {e.score:.4f} "
@@ -36,9 +43,11 @@ def to_rttm(timeline: Timeline) -> str:
     )
 
 
-def to_jams(timeline: Timeline) -> str:
-    """JSON in the layout of JAMS (Humphrey et al., ISMIR 2014), namespace tag_open: time, duration, value, confidence.
-    Under "sandbox" it says how the events were made."""
+def to_jams(timeline: "Timeline") -> str:
+    """Format events as JSON in the layout of JAMS (Humphrey et al., ISMIR 2014).
+
+    The namespace is tag_open: time, duration, value, confidence. "sandbox" holds the settings of the event detection.
+    """
     data = [
         {
             "time": round(e.onset, 6),
@@ -69,8 +78,8 @@ def to_jams(timeline: Timeline) -> str:
     return json.dumps(jams, indent=1, ensure_ascii=False) + "\n"
 
 
-def to_table(timeline: Timeline) -> str:
-    """To read on a screen."""
+def to_text(timeline: "Timeline") -> str:
+    """Format events as a table for people."""
     if not timeline.events:
         return f"no class reaches {timeline.settings.threshold:g} in {timeline.duration:.2f} s\n"
     lines = [f"{'onset':>9}  {'offset':>9}  score  label"]
@@ -81,8 +90,8 @@ def to_table(timeline: Timeline) -> str:
     return "\n".join(lines) + "\n"
 
 
-FORMATS: dict[str, Callable[[Timeline], str]] = {
-    "table": to_table,
+FORMATS: dict[str, Callable[["Timeline"], str]] = {
+    "table": to_text,
     "csv": to_csv,
     "audacity": to_audacity,
     "rttm": to_rttm,
@@ -92,19 +101,24 @@ SUFFIXES = {".csv": "csv", ".txt": "audacity", ".rttm": "rttm", ".json": "json",
 
 
 def format_of(path: Path) -> str:
-    """The format that a file's name asks for.
+    """Return the format, a key of `FORMATS`, that a file's suffix selects.
 
     Raises:
-        InferenceError: If it asks for none.
+        InferenceError: If no format has this suffix.
     """
     if path.suffix.lower() not in SUFFIXES:
         known = ", ".join(f"{suffix} ({name})" for suffix, name in SUFFIXES.items())
-        raise InferenceError(f"{path}: what to write there goes by the suffix, one of {known}.")
+        raise InferenceError(f"{path} selects no format; end the name in one of {known}.")
     return SUFFIXES[path.suffix.lower()]
 
 
 def clock(seconds: float, hours: bool = False) -> str:
-    """2:03.4, or 1:02:03.4 where there are hours or all times are to have them."""
+    """Format a time as 2:03.4, or with hours as 1:02:03.4.
+
+    Args:
+        seconds: The time.
+        hours: Whether to write the hours even if there are none.
+    """
     minutes, rest = divmod(round(seconds, 1), 60)
     num_hours, minutes = divmod(int(minutes), 60)
     return f"{num_hours}:{minutes:02d}:{rest:04.1f}" if hours or num_hours else f"{minutes}:{rest:04.1f}"

@@ -1,6 +1,7 @@
-"""A picture of a timeline: spectrogram, curves of the classes that matter most, and bars for their events."""
+"""Pictures of timelines: spectrogram, score curves of the most important classes, and bars for their events."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,36 +17,41 @@ from .timeline import Timeline
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.typing import ColorType
 
-# More columns than a picture has pixels show nothing more.
+# More than the pixels in the width of a picture: more columns would not be visible.
 MAX_COLUMNS = 2048
-# More curves cannot be told apart.
+# More curves could not be told apart.
 MAX_CLASSES = 8
+# Number of curves in a picture without events.
 CLASSES_WITHOUT_EVENTS = 3
 DYNAMIC_RANGE_DB = 80.0
-# With more windows than this, thick curves run into each other.
-FEW_WINDOWS = 400
+# From this number of windows on, curves are thin, because thick ones would overlap.
+MANY_WINDOWS = 400
 DECIBELS_PER_NEPER = 10 / math.log(10)
-# Up to here axes count seconds; beyond, hours and minutes are easier to read.
+# The time axis of longer recordings has minutes and hours.
 SECONDS_AXIS_LIMIT = 180.0
 
 
 class BoundedColumns:
-    """A sequence of vectors as at most `2 * limit` columns, however long it is: the mean or maximum of 1, then 2, then
-    4, ... vectors each.
+    """Summary of a sequence of vectors in at most `2 * limit` columns.
+
+    A column is the mean or maximum of `vectors_per_column` vectors in a row. That number is 1 at first and doubles
+    whenever there are `2 * limit` columns.
 
     Args:
+        limit: Half of the largest number of columns.
         reduce: `np.mean` or `np.max`.
     """
 
-    def __init__(self, limit: int, reduce: "np.ufunc") -> None:
+    def __init__(self, limit: int, reduce: Callable[..., np.ndarray]) -> None:
         self.limit, self._reduce = limit, reduce
         self.vectors_per_column = 1
         self._columns: list[np.ndarray] = []
         self._incomplete: list[np.ndarray] = []
 
     def add(self, vectors: np.ndarray) -> None:
-        """Appends vectors `(n, size)`."""
+        """Append vectors `(n, size)`."""
         for vector in vectors:
             self._incomplete.append(vector)
             if len(self._incomplete) == self.vectors_per_column:
@@ -56,17 +62,17 @@ class BoundedColumns:
                 self.vectors_per_column *= 2
 
     def columns(self) -> np.ndarray:
-        """The columns `(num_columns, size)`; the last may stand for fewer vectors than the others."""
+        """Return the columns `(num_columns, size)`; the last may cover fewer vectors than the others."""
         rest = [self._reduce(self._incomplete, axis=0)] if self._incomplete else []
         return np.stack(self._columns + rest)
 
 
 class TimelinePicture:
-    """Gathers what [`SSLAMTagger.timeline`] computes, in memory that does not grow with the recording, and draws it.
+    """Collects frames and scores from [`SSLAMTagger.timeline`] in bounded memory and draws them.
 
     Args:
-        sampling_rate: Of the waveform that the frames come from, in Hz.
-        frame_seconds: From one frame to the next.
+        sampling_rate: Sampling rate of the waveform in Hz.
+        frame_seconds: Seconds from one frame to the next.
     """
 
     def __init__(self, sampling_rate: int, frame_seconds: float) -> None:
@@ -75,27 +81,27 @@ class TimelinePicture:
         self._scores = BoundedColumns(MAX_COLUMNS, np.max)
 
     def add_frames(self, log_mel: torch.Tensor) -> None:
-        """Log-mel frames `(num_frames, num_mel_bins)`, for `on_frames`."""
+        """Add log-mel frames `(num_frames, num_mel_bins)`; pass this method as `on_frames`."""
         self._frames.add(log_mel.cpu().numpy())
 
     def add_scores(self, start: float, scores: np.ndarray) -> None:
-        """A window's scores `(num_labels,)`, for `on_scores`."""
+        """Add the scores `(num_labels,)` of a window that starts at `start` seconds; call it in `on_scores`."""
         self._scores.add(scores[None])
 
     def figure(self, timeline: Timeline) -> "Figure":
-        """The picture as a matplotlib figure; save it with `figure.savefig`."""
+        """Draw the timeline of the frames and scores that were added."""
         from matplotlib import rc_context
 
-        # A $ in the name of a file or class is a $.
+        # Names of files and classes may contain $, which matplotlib would read as a formula.
         with rc_context({"text.parse_math": False}):
             return self._figure(timeline)
 
     def _figure(self, timeline: Timeline) -> "Figure":
-        from matplotlib import colormaps
+        from matplotlib.colors import TABLEAU_COLORS
         from matplotlib.figure import Figure
 
         classes = self._classes(timeline)
-        colors = dict(zip(classes, colormaps["tab10"].colors, strict=False))
+        colors = dict(zip(classes, TABLEAU_COLORS.values(), strict=False))
         figure = Figure(figsize=(12, 4.6 + 0.28 * len(classes)), dpi=120, layout="constrained")
         spectrogram, curves, bars = figure.subplots(
             3, 1, sharex=True, height_ratios=(2.4, 1.6, 0.28 * len(classes) + 0.1)
@@ -104,19 +110,19 @@ class TimelinePicture:
         self._draw_curves(curves, timeline, colors)
         _draw_bars(bars, timeline.events, colors)
         title = Path(timeline.path).name if timeline.path else "recording"
-        sounding = len({event.label for event in timeline.events})
-        if sounding > len(classes):
-            title += f": {len(classes)} of the {sounding} classes with events"
+        num_with_events = len({event.label for event in timeline.events})
+        if num_with_events > len(classes):
+            title += f": {len(classes)} of the {num_with_events} classes with events"
         spectrogram.set_title(title, loc="left")
         _label_time(bars, timeline.duration)
         return figure
 
-    def draw(self, timeline: Timeline, path: Path) -> None:
-        """Writes the picture, in the format of the path's suffix."""
+    def save(self, timeline: Timeline, path: Path) -> None:
+        """Write the picture in the format of the path's suffix."""
         self.figure(timeline).savefig(path)
 
     def _classes(self, timeline: Timeline) -> list[str]:
-        """The classes that sound longest, or where none does, those that come nearest."""
+        """Return the classes with the longest events, or without events those with the highest scores."""
         lengths: dict[str, float] = {}
         for event in timeline.events:
             lengths[event.label] = lengths.get(event.label, 0.0) + event.offset - event.onset
@@ -144,11 +150,11 @@ class TimelinePicture:
         )
         axes.set_ylabel("Hz")
 
-    def _draw_curves(self, axes: "Axes", timeline: Timeline, colors: dict[str, tuple]) -> None:
+    def _draw_curves(self, axes: "Axes", timeline: Timeline, colors: "dict[str, ColorType]") -> None:
         scores = self._scores.columns()
         borders = timeline.borders[:: self._scores.vectors_per_column]
         borders = np.append(borders[: len(scores)], timeline.duration)
-        linewidth = 1.4 if len(scores) < FEW_WINDOWS else 0.8
+        linewidth = 1.4 if len(scores) < MANY_WINDOWS else 0.8
         for name, color in reversed(colors.items()):
             curve = scores[:, timeline.labels.index(name)]
             axes.stairs(curve, borders, baseline=None, color=color, linewidth=linewidth)
@@ -158,18 +164,22 @@ class TimelinePicture:
 
 
 def check_picture_format(path: Path) -> None:
-    """Raises InferenceError unless a picture can be written in the format of the path's suffix."""
+    """Check that pictures can be written in the format of the path's suffix.
+
+    Raises:
+        InferenceError: If the suffix is missing or unknown.
+    """
     from matplotlib.backend_bases import FigureCanvasBase
 
     formats = FigureCanvasBase.get_supported_filetypes()
     if path.suffix.lower().removeprefix(".") not in formats:
-        raise InferenceError(f"{path} is no picture; end its name in one of .{', .'.join(formats)}.")
+        raise InferenceError(f"{path} selects no picture format; end the name in one of .{', .'.join(formats)}.")
 
 
-def _draw_bars(axes: "Axes", events: list[Event], colors: dict[str, tuple]) -> None:
+def _draw_bars(axes: "Axes", events: list[Event], colors: "dict[str, ColorType]") -> None:
     for row, (name, color) in enumerate(colors.items()):
         spans = [(event.onset, event.offset - event.onset) for event in events if event.label == name]
-        # An edge, so that an event of a second shows within an hour.
+        # Without an edge, an event of a second would be invisible in an hour.
         axes.broken_barh(spans, (row - 0.35, 0.7), facecolors=color, edgecolors=color, linewidth=0.8)
     axes.set_yticks(range(len(colors)), list(colors))
     for tick, color in zip(axes.get_yticklabels(), colors.values(), strict=True):
@@ -194,7 +204,7 @@ def _label_time(axes: "Axes", duration: float) -> None:
 
 
 def mel_bin(frequency: float, num_mel_bins: int, sampling_rate: int) -> float:
-    """Where on the axis of mel bins a frequency in Hz lies; bin k's filter is centred at k."""
+    """Return the position of a frequency in Hz on the axis of mel bins. The filter of bin k is centred at k."""
 
     def mel(f: float) -> float:
         return math.log1p(f / 700)

@@ -1,4 +1,4 @@
-"""The pipeline for long recordings: the same as [`SSLAMTagger`], batched and called as transformers does."""
+"""The pipeline for long recordings returns the results of [`SSLAMTagger`]."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def listen(model_folder):
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_equals_the_tagger(listen, tagger, recording, batch_size):
-    # Random weights tell sounds hardly apart: thresholds among the scores of one class make events of it.
+    # With random weights, scores hardly vary. Thresholds among the scores of one class yield events.
     release, threshold = np.quantile(tagger.timeline(recording, 1.0, 0.4).scores[:, 8], (0.45, 0.55)).tolist()
     settings = {"threshold": threshold, "release": release, "median": 1, "max_gap": 0.1}
     result = listen(
@@ -33,7 +33,7 @@ def test_equals_the_tagger(listen, tagger, recording, batch_size):
         assert [by_label[label] for label in tagger.labels] == pytest.approx(scores.tolist(), abs=1e-5)
 
 
-def test_defaults_are_the_tagger_s(listen, tagger, recording):
+def test_defaults_equal_those_of_the_tagger(listen, tagger, recording):
     result, expected = listen(recording.numpy()), tagger.timeline(recording)
     assert len(result["chunks"]) == len(expected.starts)
     assert [event["timestamp"] for event in result["events"]] == [event[:2] for event in expected.events]
@@ -51,7 +51,7 @@ def test_settings_at_construction(model_folder, recording):
     assert listen(recording.numpy(), chunk_length_s=4.0)["chunks"][1]["timestamp"][0] == 3.0
 
 
-def test_several_recordings_of_every_form(listen, audio_dir):
+def test_recordings_as_path_bytes_and_samples(listen, audio_dir):
     path = audio_dir / "guit_e_slide.flac"
     samples, rate = soundfile.read(path, dtype="float32")
     forms = [str(path), path.read_bytes(), {"array": samples, "sampling_rate": rate}]
@@ -74,11 +74,11 @@ def test_several_recordings_of_every_form(listen, audio_dir):
         ({"threshold": 0.2, "release": 0.3}, "release=0.3"),
     ],
 )
-def test_settings_that_cannot_be(listen, recording, options, message):
+def test_invalid_settings_are_rejected(listen, recording, options, message):
     with pytest.raises(InferenceError, match=message):
         listen(recording.numpy(), **options)
 
 
-def test_a_recording_that_cannot_be_used(listen):
+def test_unusable_recording_raises(listen):
     with pytest.raises(ClipError, match="missing"):
         listen("nowhere.wav")

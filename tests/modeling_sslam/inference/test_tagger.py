@@ -1,4 +1,4 @@
-"""The Python interface, against the model on separate clips and against transformers' own pipeline."""
+"""SSLAMTagger, compared with the model on separate clips and with transformers' pipeline."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ RECORDINGS = ["ambi_choir", "drum_cowbell", "guit_e_slide", "misc_crow", "vinyl_
 
 
 def clip_scores(tagger: SSLAMTagger, clips: list[torch.Tensor]) -> np.ndarray:
-    """What the model says of clips that the feature extractor takes one by one."""
+    """Scores of the model for clips from the feature extractor."""
     inputs = tagger.feature_extractor(clips, sampling_rate=16_000, return_tensors="pt")
     with torch.no_grad():
         return tagger.model(**inputs).logits.sigmoid().numpy()
@@ -33,14 +33,14 @@ def assert_same(tags: list[dict], expected: list[dict]) -> None:
 
 @pytest.fixture
 def config(make_config):
-    """A model of three classes on clips of 64 frames that windows of one second exceed."""
+    """A model of three classes for clips of 64 frames, so that windows of one second are longer than a clip."""
     return make_config(
         num_mel_bins=128, num_labels=3, problem_type="multi_label_classification", max_position_embeddings=12
     )
 
 
 @pytest.mark.parametrize("name", RECORDINGS)
-def test_tags_are_the_pipeline_s(tagger, model_folder, audio_dir, name):
+def test_tags_equal_those_of_the_transformers_pipeline(tagger, model_folder, audio_dir, name):
     path = audio_dir / f"{name}.flac"
     samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     classify = pipeline("audio-classification", str(model_folder))
@@ -51,7 +51,7 @@ def test_tags_are_the_pipeline_s(tagger, model_folder, audio_dir, name):
     assert tagger.tag(path, threshold=tags[1]["score"]) == tags[:2]
 
 
-def test_a_longer_recording_gets_the_highest_score_of_its_windows(config):
+def test_long_recording_gets_the_highest_score_of_its_windows(config):
     tagger, waveform = make_tagger(config), torch.randn(30_000) / 10
     length = 63 * 160 + 400
     starts = [0, 64 * 160, (tagger.feature_extractor.num_frames(30_000) - 64) * 160]
@@ -61,7 +61,7 @@ def test_a_longer_recording_gets_the_highest_score_of_its_windows(config):
 
 
 @pytest.mark.parametrize("problem_type", ["single_label_classification", None])
-def test_one_label_a_clip_gives_softmax_and_the_mean(config, problem_type):
+def test_single_label_models_use_softmax_and_the_mean(config, problem_type):
     config.problem_type = problem_type
     tagger, waveform = make_tagger(config), torch.randn(20_560) / 10
     clips = [waveform[:10_480], waveform[10_080:]]
@@ -82,7 +82,7 @@ def test_recordings_share_batches(config, write_sound, batch_size, monkeypatch):
     monkeypatch.setattr(tagger, "_classify", lambda windows: seen.append(len(windows)) or classify(windows))
     first, missing, second, damaged, third = tagger.tag_each([sounds[0], "nowhere.wav", sounds[1], broken, sounds[2]])
     assert [missing.reason, damaged.reason] == ["missing", "not_finite"]
-    # 1 + 3 + 2 windows; what is batched with what changes no result.
+    # 1 + 3 + 2 windows. Their distribution over batches changes no result.
     assert seen == {1: [1] * 6, 2: [2] * 3, "auto": [6]}[batch_size]
     monkeypatch.undo()
     for tags, sound in zip((first, second, third), sounds, strict=True):
@@ -91,8 +91,8 @@ def test_recordings_share_batches(config, write_sound, batch_size, monkeypatch):
         tagger.tag(broken)
 
 
-def test_a_recording_that_breaks_off_spoils_no_other(config, write_sound):
-    """Its windows are in the batch already when the fault shows."""
+def test_damaged_recording_changes_no_other_result(config, write_sound):
+    """The damage is at the end, when the recording's first windows are already in a batch."""
     samples = np.zeros(600_000, np.float32)
     samples[-1] = np.inf
     path, sound = write_sound("sound.wav", samples=samples), torch.randn(8_000) / 10
@@ -102,7 +102,7 @@ def test_a_recording_that_breaks_off_spoils_no_other(config, write_sound):
     assert_same(tags, tagger.tag(sound))
 
 
-def test_timeline_scores_are_those_of_separate_clips(tagger, recording):
+def test_timeline_scores_equal_those_of_separate_clips(tagger, recording):
     timeline = tagger.timeline(recording, window=2.0, hop=0.5)
     assert timeline.scores.dtype == np.float32
     assert timeline.starts[:-1].tolist() == pytest.approx([0.5 * k for k in range(len(timeline.starts) - 1)])
@@ -112,8 +112,8 @@ def test_timeline_scores_are_those_of_separate_clips(tagger, recording):
     assert timeline.duration == len(recording) / 16_000
 
 
-def test_windows_beyond_the_clips_of_the_training(config):
-    """One second, 98 frames, is padded to whole patches where clips have 64."""
+def test_windows_longer_than_training_clips(config):
+    """Windows of 98 frames (1 s) are padded to whole patches, although training clips have 64 frames."""
     tagger, waveform = make_tagger(config), torch.randn(40_000) / 10
     timeline = tagger.timeline(waveform, window=1.0, hop=1.0)
     extractor = tagger.feature_extractor
@@ -124,7 +124,7 @@ def test_windows_beyond_the_clips_of_the_training(config):
     np.testing.assert_allclose(timeline.scores, expected, rtol=0, atol=1e-4)
 
 
-def test_an_extractor_that_masks_its_padding(config):
+def test_feature_extractor_with_attention_mask(config):
     extractor = SSLAMFeatureExtractor(max_length=64, return_attention_mask=True)
     tagger, waveform = make_tagger(config, extractor), torch.randn(16_000) / 10
     timeline = tagger.timeline(waveform, window=0.3, hop=0.3)
@@ -134,7 +134,7 @@ def test_an_extractor_that_masks_its_padding(config):
     assert np.abs(timeline.scores - without.scores).max() > 1e-3
 
 
-def test_timeline_calls_back(config):
+def test_timeline_calls_the_callbacks(config):
     tagger, waveform = make_tagger(config), torch.randn(40_000) / 10
     frames, rows = [], []
     timeline = tagger.timeline(
@@ -153,7 +153,7 @@ def test_timeline_calls_back(config):
     )
 
 
-def test_events_lie_where_scores_say(config, monkeypatch):
+def test_events_lie_at_the_windows_with_high_scores(config, monkeypatch):
     tagger = make_tagger(config)
     scores = torch.zeros(11, 3)
     scores[4:7, 1] = 0.8
@@ -174,7 +174,7 @@ def test_events_lie_where_scores_say(config, monkeypatch):
         (1.0, 0.001, "hop of 0.001 s must be at least one frame of 0.01 s"),
     ],
 )
-def test_windows_that_cannot_be(config, window, hop, message):
+def test_invalid_windows_are_rejected(config, window, hop, message):
     with pytest.raises(InferenceError, match=message):
         make_tagger(config).timeline(torch.zeros(60_000), window, hop)
 
@@ -184,13 +184,13 @@ def test_the_longest_window_fits(config):
     assert len(timeline.starts) == 5
 
 
-def test_values_are_no_scores(config):
+def test_regression_models_are_rejected(config):
     config.problem_type = "regression"
     with pytest.raises(InferenceError, match="regression"):
         make_tagger(config)
 
 
-def test_loading_says_what_is_wrong(tmp_path, config, golden_dir):
+def test_loading_errors_name_the_cause(tmp_path, config, golden_dir):
     SSLAMModel(config).save_pretrained(tmp_path / "encoder")
     SSLAMFeatureExtractor().save_pretrained(tmp_path / "encoder")
     with pytest.raises(InferenceError, match=r"no weights for classifier\.dense\.bias.* fine-tune it"):
@@ -213,7 +213,7 @@ def test_devices_and_precisions(model_folder, recording):
     np.testing.assert_allclose(*scores, rtol=0, atol=0.03)
 
 
-def test_halving():
+def test_batches_are_halved_until_they_fit():
     sizes = []
 
     def compute(part):
@@ -230,7 +230,7 @@ def test_halving():
         compute_in_parts(lambda part: compute([0] * 4), [0], 1)
 
 
-def test_a_device_that_runs_out_of_memory_gets_smaller_batches(config, monkeypatch):
+def test_batches_shrink_when_memory_runs_out(config, monkeypatch):
     tagger, waveform = make_tagger(config), torch.randn(200_000) / 10
     expected, classify, sizes = tagger.timeline(waveform, 0.5, 0.5).scores, tagger._classify, []
 
@@ -249,12 +249,12 @@ def test_a_device_that_runs_out_of_memory_gets_smaller_batches(config, monkeypat
         tagger.timeline(waveform, 0.5, 0.5)
 
 
-def test_the_batch_goes_by_the_free_memory(config, monkeypatch):
+def test_batch_size_depends_on_the_free_memory(config, monkeypatch):
     assert choose_batch_size(config, 64, torch.device("cpu"), torch.float32) == CPU_BATCH_SIZE
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**24, 2**30))
     device = torch.device("cuda")
     sizes = [choose_batch_size(config, frames, device, torch.float32) for frames in (64, 128, 12_288)]
-    # 33 tokens of 6 * 32 + 2 * 64 values of 4 bytes, in half of 16 MiB.
+    # 33 tokens with 6 * 32 + 2 * 64 values of 4 bytes each, in half of 16 MiB.
     assert sizes[0] == 2**23 // (33 * 320 * 4)
     assert sizes[0] > sizes[1] > sizes[2] == 1
     assert choose_batch_size(config, 128, device, torch.bfloat16) == 2**23 // (65 * 320 * 2)

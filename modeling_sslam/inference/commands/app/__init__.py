@@ -1,23 +1,21 @@
-"""`sslam app`: a page in the browser that listens. Gradio is imported when it is served, and not before."""
+"""`sslam app`: serve a page that analyses sounds in the browser."""
 
 import argparse
 from pathlib import Path
 
 from ....common.errors import InferenceError
-from ....common.recordings import find_recordings
-from ...tagger import SSLAMTagger
 from ..arguments import add_model_arguments, positive_int
-from .listening import Listener
 
-# Ten minutes take a base model on a CPU a few minutes, for which a visitor may wait and nobody else is served.
+# On a CPU, a base model takes a few minutes for a recording of this length. Other visitors wait meanwhile.
 MAX_MINUTES = 10
 # Ten minutes of stereo at 48 kHz and 24 bits.
 MAX_MEGABYTES = 180
 LOOPBACK = "127.0.0.1"
 
-DESCRIPTION = """\
-Serves a page to the browser: upload or record a sound; see its spectrogram with the events on it and the top labels;
-play it and watch the cursor go over the picture; compare two sounds by their embeddings. Nothing leaves this machine.
+SUMMARY = "Serve a page that analyses sounds in the browser."
+DETAILS = """\
+Visitors upload or record a sound and see its spectrogram, events and top labels. During playback, a cursor moves over
+the picture. A second tab compares two sounds by their embeddings. The model and the sounds stay on this machine.
 """
 EXAMPLES = """\
 examples:
@@ -28,39 +26,49 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    """Add the command's arguments."""
     add_model_arguments(parser)
-    parser.add_argument("--examples", metavar="DIR", help="folder of sounds that the page offers to try")
-    parser.add_argument(
+    sounds = parser.add_argument_group("sounds")
+    sounds.add_argument("--examples", metavar="DIR", help="folder of sounds that the page offers (default: none)")
+    sounds.add_argument(
         "--max-minutes",
         type=positive_int,
         default=MAX_MINUTES,
         metavar="N",
-        help=f"longest sound to take (default: {MAX_MINUTES})",
+        help=f"longest sound to accept, in minutes (default: {MAX_MINUTES})",
     )
-    parser.add_argument(
+    sounds.add_argument(
         "--max-megabytes",
         type=positive_int,
         default=MAX_MEGABYTES,
         metavar="N",
-        help=f"largest file to take (default: {MAX_MEGABYTES})",
+        help=f"largest file to accept, in megabytes (default: {MAX_MEGABYTES})",
     )
     address = parser.add_argument_group("address")
     address.add_argument(
-        "--host", default=LOOPBACK, help=f"address to listen at (default: {LOOPBACK}, this machine alone)"
+        "--host", default=LOOPBACK, help=f"address to listen on (default: {LOOPBACK}, this machine only)"
     )
-    address.add_argument("--port", type=positive_int, help="default: the first free one from 7860 on")
     address.add_argument(
-        "--share", action="store_true", help="also make a public address by way of Gradio's servers, for 72 hours"
+        "--port", type=positive_int, metavar="N", help="port to listen on (default: the first free one from 7860)"
+    )
+    address.add_argument(
+        "--share",
+        action="store_true",
+        help="also create a public address, valid for 72 hours; it leads through Gradio's servers",
     )
 
 
 def run(args: argparse.Namespace) -> int:
+    """Serve the page until Ctrl-C; return the exit status."""
+    from ....common.recordings import find_recordings
+    from ...tagger import SSLAMTagger
+    from .listening import Listener
+
     examples = find_recordings([args.examples]) if args.examples else []
     try:
         from .page import make_page, serve
     except ModuleNotFoundError as error:
-        raise InferenceError(f'{error}: the page needs pip install "modeling-sslam[app]".') from error
+        raise InferenceError(f'{error.name} is not installed: pip install "modeling-sslam[app]"') from error
 
     tagger = SSLAMTagger.from_pretrained(args.model, args.device, args.dtype, args.batch_size, args.revision)
     page = make_page(Listener(tagger, args.max_minutes), Path(args.model).resolve().name, examples)

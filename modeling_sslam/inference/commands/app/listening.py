@@ -1,4 +1,4 @@
-"""What the page asks of the model. Nothing here knows of Gradio."""
+"""Analysis and comparison of sounds for the page, independent of Gradio."""
 
 import io
 from collections.abc import Callable
@@ -17,24 +17,29 @@ from ...timeline.picture import TimelinePicture
 from ...timeline.timeline import Timeline
 
 TOP_LABELS = 10
-# From one window to the next, of a window: what `sslam timeline` has by default.
+# Hop as a share of the window, as in the defaults of `sslam timeline`.
 HOP_SHARE = 1 / 4
-# At this width the lettering has the size of the page's own.
+# Width at which the picture's text has the size of the page's text.
 PICTURE_INCHES = 9.0
-# What each reason of a ClipError means to a person who wanted to hear something.
+# What a visitor reads for each reason of a ClipError.
 COMPLAINTS = {
-    "missing": "is no longer there; upload it again",
+    "missing": "no longer exists; upload it again",
     "empty": "is empty",
-    "undecodable": "is no sound file that can be read here",
+    "undecodable": "cannot be read as a sound file",
     "too_short": "is too short",
     "not_finite": "is damaged",
-    "out_of_range": "is damaged or mislabelled",
+    "out_of_range": "is damaged or has a wrong header",
 }
 
 
-class Picture(NamedTuple):
-    """A timeline's picture as PNG, and where in it its axes lie: shares of its width from the left and of its height
-    from the top."""
+class RenderedPicture(NamedTuple):
+    """A timeline's picture as a PNG file, and the position of its axes.
+
+    Args:
+        png: The file.
+        left, right: Edges of the axes, as shares of the picture's width from its left edge.
+        top, bottom: Edges of the axes, as shares of the picture's height from its top edge.
+    """
 
     png: bytes
     left: float
@@ -44,19 +49,19 @@ class Picture(NamedTuple):
 
 
 class Analysis(NamedTuple):
-    """What there is to say of a sound; `labels` as [`SSLAMTagger.tag`] gives them."""
+    """Labels, as [`SSLAMTagger.tag`] returns them, timeline and picture of a sound."""
 
     labels: list[dict[str, Any]]
     timeline: Timeline
-    picture: Picture
+    picture: RenderedPicture
 
 
 class Listener:
-    """One model for all that the page does.
+    """A model that analyses and compares sound files for visitors of the page.
 
     Args:
-        tagger: The model; its encoder gives the embeddings.
-        max_minutes: Longest sound to take.
+        tagger: The model; its encoder computes the embeddings.
+        max_minutes: Length of the longest sound to accept.
     """
 
     def __init__(self, tagger: SSLAMTagger, max_minutes: float) -> None:
@@ -65,7 +70,7 @@ class Listener:
 
     @property
     def clip_seconds(self) -> float:
-        """Length of the clips that the model was trained on."""
+        """Length of the model's training clips."""
         return self.tagger.feature_extractor.max_length * self.tagger.frame_seconds
 
     def analyse(
@@ -73,19 +78,20 @@ class Listener:
         path: str,
         window: float,
         threshold: float,
-        progress: Callable[[float, str], Any] = lambda share, doing: None,
+        progress: Callable[[float, str], Any] = lambda share, step: None,
     ) -> Analysis:
-        """Labels, events and picture of a sound file.
+        """Compute labels, timeline and picture of a sound file.
 
         Args:
+            path: The file.
             window: Length of the timeline's windows in seconds.
-            threshold: Score that an event reaches.
-            progress: Called with the share that is done and what is being done.
+            threshold: Score that an event must reach.
+            progress: Called with the share of the work that is done and the name of the current step.
 
         Raises:
-            InferenceError: If the file cannot be used; the message is for the visitor.
+            InferenceError: If the file cannot be used. The message is meant for the visitor.
         """
-        seconds = self._check(path)
+        seconds = self._check_length(path)
         picture = TimelinePicture(self.tagger.feature_extractor.sampling_rate, self.tagger.frame_seconds)
 
         def on_scores(start: float, scores: np.ndarray) -> None:
@@ -106,30 +112,31 @@ class Listener:
             labels = self.tagger.tag(path, TOP_LABELS)
         except ClipError as error:
             raise _complaint(path, error) from error
-        return Analysis(labels, timeline, draw(picture, timeline))
+        return Analysis(labels, timeline, render(picture, timeline))
 
     def similarity(self, path: str, other: str) -> float:
-        """Cosine between the embeddings of two sound files, each the mean over its windows.
+        """Return the cosine between the embeddings of two sound files, each the mean over its windows.
 
         Raises:
-            InferenceError: If a file cannot be used; the message is for the visitor.
+            InferenceError: If a file cannot be used. The message is meant for the visitor.
         """
         one, two = self._embedding(path), self._embedding(other)
         return float(one @ two / (np.linalg.norm(one) * np.linalg.norm(two)))
 
     def _embedding(self, path: str) -> np.ndarray:
-        self._check(path)
+        self._check_length(path)
         try:
-            return np.mean([clip.embedding for clip in embed([path], self._embedder)], axis=0, dtype=np.float64)
+            windows = np.stack([clip.embedding for clip in embed([path], self._embedder)])
         except ClipError as error:
             raise _complaint(path, error) from error
+        return windows.mean(axis=0, dtype=np.float64)
 
-    def _check(self, path: str) -> float:
-        """The length of a sound file in seconds; raises InferenceError if it is too long or cannot be used."""
+    def _check_length(self, path: str) -> float:
+        """Return the length of a sound file in seconds; raise InferenceError if it is too long or unusable."""
         rate, longest = self.tagger.feature_extractor.sampling_rate, 60 * self.max_minutes
         seconds = duration_seconds(path)
         if seconds is None:
-            # What libsndfile does not read says its length only by being decoded.
+            # The length of a file that libsndfile cannot read is known only after decoding.
             seconds = 0.0
             try:
                 for block in stream_blocks(path, rate):
@@ -140,24 +147,24 @@ class Listener:
                 raise _complaint(path, error) from error
         if seconds > longest:
             raise InferenceError(
-                f"{Path(path).name} is too long: this page takes up to {self.max_minutes:g} min. Cut it, or use the "
-                "command sslam timeline, which takes recordings of any length."
+                f"{Path(path).name} is too long: this page accepts up to {self.max_minutes:g} min. Upload a part of "
+                "it, or use the command sslam timeline, which accepts recordings of any length."
             )
         return seconds
 
 
-def draw(picture: TimelinePicture, timeline: Timeline) -> Picture:
-    """A timeline's picture for the page."""
+def render(picture: TimelinePicture, timeline: Timeline) -> RenderedPicture:
+    """Render a timeline's picture at the width of the page."""
     figure = picture.figure(timeline)
     figure.set_size_inches(PICTURE_INCHES, figure.get_figheight())
     png = io.BytesIO()
     figure.savefig(png, format="png")
-    # Drawing has given the axes their places.
+    # The layout sets the positions of the axes when the figure is saved, so they are read afterwards.
     upper, lower = figure.axes[0].get_position(), figure.axes[-1].get_position()
-    return Picture(png.getvalue(), upper.x0, upper.x1, 1 - upper.y1, 1 - lower.y0)
+    return RenderedPicture(png.getvalue(), upper.x0, upper.x1, 1 - upper.y1, 1 - lower.y0)
 
 
 def _complaint(path: str, error: ClipError) -> InferenceError:
-    # Where uploads lie is nobody's business.
-    detail = str(error).removeprefix(f"{error.reason}: ").replace(path, Path(path).name)
+    """Return the error for the visitor, without the folder that uploads are kept in."""
+    detail = error.detail.replace(path, Path(path).name)
     return InferenceError(f"{Path(path).name} {COMPLAINTS[error.reason]} ({detail}).")

@@ -1,6 +1,6 @@
-"""The page: its parts, and what happens when a visitor does something.
+"""The page of `sslam app`: components and event handlers.
 
-What a visitor can cause, such as a file that is no sound, is answered by a sentence where the result would be.
+An error that a visitor can cause, such as a file that is not a sound, appears as a sentence in place of the result.
 """
 
 import html
@@ -25,26 +25,25 @@ logger = logging.getLogger(__name__)
 FILES = Path(__file__).parent
 DEFAULT_WINDOW = 2.0
 SHORTEST_WINDOW = 0.5
-# Uploads are somebody's sounds: they go soon after nobody can be looking at them any more.
+# Uploads are private, so they are deleted this long after they came.
 CACHE_SECONDS = 3600
 MAX_WAITING = 20
-# One suffix of each format.
+# One suffix for each format; .jams and .json name the same.
 DOWNLOADS = {suffix: name for suffix, name in SUFFIXES.items() if suffix != ".jams"}
-# Pixels that a column needs; where two have not that much they stand one below the other.
-NARROW = 300
-# The picture has a player of its own, in step with the cursor.
+# Least width of a column in pixels. In a narrower window, the columns stand one below the other.
+MIN_COLUMN_PIXELS = 300
+# Hides Gradio's player: the picture has its own, which moves the cursor.
 STYLE = "#sound audio { display: none }"
+# Visitors use the model one after the other. "private" hides the handlers from Gradio's API: programs have the Python
+# interface.
+ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
 
 
-# One model, one visitor at a time, the others in a queue. The page is for people: programs have the Python interface.
-ONE_AT_A_TIME = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
-
-
-def answered(*others: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Has errors of a page's function answered on the page, in the place of its first output.
+def errors_as_messages(*others: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator for event handlers that shows their errors on the page, in place of their first output.
 
     Args:
-        others: What its other outputs are then.
+        others: Values of the handler's other outputs after an error.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,7 +54,7 @@ def answered(*others: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]
             except InferenceError as error:
                 message = message_html(str(error))
             except Exception as error:
-                # The visitor can do nothing about it; whoever runs the page reads the log.
+                # The visitor cannot solve this, but the operator of the page can read the log.
                 logger.exception("unexpected error")
                 message = message_html(f"The model failed on this sound ({type(error).__name__}: {error}).")
             return (message, *others) if others else message
@@ -66,12 +65,12 @@ def answered(*others: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def make_page(listener: Listener, model_name: str, examples: Sequence[str] = ()) -> gr.Blocks:
-    """The page as Gradio's Blocks, to be given to [`serve`].
+    """Return the page, for [`serve`].
 
     Args:
-        listener: The model, which does one thing at a time.
-        model_name: For the heading.
-        examples: Paths of sounds to offer.
+        listener: The model. The page calls it for one visitor at a time.
+        model_name: Name in the heading.
+        examples: Paths of sounds that the page offers.
     """
     with gr.Blocks(
         title=f"SSLAM: {model_name}",
@@ -91,9 +90,9 @@ def make_page(listener: Listener, model_name: str, examples: Sequence[str] = ())
 
 
 def _listen_tab(listener: Listener, examples: Sequence[str]) -> None:
-    # In a narrow window the second column stands below the first: a sound and its picture belong together.
+    # Sound and picture share a column, so that they stay together in a narrow window.
     with gr.Row():
-        with gr.Column(scale=2, min_width=NARROW):
+        with gr.Column(scale=2, min_width=MIN_COLUMN_PIXELS):
             sound = _sound_input("Sound", "sound")
             result = gr.HTML(
                 css_template=(FILES / "player.css").read_text(encoding="utf-8"),
@@ -101,7 +100,7 @@ def _listen_tab(listener: Listener, examples: Sequence[str]) -> None:
                 elem_id="timeline",
                 min_height=100,
             )
-        with gr.Column(scale=1, min_width=NARROW):
+        with gr.Column(scale=1, min_width=MIN_COLUMN_PIXELS):
             labels = gr.Label(label="Labels", num_top_classes=TOP_LABELS, show_heading=False, elem_id="labels")
             if examples:
                 gr.Examples(list(examples), sound, label="Examples", cache_examples=False)
@@ -112,18 +111,23 @@ def _listen_tab(listener: Listener, examples: Sequence[str]) -> None:
                     min(DEFAULT_WINDOW, listener.clip_seconds),
                     step=0.01,
                     label="Window in seconds",
-                    info="Short ones tell the time better, and the class worse.",
+                    info="Short windows locate sounds better in time but recognise classes worse.",
                 )
                 threshold = gr.Slider(
-                    0.01, 1, EventSettings().threshold, step=0.01, label="Threshold", info="Score an event reaches."
+                    0.01,
+                    1,
+                    EventSettings().threshold,
+                    step=0.01,
+                    label="Threshold",
+                    info="Score that an event must reach.",
                 )
 
-    @answered({})
+    @errors_as_messages({})
     def listen(
         path: str | None,
         window: float,
         threshold: float,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008 (how Gradio knows that it is wanted)
+        progress: gr.Progress = gr.Progress(),  # noqa: B008 (Gradio passes the progress to this default)
     ) -> tuple[str, dict[str, float]]:
         if path is None:
             return "", {}
@@ -131,7 +135,8 @@ def _listen_tab(listener: Listener, examples: Sequence[str]) -> None:
         return timeline_html(path, analysis), {entry["label"]: entry["score"] for entry in analysis.labels}
 
     gr.on(
-        # Not `release`, which the keyboard does not cause. Of many changes in a row the first and the last count.
+        # A slider that is moved by keyboard has `change` events but no `release`. Of many changes in a row,
+        # "always_last" keeps the first and the last.
         [sound.change, window.change, threshold.change],
         listen,
         [sound, window, threshold],
@@ -144,7 +149,7 @@ def _listen_tab(listener: Listener, examples: Sequence[str]) -> None:
 
 def _compare_tab(listener: Listener, examples: Sequence[str]) -> None:
     with gr.Row():
-        sounds = [_sound_input("One sound", "one"), _sound_input("Another", "another")]
+        sounds = [_sound_input("First sound", "one"), _sound_input("Second sound", "another")]
     if len(examples) > 1:
         gr.Examples(list(map(list, pairwise(examples))), sounds, label="Examples", cache_examples=False)
     button = gr.Button("Compare", variant="primary", elem_id="compare")
@@ -152,10 +157,10 @@ def _compare_tab(listener: Listener, examples: Sequence[str]) -> None:
         css_template=(FILES / "player.css").read_text(encoding="utf-8"), elem_id="similarity", min_height=80
     )
 
-    @answered()
+    @errors_as_messages()
     def compare(one: str | None, another: str | None) -> str:
         if one is None or another is None:
-            raise InferenceError("It takes two sounds to compare.")
+            raise InferenceError("Choose two sounds to compare.")
         return similarity_html(listener.similarity(one, another))
 
     button.click(compare, sounds, result, **ONE_AT_A_TIME)
@@ -174,13 +179,14 @@ def _sound_input(label: str, elem_id: str) -> gr.Audio:
 
 
 def message_html(message: str) -> str:
+    """Return an error message."""
     return f"<p class='message' role='alert'>{html.escape(message)}</p>"
 
 
 def timeline_html(path: str, analysis: Analysis) -> str:
-    """Picture with a cursor, player and events to read and to download; `player.js` makes the cursor move."""
+    """Return picture, player and events of a sound. `player.js` moves the cursor over the picture."""
     timeline, picture = analysis.timeline, analysis.picture
-    description = f"Spectrogram, scores and events ({len(timeline.events)}) over time"
+    description = f"Spectrogram, scores and {len(timeline.events)} events over time"
     span = f"top: {picture.top:.2%}; height: {picture.bottom - picture.top:.2%}"
     return f"""
 <div class="frame"><div class="picture" data-left="{picture.left}" data-right="{picture.right}"
@@ -189,7 +195,7 @@ def timeline_html(path: str, analysis: Analysis) -> str:
   <div class="cursor" style="left: {picture.left:.2%}; {span}"></div>
 </div></div>
 <audio controls preload="auto" src="gradio_api/file={quote(path)}"></audio>
-<p class="note unplayable" hidden>This browser cannot play the file's format.</p>
+<p class="note unplayable" hidden>This browser cannot play this file format.</p>
 {_events_html(path, timeline)}
 """
 
@@ -197,7 +203,7 @@ def timeline_html(path: str, analysis: Analysis) -> str:
 def _events_html(path: str, timeline: Timeline) -> str:
     table, number = html.escape(FORMATS["table"](timeline).strip()), len(timeline.events)
     if not number:
-        return f"<p class='note events'>There are no events: {table}; the threshold is in the settings.</p>"
+        return f"<p class='note events'>No events: {table}. The threshold is among the settings.</p>"
     texts = {suffix: _data_url("text/plain", FORMATS[name](timeline).encode()) for suffix, name in DOWNLOADS.items()}
     stem = html.escape(Path(path).stem)
     downloads = " ".join(
@@ -205,16 +211,16 @@ def _events_html(path: str, timeline: Timeline) -> str:
     )
     return f"""
 <details class="events"><summary>{number} event{"s" if number > 1 else ""}</summary><pre>{table}</pre></details>
-<p class="note">Events for other programs: {downloads}</p>
+<p class="note">Download the events: {downloads}</p>
 """
 
 
 def similarity_html(similarity: float) -> str:
-    """The number, and how to read it."""
+    """Return the similarity of two sounds and how to read it."""
     return (
         f"<p class='number'>{similarity:.3f}</p><meter min='-1' max='1' value='{similarity}'></meter>"
-        "<p class='note'>Cosine between the embeddings: 1 for the same sound. How high it is for unlike sounds "
-        "depends on the model; compare with other pairs.</p>"
+        "<p class='note'>Cosine similarity of the embeddings. Identical sounds have 1. The values of different sounds "
+        "depend on the model, so compare several pairs.</p>"
     )
 
 
@@ -225,16 +231,19 @@ def _data_url(media_type: str, content: bytes) -> str:
 def serve(
     page: gr.Blocks, max_megabytes: int, host: str | None = None, port: int | None = None, share: bool = False
 ) -> None:
-    """Serves a page until Ctrl-C.
+    """Serve a page until Ctrl-C.
 
     Args:
-        max_megabytes: Largest upload.
-        host, port: Where to listen. By default what Gradio's environment variables say, or else this machine alone at
-            the first free port from 7860 on.
-        share: Whether to make a public address by way of Gradio's servers.
+        page: The page, from [`make_page`].
+        max_megabytes: Size of the largest upload to accept.
+        host: Address to listen on. By default Gradio's environment variables decide, or else this machine alone can
+            see the page.
+        port: Port to listen on. By default Gradio's environment variables decide, or else the first free one from
+            7860.
+        share: Whether to create a public address, which leads through Gradio's servers.
 
     Raises:
-        OSError: If the address cannot be had.
+        OSError: If the address is not available.
     """
     page.queue(max_size=MAX_WAITING)
     _, url, _ = page.launch(
@@ -245,10 +254,10 @@ def serve(
         prevent_thread_lock=True,
         ssr_mode=False,
         footer_links=[],
-        # The fonts of the visitor's system: nothing is fetched from elsewhere.
+        # Fonts of the visitor's system. Gradio's own would be fetched from another server.
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=STYLE,
         quiet=True,
     )
-    print(f"The page is at {url} (Ctrl-C ends it)", flush=True)
+    print(f"The page is at {url} (stop it with Ctrl-C)", flush=True)
     page.block_thread()

@@ -1,4 +1,6 @@
-// Runs once; `element` stays while what is in it is replaced, so events are caught on their way down to the player.
+// Moves the cursor over the picture during playback, and moves playback to where the picture is clicked.
+// The script runs once. Each result replaces the content of `element` but not `element` itself, so the listeners are
+// on `element`. Media events do not bubble: the listeners catch them in the capture phase.
 const find = (selector) => element.querySelector(selector);
 
 function place() {
@@ -14,7 +16,7 @@ function follow() {
   if (!audio) return;
   place();
   const frame = find(".frame");
-  // A picture wider than the window goes along with the sound.
+  // A picture that is wider than the window scrolls with the sound.
   frame.scrollLeft = find(".cursor").offsetLeft - frame.clientWidth / 2;
   if (!audio.paused && !audio.ended) requestAnimationFrame(follow);
 }

@@ -1,4 +1,4 @@
-"""The page in a browser, doing what a person does, on a server started by the command."""
+"""The page in a browser, on a server that the command starts."""
 
 import re
 import shutil
@@ -15,7 +15,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 REPOSITORY = Path(__file__).parents[4]
 MAX_MINUTES, MAX_MEGABYTES = 1, 5
-# Starting takes most of it: a machine may be busy.
+# On a busy machine, starting the server takes most of this time.
 PATIENCE_MS = 60_000
 
 
@@ -28,11 +28,11 @@ def chromium() -> str:
 
 @pytest.fixture(scope="module")
 def server(model_folder, audio_dir, tmp_path_factory) -> Iterator[tuple[str, Path]]:
-    """The page's address, and the file of all that its server says."""
+    """The page's address and the server's log file."""
     log = tmp_path_factory.mktemp("server") / "log"
     limits = ["--max-minutes", str(MAX_MINUTES), "--max-megabytes", str(MAX_MEGABYTES)]
     command = [sys.executable, "-m", "modeling_sslam", "app", "--model", str(model_folder), "--device", "cpu", *limits]
-    # A shell starts what it puts into the background with SIGINT ignored, and what that starts inherits it.
+    # A shell starts background processes with SIGINT ignored, and their children inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(log, "w") as file:
         process = subprocess.Popen(
@@ -55,7 +55,7 @@ def server(model_folder, audio_dir, tmp_path_factory) -> Iterator[tuple[str, Pat
 
 @pytest.fixture(scope="module")
 def tab(chromium, server) -> Iterator[Page]:
-    """One tab for all tests, which asks nobody but the server."""
+    """One browser tab for all tests. It must send requests to the server only."""
     address, _ = server
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
@@ -77,7 +77,7 @@ def tab(chromium, server) -> Iterator[Page]:
 
 @pytest.fixture
 def page(tab) -> Page:
-    """The first tab of the page, with nothing in it."""
+    """The page's tab "Listen" without a sound."""
     tab.get_by_role("tab", name="Listen").click()
     clear = tab.locator("#sound").get_by_label("Clear")
     if tab.locator("#sound input[type=file]").count() == 0:
@@ -90,7 +90,7 @@ def upload(page: Page, where: str, path: Path) -> None:
     page.locator(f"{where} input[type=file]").set_input_files(path)
 
 
-def test_upload_look_and_play(page, tagger, audio_dir):
+def test_upload_shows_picture_and_playback_moves_the_cursor(page, tagger, audio_dir):
     path = audio_dir / "guit_e_slide.flac"
     upload(page, "#sound", path)
     picture, cursor = page.locator("#timeline .picture img"), page.locator("#timeline .cursor")
@@ -111,7 +111,7 @@ def test_upload_look_and_play(page, tagger, audio_dir):
     )
 
     def where() -> tuple[float, float]:
-        """Seconds into the sound: what the player says, and what the cursor points to."""
+        """Position in the sound in seconds, by the player and by the cursor."""
         position, box = audio.evaluate("audio => audio.currentTime"), picture.bounding_box()
         line = cursor.bounding_box()
         share = (line["x"] + line["width"] / 2 - box["x"]) / box["width"]
@@ -126,7 +126,7 @@ def test_upload_look_and_play(page, tagger, audio_dir):
     played, pointed = where()
     assert played > 1
     assert pointed == pytest.approx(played, abs=0.05)
-    # A click on the picture goes there.
+    # A click on the picture moves playback.
     box = picture.bounding_box()
     picture.click(position={"x": box["width"] * (left + 0.75 * (right - left)), "y": 40})
     page.wait_for_function("!document.querySelector('#timeline audio').seeking")
@@ -134,7 +134,7 @@ def test_upload_look_and_play(page, tagger, audio_dir):
     assert where() == pytest.approx((0.75 * duration,) * 2, abs=0.05)
 
 
-def test_events_to_take_away(page, tagger, audio_dir, tmp_path):
+def test_events_can_be_downloaded(page, tagger, audio_dir, tmp_path):
     page.get_by_role("button", name="misc_crow.flac").click()
     with page.expect_download() as download:
         page.get_by_role("link", name="csv").click()
@@ -144,7 +144,7 @@ def test_events_to_take_away(page, tagger, audio_dir, tmp_path):
     assert len(lines) == 1 + len(tagger.timeline(audio_dir / "misc_crow.flac").events)
 
 
-def test_record(page):
+def test_recording_by_microphone(page):
     page.locator("#sound").get_by_label("Record audio").click()
     page.get_by_role("button", name="Record", exact=True).click()
     page.wait_for_timeout(1500)
@@ -154,9 +154,9 @@ def test_record(page):
     page.locator("#sound").get_by_label("Upload file").click()
 
 
-def test_settings(page, audio_dir):
-    # Opened first: Gradio makes the sliders then, and sets one back that is moved in the moment when it is new and a
-    # result arrives, which on a busy machine is within a browser's reach, if not a person's.
+def test_threshold_changes_the_events(page, audio_dir):
+    # The settings are opened first, because Gradio creates the sliders then. A result that arrives at that moment
+    # would reset a slider that the test has just moved.
     page.get_by_role("button", name="Settings").click()
     upload(page, "#sound", audio_dir / "misc_crow.flac")
     expect(page.locator("#timeline .picture img")).to_be_visible()
@@ -169,12 +169,12 @@ def test_settings(page, audio_dir):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("broken.wav", b"no sound", "broken.wav is no sound file that can be read here"),
+        ("broken.wav", b"no sound", "broken.wav cannot be read as a sound file"),
         ("empty.wav", b"", "empty.wav is empty"),
         ("long.wav", np.zeros((60 * MAX_MINUTES + 1) * 8000, np.int16), "long.wav is too long"),
     ],
 )
-def test_files_that_are_answered_with_a_message(page, tmp_path, name, content, message):
+def test_unusable_files_show_a_message(page, tmp_path, name, content, message):
     if isinstance(content, bytes):
         (tmp_path / name).write_bytes(content)
     else:
@@ -189,7 +189,7 @@ def test_files_that_are_answered_with_a_message(page, tmp_path, name, content, m
     ("name", "size", "message"),
     [("notes.txt", 8, "Invalid file type: notes.txt"), ("big.wav", MAX_MEGABYTES * 2**20 + 1, "exceed the maximum")],
 )
-def test_files_that_are_not_taken(page, tmp_path, name, size, message):
+def test_invalid_uploads_are_rejected(page, tmp_path, name, size, message):
     (tmp_path / name).write_bytes(bytes(size))
     upload(page, "#sound", tmp_path / name)
     notice = page.get_by_test_id("toast-body").filter(has_text=message)
@@ -198,11 +198,11 @@ def test_files_that_are_not_taken(page, tmp_path, name, size, message):
     page.reload()
 
 
-def test_similarity(page, audio_dir):
+def test_comparison(page, audio_dir):
     page.get_by_role("tab", name="Compare").click()
     compare, number = page.get_by_role("button", name="Compare"), page.locator("#similarity .number")
     compare.click()
-    expect(page.locator("#similarity")).to_contain_text("It takes two sounds to compare.")
+    expect(page.locator("#similarity")).to_contain_text("Choose two sounds to compare.")
     upload(page, "#one", audio_dir / "misc_crow.flac")
     upload(page, "#another", audio_dir / "misc_crow.flac")
     expect(page.locator("#one audio, #another audio")).to_have_count(2)
@@ -215,13 +215,13 @@ def test_similarity(page, audio_dir):
     expect(number).not_to_have_text("1.000")
 
 
-def test_a_narrow_window(page, audio_dir):
+def test_narrow_window(page, audio_dir):
     page.set_viewport_size({"width": 390, "height": 844})
     upload(page, "#sound", audio_dir / "guit_e_slide.flac")
     expect(page.locator("#timeline .picture img")).to_be_visible()
-    # Waited for: the page is laid out anew in steps.
+    # The layout changes in several steps, so the test waits for the last.
     page.wait_for_function("document.documentElement.scrollWidth <= 390")
-    # The picture stays large enough to read, and the sound's end can be scrolled to.
+    # The picture keeps a readable width and scrolls.
     frame = "document.querySelector('#timeline .frame')"
     page.wait_for_function(f"{frame}?.scrollWidth - {frame}?.clientWidth > 100")
     page.locator("#timeline audio").evaluate("audio => { audio.currentTime = 3; return audio.play(); }")

@@ -1,4 +1,4 @@
-"""What the page asks of the model."""
+"""Analysis and comparison of sounds for the page."""
 
 import io
 import re
@@ -17,7 +17,7 @@ def listener(tagger) -> Listener:
     return Listener(tagger, max_minutes=0.1)
 
 
-def test_an_analysis_says_what_the_commands_say(listener, tagger, audio_dir):
+def test_analysis_equals_the_tagger(listener, tagger, audio_dir):
     path, shares = str(audio_dir / "guit_e_slide.flac"), []
     labels, timeline, _ = listener.analyse(path, 1.0, 0.7, lambda share, doing: shares.append(share))
     expected = tagger.timeline(path, 1.0, 0.25, EventSettings(0.7))
@@ -29,12 +29,12 @@ def test_an_analysis_says_what_the_commands_say(listener, tagger, audio_dir):
     assert len(shares) == len(expected.starts) + 1
 
 
-def test_the_picture_s_axes_are_where_it_says(listener, audio_dir):
+def test_positions_of_the_picture_s_axes(listener, audio_dir):
     _, _, picture = listener.analyse(str(audio_dir / "misc_crow.flac"), 0.4, 0.5)
     pixels = matplotlib.image.imread(io.BytesIO(picture.png))[..., :3].mean(-1)
     height, width = pixels.shape
     upper, lower = round(picture.top * height), round(picture.bottom * height)
-    # The frames of the axes are black, also between spectrogram and events; nothing is between that and the border.
+    # The frames of the axes are black, and nothing else is drawn at their edges.
     for x in (picture.left * width, picture.right * width):
         column = pixels[upper:lower, round(x) - 1 : round(x) + 2].min(1)
         assert (column < 0.5).mean() > 0.9
@@ -43,13 +43,13 @@ def test_the_picture_s_axes_are_where_it_says(listener, audio_dir):
         assert (row < 0.5).all()
 
 
-def test_similarity(listener, audio_dir):
+def test_similarity_of_equal_and_different_sounds(listener, audio_dir):
     crow, choir = str(audio_dir / "misc_crow.flac"), str(audio_dir / "ambi_choir.flac")
     assert listener.similarity(crow, crow) == pytest.approx(1, abs=1e-12)
     assert listener.similarity(crow, choir) < 1 - 1e-4
 
 
-def test_similarity_heeds_all_windows(tagger, write_sound, recording, audio_dir):
+def test_similarity_uses_the_mean_over_windows(tagger, write_sound, recording, audio_dir):
     long = str(write_sound("long.wav", samples=np.concatenate((recording, recording.flip(0)))))
     crow = str(audio_dir / "misc_crow.flac")
     windows = [clip.embedding for clip in embed([long], Embedder(tagger.model.sslam, tagger.feature_extractor))]
@@ -61,13 +61,13 @@ def test_similarity_heeds_all_windows(tagger, write_sound, recording, audio_dir)
 
 
 @pytest.mark.parametrize("stated", [True, False])
-def test_a_sound_that_is_too_long(listener, write_sound, monkeypatch, stated):
+def test_long_sounds_are_rejected(listener, write_sound, monkeypatch, stated):
     if not stated:
-        # As for formats whose length shows only when they are decoded.
+        # Some formats show their length only when they are decoded.
         monkeypatch.setattr(listening, "duration_seconds", lambda path: None)
     listener.similarity(*[str(write_sound("short.wav", seconds=5.9))] * 2)
     path = str(write_sound("long.wav", seconds=6.1))
-    message = r"^long\.wav is too long: this page takes up to 0\.1 min"
+    message = r"^long\.wav is too long: this page accepts up to 0\.1 min"
     with pytest.raises(InferenceError, match=message):
         listener.analyse(path, 2.0, 0.5)
     with pytest.raises(InferenceError, match=message):
@@ -78,13 +78,13 @@ def test_a_sound_that_is_too_long(listener, write_sound, monkeypatch, stated):
     ("content", "message"),
     [
         (b"", r"sound\.wav is empty \(the file has no bytes\)\."),
-        (b"no sound at all", r"sound\.wav is no sound file that can be read here \("),
+        (b"no sound at all", r"sound\.wav cannot be read as a sound file \("),
         (np.zeros(10, np.float32), r"sound\.wav is too short \("),
         (np.full(16_000, np.nan, np.float32), r"sound\.wav is damaged \(NaN"),
-        (np.full(16_000, 30_000, np.float32), r"sound\.wav is damaged or mislabelled \(peak"),
+        (np.full(16_000, 30_000, np.float32), r"sound\.wav is damaged or has a wrong header \(peak"),
     ],
 )
-def test_files_that_are_no_sounds(listener, write_sound, tmp_path, content, message):
+def test_unusable_files_are_explained_without_their_folder(listener, write_sound, tmp_path, content, message):
     path = tmp_path / "sound.wav"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -96,5 +96,5 @@ def test_files_that_are_no_sounds(listener, write_sound, tmp_path, content, mess
         assert str(tmp_path) not in str(error.value)
 
 
-def test_every_reason_has_its_complaint():
+def test_every_reason_has_a_complaint():
     assert set(re.findall(r'"(\w+)"', ClipError.__doc__)) == set(COMPLAINTS)

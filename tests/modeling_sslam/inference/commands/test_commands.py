@@ -1,4 +1,4 @@
-"""`sslam tag` and `sslam timeline` as a shell sees them: what they print, write, refuse and leave behind."""
+"""`sslam tag` and `sslam timeline`: their output, files, errors and exit status."""
 
 import csv
 import io
@@ -7,20 +7,22 @@ import os
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from modeling_sslam.__main__ import main
+from modeling_sslam.__main__ import COMMANDS, main
 from modeling_sslam.inference import EventSettings, SSLAMTagger
+from modeling_sslam.inference.embedding.embedder import POOLINGS
 
 REPOSITORY = Path(__file__).parents[4]
 
 
 @pytest.fixture
 def run(model_folder, capsys):
-    """Runs a command with the tiny model: (exit status, what it printed, its complaints)."""
+    """Runs a command with the tiny model and returns exit status, stdout and stderr."""
 
     def run(command: str, *arguments) -> tuple[int, str, str]:
         options = ["--model", str(model_folder), "--device", "cpu"]
@@ -32,7 +34,7 @@ def run(model_folder, capsys):
 
 @pytest.fixture
 def sounds(write_sound):
-    """A folder of sounds, some deep in it, and of files that are none."""
+    """A folder with sounds, also in subfolders, and with other files."""
     for name in ("b.wav", "deep/er/a.flac", "deep/c.OGG"):
         write_sound(f"sounds/{name}", seconds=0.4, rate=16_000)
     folder = write_sound("sounds/.hidden.wav").parent
@@ -41,7 +43,7 @@ def sounds(write_sound):
     return folder
 
 
-def test_a_folder_is_searched(run, sounds):
+def test_tag_searches_folders(run, sounds):
     status, out, err = run("tag", sounds, "--format", "csv", "--top-k", 2)
     assert (status, err) == (0, "")
     rows = list(csv.DictReader(io.StringIO(out)))
@@ -50,7 +52,7 @@ def test_a_folder_is_searched(run, sounds):
     assert all(0 <= float(row["score"]) <= 1 and row["label"].startswith("LABEL_") for row in rows)
 
 
-def test_every_format_says_the_same(run, tagger, audio_dir):
+def test_formats_of_tag_have_equal_content(run, tagger, audio_dir):
     path = audio_dir / "misc_crow.flac"
     expected = tagger.tag(path, top_k=3, threshold=0.5)
     (parsed,) = json.loads(run("tag", path, "--top-k", 3, "--threshold", 0.5, "--format", "json")[1])
@@ -73,7 +75,7 @@ def test_every_format_says_the_same(run, tagger, audio_dir):
 
 
 @pytest.mark.parametrize("file_format", ["table", "csv", "jsonl", "json"])
-def test_names_that_are_no_text(run, write_sound, tmp_path, file_format):
+def test_file_names_that_are_not_unicode(run, write_sound, tmp_path, file_format):
     path = write_sound("sound.wav", seconds=0.1).rename(tmp_path / os.fsdecode(b'odd \xff,\n"name".wav'))
     status, out, err = run("tag", path.parent, "--format", file_format, "--top-k", 1)
     assert (status, err) == (0, "")
@@ -84,19 +86,19 @@ def test_names_that_are_no_text(run, write_sound, tmp_path, file_format):
 
 
 @pytest.mark.parametrize("separator", ["\n", "\0"])
-def test_lists_on_standard_input(run, sounds, monkeypatch, separator):
+def test_list_of_paths_on_standard_input(run, sounds, monkeypatch, separator):
     names = [str(sounds / "b.wav"), str(sounds / "deep" / "c.OGG")]
     monkeypatch.setattr(sys, "stdin", io.StringIO(separator.join(names) + separator))
     out = run("tag", "-", "--format", "jsonl")[1]
     assert [json.loads(line)["path"] for line in out.splitlines()] == names
 
 
-def test_patterns(run, sounds):
+def test_patterns_are_expanded(run, sounds):
     out = run("tag", sounds / "**" / "*.[wf]*", "--format", "jsonl")[1]
     assert [Path(json.loads(line)["path"]).name for line in out.splitlines()] == ["b.wav", "a.flac"]
 
 
-def test_broken_files_are_named_and_left_out(run, sounds, write_sound):
+def test_unusable_files_are_reported_and_left_out(run, sounds, write_sound):
     broken = write_sound("sounds/aa.wav", samples=np.full(9_000, np.nan, np.float32))
     (sounds / "deep" / "empty.wav").touch()
     status, out, err = run("tag", sounds, sounds / "nowhere.wav", "--format", "json")
@@ -109,13 +111,13 @@ def test_broken_files_are_named_and_left_out(run, sounds, write_sound):
     assert complaints[3] == "3 of 6 files could not be used"
 
 
-def test_nothing_but_broken_files_is_still_json(run, tmp_path):
+def test_json_is_valid_without_any_result(run, tmp_path):
     status, out, _ = run("tag", tmp_path / "nowhere.wav", "--format", "json")
     assert (status, json.loads(out)) == (1, [])
 
 
 @pytest.mark.parametrize("source", ["", "*.wav", "-"])
-def test_no_files_at_all(run, tmp_path, monkeypatch, source):
+def test_no_sound_files_is_an_error(run, tmp_path, monkeypatch, source):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
     source = source if source == "-" else str(tmp_path / source) if source else str(tmp_path)
     status, out, err = run("tag", source)
@@ -136,14 +138,14 @@ def test_no_files_at_all(run, tmp_path, monkeypatch, source):
         ([], "COMMAND"),
     ],
 )
-def test_arguments_that_make_no_sense(capsys, arguments, message):
+def test_invalid_arguments(capsys, arguments, message):
     with pytest.raises(SystemExit) as caught:
         main([*arguments, *(["--model", "m"] if arguments else [])])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_timeline_writes_what_other_programs_read(run, tagger, audio_dir, tmp_path):
+def test_timeline_writes_every_file_format(run, tagger, audio_dir, tmp_path):
     path = audio_dir / "guit_e_slide.flac"
     names = ["events.csv", "labels.txt", "events.rttm", "events.json"]
     outputs = [tmp_path / name for name in names]
@@ -192,7 +194,7 @@ def test_timeline_writes_what_other_programs_read(run, tagger, audio_dir, tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names, "scores.csv", "p.png"])
 
 
-def test_timeline_prints_what_it_is_asked_for(run, audio_dir):
+def test_timeline_prints_the_chosen_format(run, audio_dir):
     path = audio_dir / "guit_e_slide.flac"
     table = run("timeline", path, "--threshold", 0.9)[1].splitlines()
     assert table[0].split() == ["onset", "offset", "score", "label"]
@@ -206,16 +208,16 @@ def test_timeline_prints_what_it_is_asked_for(run, audio_dir):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--out", "events.xml"], "events.xml: what to write there goes by the suffix, one of .csv (csv), .txt (aud"),
+        (["--out", "events.xml"], "events.xml selects no format; end the name in one of .csv (csv), .txt (aud"),
         (["--out", "nowhere/events.csv"], "nowhere/events.csv cannot be written"),
         (["--window", "200", "--hop", "1"], "position table ends at"),
         (["--hop", "3"], "A hop of 3 s must be at least"),
         (["--release", "0.8"], "release=0.8"),
         (["--median", "2"], "median=2 must be an odd number"),
-        (["--plot", "picture.docx"], "picture.docx is no picture; end its name in one of ."),
+        (["--plot", "picture.docx"], "picture.docx selects no picture format; end the name in one of ."),
     ],
 )
-def test_timeline_refuses_and_leaves_nothing(run, audio_dir, tmp_path, monkeypatch, options, message):
+def test_timeline_errors_leave_no_files(run, audio_dir, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
     recording = audio_dir / "drum_cowbell.flac"
     status, out, err = run("timeline", recording, "--scores", "scores.csv", *options)
@@ -225,8 +227,8 @@ def test_timeline_refuses_and_leaves_nothing(run, audio_dir, tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
-def test_old_results_are_replaced_whole(run, audio_dir, tmp_path):
-    """Who is reading the old file goes on reading it: the new one takes its name, not its content."""
+def test_old_results_are_replaced_atomically(run, audio_dir, tmp_path):
+    """A program that has the old file open continues to read the old content."""
     out = tmp_path / "events.csv"
     out.write_text("before")
     with out.open() as reader:
@@ -242,13 +244,13 @@ def _umask() -> int:
     return umask
 
 
-def test_timeline_of_a_folder(run, audio_dir):
+def test_timeline_rejects_folders(run, audio_dir):
     status, _, err = run("timeline", audio_dir)
     assert status == 1
     assert err == f"error: {audio_dir} is a folder; sslam timeline takes one recording, sslam tag folders.\n"
 
 
-def test_a_recording_that_breaks_off_leaves_old_results(run, write_sound, tmp_path):
+def test_damaged_recording_keeps_old_results(run, write_sound, tmp_path):
     samples = np.zeros(400_000, np.float32)
     samples[-1] = np.nan
     path = write_sound("sound.wav", samples=samples)
@@ -262,7 +264,7 @@ def test_a_recording_that_breaks_off_leaves_old_results(run, write_sound, tmp_pa
 
 @pytest.fixture
 def _python_s_own_sigint():
-    """A shell starts what it puts into the background with SIGINT ignored."""
+    """Restores Python's handler, because a shell starts background processes with SIGINT ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -270,8 +272,8 @@ def _python_s_own_sigint():
 
 @pytest.mark.usefixtures("_python_s_own_sigint")
 @pytest.mark.parametrize("command", ["tag", "timeline"])
-def test_control_c(run, write_sound, tmp_path, monkeypatch, command):
-    """While windows are being classified, when results and files are half done."""
+def test_interrupt(run, write_sound, tmp_path, monkeypatch, command):
+    """Ctrl-C comes during the computation, when results and files are incomplete."""
     paths = [write_sound(f"{n}.wav", seconds=30) for n in range(3)]
     classify, calls = SSLAMTagger._classify, []
 
@@ -293,7 +295,7 @@ def test_control_c(run, write_sound, tmp_path, monkeypatch, command):
     assert sorted(tmp_path.iterdir()) == sorted(paths)
 
 
-def test_a_reader_that_has_had_enough(model_folder, sounds):
+def test_closed_pipe_is_no_error(model_folder, sounds):
     command = f"{sys.executable} -m modeling_sslam tag {sounds} {sounds} --model {model_folder} --format csv"
     done = subprocess.run(
         ["bash", "-c", f"{command} | head -1; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True, cwd=REPOSITORY
@@ -302,7 +304,7 @@ def test_a_reader_that_has_had_enough(model_folder, sounds):
     assert done.stderr == ""
 
 
-def test_the_model_imports_nothing_of_this_and_the_command_says_what_is_missing():
+def test_package_imports_no_optional_packages_and_missing_ones_are_reported():
     code = (
         "import sys, modeling_sslam\n"
         "print([m for m in ('modeling_sslam.inference', 'datasets', 'matplotlib') if m in sys.modules])\n"
@@ -312,18 +314,48 @@ def test_the_model_imports_nothing_of_this_and_the_command_says_what_is_missing(
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False)
     assert done.stdout == "[]\n"
-    assert done.stderr == 'error: soundfile is not there: pip install "modeling-sslam[inference]"\n'
+    assert done.stderr == 'error: soundfile is not installed: pip install "modeling-sslam[inference]"\n'
     assert done.returncode == 1
 
 
-def test_help_names_every_command(capsys):
+def test_help_has_summaries_and_examples(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--help"])
     assert caught.value.code == 0
-    out = capsys.readouterr().out
-    assert "tag" in out
-    assert "timeline" in out
-    for command in ("tag", "timeline"):
+    summaries = " ".join(capsys.readouterr().out.split())
+    for name in COMMANDS:
+        command = import_module(f"modeling_sslam.inference.commands.{name}")
+        assert f"{name} {command.SUMMARY}" in summaries
         with pytest.raises(SystemExit):
-            main([command, "--help"])
-        assert f"sslam {command} " in capsys.readouterr().out.split("examples:")[1]
+            main([name, "--help"])
+        text = capsys.readouterr().out
+        assert command.SUMMARY in text
+        assert text.split("examples:")[1].count(f"sslam {name} ") >= 2
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *([name, "--help"] for name in COMMANDS), ["tag", "x", "--model", "m", "--top-k", "0"]]
+)
+def test_help_and_argument_errors_import_neither_torch_nor_transformers(arguments):
+    """An empty package stands for `modeling_sslam`, whose `__init__.py` imports transformers and so torch."""
+    code = (
+        "import sys, types\n"
+        "package = sys.modules['modeling_sslam'] = types.ModuleType('modeling_sslam')\n"
+        "package.__path__ = ['modeling_sslam']\n"
+        "from modeling_sslam.__main__ import main\n"
+        "try:\n"
+        "    main(sys.argv[1:])\n"
+        "finally:\n"
+        "    print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=REPOSITORY, check=False
+    )
+    assert done.returncode == (0 if "--help" in arguments else 2), done.stderr
+    assert done.stdout.endswith("[]\n")
+
+
+def test_poolings_of_the_command_and_of_the_embedder_are_equal(capsys):
+    with pytest.raises(SystemExit):
+        main(["embed", "--help"])
+    assert f"--pooling {{{','.join(POOLINGS)}}}" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Scores to events, by closed forms and against scipy's median filter."""
+"""Events from scores, compared with closed forms and with scipy's median filter."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def spans(scores: list[float], threshold: float, release: float) -> list[tuple[i
         ([0.4, 0.4, 0.4], []),  # never reaches the threshold
         ([0.1, 0.9, 0.1], [(1, 1, 0.9)]),
         ([0.3, 0.5, 0.3, 0.2], [(0, 2, 0.5)]),  # begins before the threshold, ends after it
-        ([0.6, 0.3, 0.7, 0.29], [(0, 2, 0.7)]),  # one event though it wavers
+        ([0.6, 0.3, 0.7, 0.29], [(0, 2, 0.7)]),  # one event, although the score wavers
         ([0.6, 0.29, 0.7], [(0, 0, 0.6), (2, 2, 0.7)]),
         ([0.2, 0.9, 0.9], [(1, 2, 0.9)]),  # lasts to the end
         ([], []),
@@ -34,7 +34,7 @@ def test_hysteresis(scores, expected):
     assert spans(scores, 0.5, 0.3) == expected
 
 
-def test_without_hysteresis_it_is_a_threshold():
+def test_equal_threshold_and_release_select_scores_above_them():
     scores = np.random.default_rng(0).random(200)
     inside = np.zeros(200, bool)
     for first, last, score in spans(list(scores), 0.6, 0.6):
@@ -45,7 +45,7 @@ def test_without_hysteresis_it_is_a_threshold():
 
 @pytest.mark.parametrize("width", [1, 3, 5, 9])
 @pytest.mark.parametrize("length", [1, 2, 7, 50])
-def test_median(width, length):
+def test_median_filter_equals_scipy(width, length):
     scores = np.random.default_rng(0).random((length, 3)).astype(np.float32)
     median = MedianFilter(width)
     filtered = [median.push(part) for part in np.array_split(scores, min(4, length))]
@@ -65,13 +65,13 @@ def test_events_do_not_depend_on_blocks(sizes, median, seed):
     assert parts.finish() == whole.finish()
 
 
-def test_an_outlier_is_no_event_and_a_dropout_no_end():
+def test_median_removes_outliers_and_dropouts():
     detector = EventDetector(EventSettings(median=3))
     detector.push(np.array([0, 0.9, 0, 0, 0.8, 0.8, 0, 0.9, 0.8, 0])[:, None])
     assert detector.finish() == [Span(0, 4, 8, 0.8)]
 
 
-def test_spans_of_several_classes_come_by_their_beginning():
+def test_spans_are_sorted_by_their_first_window():
     detector = EventDetector(EventSettings(median=1))
     detector.push(np.array([[0, 0.9], [0.9, 0.9], [0, 0.9], [0.8, 0]]))
     assert detector.finish() == [Span(1, 0, 2, 0.9), Span(0, 1, 1, 0.9), Span(0, 3, 3, 0.8)]
@@ -80,12 +80,12 @@ def test_spans_of_several_classes_come_by_their_beginning():
 BORDERS = np.array([0.0, 1.25, 1.75, 2.25, 4.0])
 
 
-def test_spans_to_seconds():
+def test_spans_are_converted_to_seconds():
     events = to_events([Span(1, 0, 0, 0.9), Span(0, 1, 3, 0.8)], BORDERS, ["a", "b"], EventSettings())
     assert events == [Event(0.0, 1.25, "b", 0.9), Event(1.25, 4.0, "a", 0.8)]
 
 
-def test_gaps_are_bridged_within_a_class():
+def test_events_of_a_class_are_joined_across_short_gaps():
     found = [Span(0, 0, 0, 0.6), Span(1, 1, 1, 0.9), Span(0, 2, 2, 0.7)]
     apart = to_events(found, BORDERS, ["a", "b"], EventSettings(max_gap=0.4))
     assert [event.label for event in apart] == ["a", "b", "a"]
@@ -99,7 +99,7 @@ def test_short_events_are_dropped_after_joining():
     assert events == [Event(1.25, 2.25, "a", 0.7)]
 
 
-def test_the_release_is_half_the_threshold():
+def test_release_defaults_to_half_the_threshold():
     assert EventSettings(threshold=0.6).release == 0.3
 
 
@@ -113,6 +113,6 @@ def test_the_release_is_half_the_threshold():
         ({"median": -1}, "median=-1"),
     ],
 )
-def test_settings_that_contradict_each_other(options, message):
+def test_contradicting_settings_are_rejected(options, message):
     with pytest.raises(InferenceError, match=message):
         EventSettings(**options)

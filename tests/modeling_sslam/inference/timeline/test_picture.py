@@ -1,4 +1,4 @@
-"""What the picture of a timeline shows."""
+"""Pictures of timelines."""
 
 from dataclasses import replace
 
@@ -8,13 +8,13 @@ import torch
 
 from modeling_sslam.feature_extraction_sslam import mel_filters
 from modeling_sslam.inference import Event, EventSettings, Timeline
-from modeling_sslam.inference.timeline import picture as plots
+from modeling_sslam.inference.timeline import picture as picture_module
 from modeling_sslam.inference.timeline.picture import BoundedColumns, TimelinePicture, mel_bin
 
 
 @pytest.mark.parametrize("reduce", [np.mean, np.max])
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 16, 100, 1000])
-def test_columns_stay_few(reduce, count):
+def test_number_of_columns_is_bounded(reduce, count):
     vectors = np.random.default_rng(0).random((count, 3))
     columns = BoundedColumns(4, reduce)
     for part in np.array_split(vectors, min(5, count)):
@@ -26,7 +26,7 @@ def test_columns_stay_few(reduce, count):
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
-def test_frequencies_lie_at_their_filters():
+def test_mel_bin_is_the_centre_of_its_filter():
     filters = mel_filters(128, 16_000, 512)
     for k in (60, 90, 127):
         peak = float(filters[:, k].argmax()) * 16_000 / 512
@@ -49,7 +49,7 @@ def make_timeline(events: list[Event], duration: float, hop: float = 0.5, num_la
     return Timeline(events, labels, duration, 2.0, hop, EventSettings(), starts, path="/recordings/night.wav")
 
 
-def test_picture(tmp_path):
+def test_picture_shows_spectrogram_curves_and_events(tmp_path):
     events = [Event(0.0, 3.0, "class 5", 0.9), Event(4.0, 5.0, "class 2", 0.7), Event(6.0, 6.5, "class 5", 0.6)]
     timeline = make_timeline(events, 10.0)
     scores = np.random.default_rng(0).random((len(timeline.starts), 12))
@@ -69,11 +69,11 @@ def test_picture(tmp_path):
     edges = curves.patches[0].get_data().edges
     assert edges[:3].tolist() == [0, 1.25, 1.75]
     assert edges[-1] == 10
-    picture.draw(timeline, tmp_path / "picture.png")
+    picture.save(timeline, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_no_events_show_the_nearest_classes():
+def test_picture_without_events_shows_the_highest_classes():
     timeline = make_timeline([], 10.0)
     scores = np.zeros((len(timeline.starts), 12))
     scores[3, [7, 1, 4]] = 0.4, 0.3, 0.2
@@ -81,7 +81,7 @@ def test_no_events_show_the_nearest_classes():
     assert [text.get_text() for text in bars.get_yticklabels()] == ["class 7", "class 1", "class 4"]
 
 
-def test_more_classes_than_can_be_told_apart():
+def test_picture_shows_the_classes_with_the_longest_events():
     events = [Event(k, k + 1 + 0.1 * k, f"class {k}", 0.9) for k in range(12)]
     timeline = make_timeline(events, 30.0)
     spectrogram, _, bars = make_picture(timeline, np.zeros((len(timeline.starts), 12))).figure(timeline).axes
@@ -96,8 +96,8 @@ def test_more_classes_than_can_be_told_apart():
         (36_000.0, 4.0, "time (h:min:s)", ["0:00:00", "1:00:00"]),
     ],
 )
-def test_hours_have_few_columns_and_readable_ticks(monkeypatch, duration, hop, label, ticks):
-    monkeypatch.setattr(plots, "MAX_COLUMNS", 64)
+def test_long_recordings_have_few_columns_and_readable_ticks(monkeypatch, duration, hop, label, ticks):
+    monkeypatch.setattr(picture_module, "MAX_COLUMNS", 64)
     timeline = make_timeline([Event(100.0, 200.0, "class 0", 0.9)], duration, hop, num_labels=1)
     scores = (timeline.starts / duration)[:, None]
     picture = TimelinePicture(16_000, 0.01)
@@ -109,7 +109,7 @@ def test_hours_have_few_columns_and_readable_ticks(monkeypatch, duration, hop, l
     assert spectrogram.images[0].get_array().shape[1] <= 128
     data = curves.patches[0].get_data()
     assert len(data.values) <= 128
-    # The curve at a time is the score there, however coarse it has become.
+    # The curve has the score of its time, although its columns are coarse.
     middles = (data.edges[1:] + data.edges[:-1]) / 2
     np.testing.assert_allclose(data.values, middles / duration, atol=0.02)
     assert bars.get_xlabel() == label
@@ -118,9 +118,9 @@ def test_hours_have_few_columns_and_readable_ticks(monkeypatch, duration, hop, l
     assert len(formatted) <= 13
 
 
-def test_names_are_no_formulas(tmp_path):
+def test_dollar_signs_in_names_are_text(tmp_path):
     timeline = replace(make_timeline([], 10.0), path="/recordings/a$\\frac{$b.wav")
     timeline.labels[7] = "$x_"
     picture = make_picture(timeline, np.eye(len(timeline.starts), 12))
-    picture.draw(timeline, tmp_path / "picture.png")
+    picture.save(timeline, tmp_path / "picture.png")
     assert picture.figure(timeline).axes[0].get_title("left") == "a$\\frac{$b.wav"

@@ -1,0 +1,40 @@
+"""Class scores: from logits, over several windows, and as ranked labels."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..configuration_sslam import SSLAMConfig
+
+
+def is_multi_label(config: SSLAMConfig) -> bool:
+    """Return whether classes are scored independently, so that several can be present at a time."""
+    return config.problem_type == "multi_label_classification"
+
+
+def scores_from_logits(logits: torch.Tensor, config: SSLAMConfig) -> torch.Tensor:
+    """Return scores in [0, 1] of logits `(..., num_labels)`: the sigmoid for multi-label models, else the softmax."""
+    return logits.sigmoid() if is_multi_label(config) else logits.softmax(-1)
+
+
+def pool_windows(scores: Sequence[np.ndarray], config: SSLAMConfig) -> np.ndarray:
+    """Return a recording's scores `(num_labels,)` from those of its windows: the maximum for multi-label models.
+
+    The scores of other models sum to 1 over the classes, which the mean preserves.
+    """
+    return np.max(scores, axis=0) if is_multi_label(config) else np.mean(scores, axis=0)
+
+
+def rank(scores: np.ndarray, labels: Sequence[str], top_k: int | None, threshold: float = 0.0) -> list[dict[str, Any]]:
+    """Return the classes with the highest scores first, in the form of transformers' pipelines.
+
+    Args:
+        scores: Shape `(num_labels,)`.
+        labels: Names of the classes.
+        top_k: Largest number of classes to return; `None` returns all.
+        threshold: Lowest score to return.
+    """
+    order = np.argsort(-scores, kind="stable")[:top_k]
+    return [{"label": labels[i], "score": float(scores[i])} for i in order if scores[i] >= threshold]
