@@ -222,11 +222,12 @@ def save_folder(
     """Write a model folder, whole or not at all.
 
     Args:
-        folder: Folder of the model; an existing one is replaced.
+        folder: Folder of the model; an existing one is replaced, and missing parents are created.
         model: Model to save.
         feature_extractor: Feature extractor to save.
         card: Text of the model card; `None` for no card.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing(folder) as temporary:
         model.save_pretrained(temporary)
         feature_extractor.save_pretrained(temporary)
