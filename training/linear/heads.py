@@ -111,7 +111,7 @@ class LinearHeads(nn.Module):
             self.norm_weight[head, 0], self.norm_bias[head, 0] = scale, -mean * scale
 
     def classifier_state(self, head: int) -> dict[str, torch.Tensor]:
-        """Return the state dict of one head as a `SSLAMClassifier`."""
+        """Return the state dict of one head as an `SSLAMClassifier`."""
         return {
             "layernorm.weight": self.norm_weight[head, 0].detach(),
             "layernorm.bias": self.norm_bias[head, 0].detach(),

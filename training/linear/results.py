@@ -39,7 +39,7 @@ class HeadResult(NamedTuple):
         loss: Mean training loss of that epoch.
         validation: Metric on the validation clips; `None` if there are none.
         test: Metric on the test clips.
-        state: State dict of the head as a `SSLAMClassifier`.
+        state: State dict of the head as an `SSLAMClassifier`.
     """
 
     head: Head
