@@ -1,11 +1,11 @@
-"""Weights by which training draws clips of rare classes more often: AST's recipe, as for AudioSet-2M.
+"""Compute sampling weights that draw clips of rare classes more often, as AST does for AudioSet-2M.
 
     python -m training.class_weights --data audioset --data.split balanced+unbalanced --output weights.csv
     accelerate launch -m training.finetune ... --data.sample_weights weights.csv --data.clips_per_epoch 200000
 
-Writes a table `id,weight` with a line for each clip: the sum over the clip's labels of 1000 / (n + 0.01), where n is
-the number of clips that have the label (Gong et al. 2021, arXiv 2104.01778). Ids are the loader's. Of parquet files
-only ids and labels are read.
+The output is a table `id,weight` with one line for each clip. The weight of a clip is the sum over its labels of
+1000 / (n + 0.01), where n is the number of clips with the label (Gong et al. 2021, arXiv 2104.01778). Ids are those of
+the loader. Only ids and labels are read from parquet files, not the audio.
 """
 
 import csv
@@ -29,18 +29,19 @@ SCALE, SMOOTHING = 1000.0, 0.01
 
 
 def clip_weights(labels: Iterable[Sequence[str]]) -> np.ndarray:
-    """The weight of each clip: the sum over its labels of 1000 / (clips with that label + 0.01).
+    """Compute the weight of each clip: the sum over its labels of 1000 / (clips with that label + 0.01).
 
     Args:
-        labels: Of each of N clips. A label counts once in a clip; a clip without any has weight 0 and is never drawn.
+        labels: Labels of each of N clips. A repeated label counts once. A clip without labels gets weight 0, so it is
+            never drawn.
 
     Returns:
         float64 of shape `(N,)`.
     """
     clips = [frozenset(names) for names in labels]
     counts = Counter(name for names in clips for name in names)
-    # In the order of their names, or sums would differ in their last bits from run to run.
     weights = {name: SCALE / (count + SMOOTHING) for name, count in counts.items()}
+    # Sets have no fixed order between runs, and a sum's last bits depend on the order.
     return np.array([sum(weights[name] for name in sorted(names)) for names in clips], dtype=np.float64)
 
 
@@ -50,21 +51,21 @@ class ClassWeightsConfig:
 
     data: DataConfig
     output: Path = field(metadata={"help": "Table to write."})
-    overwrite: bool = field(default=False, metadata={"help": "Whether to replace a table that is there."})
+    overwrite: bool = field(default=False, metadata={"help": "Whether to replace an existing table."})
 
 
 def write_class_weights(config: ClassWeightsConfig) -> np.ndarray:
-    """Writes the table.
+    """Write the table.
 
     Returns:
-        The weights, in its order: that of the source.
+        The weights in the order of the source, float64 of shape `(N,)`.
 
     Raises:
-        FileExistsError: If the table is there and is not to be replaced.
-        ValueError: If no clip has a label, or two of its clips have the same id.
+        FileExistsError: If the table exists and must not be replaced.
+        ValueError: If no clip has a label, or two clips have the same id.
     """
     if config.output.exists() and not config.overwrite:
-        raise FileExistsError(f"{config.output} is there already; name another file, or replace it: --overwrite true.")
+        raise FileExistsError(f"{config.output} exists already; name another file, or add --overwrite true.")
     data = dataclasses.replace(config.data, label_column=config.data.label_column or "auto", shuffle_buffer=0)
     source = open_source(data, num_readers=1, seed=0)
     ids, labels = [], []
@@ -73,11 +74,11 @@ def write_class_weights(config: ClassWeightsConfig) -> np.ndarray:
         labels.append(names)
     if repeated := [id_ for id_, count in Counter(ids).items() if count > 1]:
         raise ValueError(
-            f"{len(repeated)} ids of {data.source} are those of several clips, such as {repeated[0]!r}. Name a column "
-            "whose ids differ by --data.id_column."
+            f"{len(repeated)} ids of {data.source} name several clips, such as {repeated[0]!r}. Name a column of "
+            "unique ids with --data.id_column."
         )
     if not any(labels):
-        raise ValueError(f"{data.source} has no clip with a label in {data.split}.")
+        raise ValueError(f"No clip of {data.source} has a label in the split {data.split}.")
     weights = clip_weights(labels)
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
@@ -89,6 +90,7 @@ def write_class_weights(config: ClassWeightsConfig) -> np.ndarray:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
     config = parse(ClassWeightsConfig, argv, description=__doc__)
     try:
         weights = write_class_weights(config)

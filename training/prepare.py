@@ -1,30 +1,28 @@
-"""Turns a data set as it was downloaded into a dataset folder that all commands read.
+"""Convert a data set as downloaded into a dataset folder for the training programs.
 
     python -m training.prepare esc50 ESC-50-master esc50
     python -m training.prepare audioset AUDIOSET audioset --by-path
+    python -m training.prepare NAME --help
 
-OUT becomes a folder for `datasets.load_dataset` and for `--data` of the training programs:
+SOURCE is the downloaded folder, or a zip or tar archive, which is unpacked beside OUT for the duration of the run. The
+help of each data set describes the files that SOURCE must hold. OUT is a new folder for `datasets.load_dataset` and
+for `--data` of the training programs:
 
-- `data/{split}-*.parquet`: `id`, `audio` (the file as it is, nothing is transcoded), `labels` (names of classes) and,
-  where the annotations say, `events` (`label`, `onset` and `offset` in seconds) and `num_sources` (how many different
-  classes sound in the clip);
-- `labels.csv`, the classes in the order of a classifier's outputs; `README.md`, how the folder was made;
-- `report.json`, of which a summary is printed: clips per split and class, and everything amiss with its number and
-  first names: missing, unlisted and unreadable files, unknown labels, duplicated rows. Nothing is left out uncounted.
+- `data/{split}-*.parquet`, with the columns `id`, `audio` (the unchanged file), `labels` (class names) and, where they
+  are annotated, `events` (`label`, `onset` and `offset` in seconds) and `num_sources` (number of different classes in
+  the clip);
+- `labels.csv`, the classes in the order of the classifier's outputs;
+- `report.json`, clips for each split and class and all findings: missing, unlisted and unreadable files, unknown
+  labels, repeated rows. A summary is printed. Nothing is left out without being counted;
+- `README.md`, the command that made the folder.
 
-It stops if annotations are not there or lack a column, if no clip is left, or if a clip is in two splits. SOURCE may
-be a zip or tar archive, which is unpacked beside OUT for the time. `python -m training.prepare NAME --help` says what
-a data set must look like.
+The command stops with an error and leaves nothing behind if annotations are missing or lack a column, if no clip is
+left, or if a clip is in two splits.
 """
 
 import argparse
 import json
 import sys
-import tarfile
-import tempfile
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,11 +38,13 @@ from training.preparation import (
     speech_commands_v2,
     urban_sed,
 )
-from training.preparation.folder import write_folder
+from training.preparation.archive import unpacked
+from training.preparation.folder import write_listing
 from training.preparation.listing import Listing, PreparationError
 from training.preparation.shards import card_header, new_folder
 
-# Each module's docstring is the command's help, its `OPTIONS` are arguments of its `list_clips`.
+# A module has a docstring, which is the help of its command, a function `list_clips`, and optionally `OPTIONS`:
+# arguments of `list_clips` that become options of the command.
 DATASETS: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
     for module in (
@@ -62,90 +62,80 @@ DATASETS: dict[str, ModuleType] = {
 
 
 def prepare(name: str, source: Path, out: Path, by_path: bool = False, **options: Any) -> dict[str, Any]:
-    """Makes the folder `out`; see [`training.prepare`].
+    """Write the dataset folder `out`, whole or not at all.
+
+    Args:
+        name: Key of `DATASETS`.
+        source: Folder or archive as downloaded.
+        out: Folder to create.
+        by_path: Whether rows refer to sound files by absolute path instead of holding their bytes.
+        **options: Arguments of the data set's `list_clips`.
 
     Returns:
-        The report.
+        The content of `report.json`.
 
     Raises:
         PreparationError: If the data cannot be prepared.
+        OSError: If a file cannot be read or written.
     """
-    list_clips: Callable[..., Listing] = DATASETS[name].list_clips
-    known = getattr(DATASETS[name], "OPTIONS", {})
     if out.exists():
-        raise PreparationError(f"{out} exists; name a folder that does not.")
+        raise PreparationError(f"{out} exists already; name a new folder.")
     if by_path and not source.is_dir():
-        raise PreparationError(f"{source} is no folder: --by-path needs one, whose files stay where they are.")
-    with unpacked(source, out.absolute().parent) as folder, new_folder(out) as made:
-        print(f"Reading what {folder} lists ...", file=sys.stderr)
-        listing = list_clips(folder, **options)
-        report = write_folder(made, listing, by_path)
+        raise PreparationError(
+            f"{source} is not a folder. --by-path needs a folder, whose sound files stay where they are."
+        )
+    with unpacked(source, out.absolute().parent) as folder, new_folder(out) as unfinished:
+        print(f"Reading the annotations in {folder} ...", file=sys.stderr)
+        listing: Listing = DATASETS[name].list_clips(folder, **options)
+        counts = write_listing(unfinished, listing, by_path)
         report = {
             "dataset": name,
-            "options": {
-                "by_path": by_path,
-                **{key: _shown(value) for key, value in options.items() if value != known[key].get("default")},
-            },
-            "clips": sum(split["clips"] for split in report["splits"].values()),
+            "options": {"by_path": by_path, **_changed_options(name, options)},
+            "clips": sum(split["clips"] for split in counts["splits"].values()),
             "classes": len(listing.classes),
-            **report,
+            **counts,
             "findings": listing.findings.found,
         }
-        (made / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (made / "README.md").write_text(card(report), encoding="utf-8")
+        text = json.dumps(report, indent=2, ensure_ascii=False)
+        (unfinished / "report.json").write_text(text + "\n", encoding="utf-8")
+        (unfinished / "README.md").write_text(card(report), encoding="utf-8")
     print(f"{out}: {report['clips']} clips of {report['classes']} classes")
     for split, entry in report["splits"].items():
-        counts = entry["classes"].values()
-        print(f"  {split}: {entry['clips']} clips, {min(counts)} to {max(counts)} a class")
-    print(listing.findings.describe() or "nothing amiss")
+        clips = entry["classes"].values()
+        print(f"  {split}: {entry['clips']} clips, {min(clips)} to {max(clips)} per class")
+    print(listing.findings.describe() or "no findings")
     return report
 
 
-def _shown(value: Any) -> str:
-    """An option's value as the card shows it: no folders of this machine."""
+def guide(name: str) -> str:
+    """Return the description of a data set: its files, splits, classes and options."""
+    return (DATASETS[name].__doc__ or "").strip()
+
+
+def options_of(name: str) -> dict[str, dict[str, Any]]:
+    """Return the options of a data set, with arguments of `argparse.ArgumentParser.add_argument`."""
+    return getattr(DATASETS[name], "OPTIONS", {})
+
+
+def _changed_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that differ from their defaults, as the report shows them."""
+    known = options_of(name)
+    return {key: _shown(value) for key, value in options.items() if value != known[key].get("default")}
+
+
+def _shown(value: Any) -> Any:
+    """Convert an option's value for the report. Only the last part of a path is shown, without local folders."""
     return " ".join(map(str, value)) if isinstance(value, list) else value.name if isinstance(value, Path) else value
 
 
-@contextmanager
-def unpacked(source: Path, workplace: Path) -> Iterator[Path]:
-    """The folder with the data: `source` itself, or what is in that archive, without folders that hold just another.
-
-    Raises:
-        PreparationError: If it is neither.
-    """
-    if source.is_dir():
-        yield _innermost(source)
-        return
-    if not source.is_file() or not (zipfile.is_zipfile(source) or tarfile.is_tarfile(source)):
-        raise PreparationError(f"{source} is neither a folder nor a zip or tar archive.")
-    workplace.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{source.name}-", dir=workplace) as folder:
-        print(f"Unpacking {source} ...", file=sys.stderr)
-        if zipfile.is_zipfile(source):
-            with zipfile.ZipFile(source) as archive:
-                archive.extractall(folder)
-        else:
-            with tarfile.open(source) as archive:
-                archive.extractall(folder, filter="data")
-        yield _innermost(Path(folder))
-
-
-def _innermost(folder: Path) -> Path:
-    while True:
-        entries = [entry for entry in folder.iterdir() if not entry.name.startswith((".", "__MACOSX"))]
-        if len(entries) != 1 or not entries[0].is_dir():
-            return folder
-        folder = entries[0]
-
-
 def card(report: dict[str, Any]) -> str:
-    """The `README.md` of a prepared folder."""
+    """Return the `README.md` of a dataset folder."""
     options = "".join(
         f" --{key.replace('_', '-')}" + ("" if value is True else f" {value}")
         for key, value in report["options"].items()
         if value
     )
-    place = " The sounds are elsewhere: rows have their paths." if report["options"]["by_path"] else ""
+    place = " Rows refer to sound files outside this folder." if report["options"]["by_path"] else ""
     splits = "\n".join(f"| {split} | {entry['clips']} |" for split, entry in report["splits"].items())
     findings = "\n".join(
         f"- {entry['count']} {kind.replace('_', ' ')} ({entry['meaning']})"
@@ -153,37 +143,40 @@ def card(report: dict[str, Any]) -> str:
     )
     return (
         f"{card_header(report['splits'])}\n# {report['dataset']}\n\n"
-        f"{DATASETS[report['dataset']].__doc__.strip()}\n\nMade by\n\n"
+        f"{guide(report['dataset'])}\n\nMade by\n\n"
         f"    python -m training.prepare {report['dataset']} SOURCE OUT{options}\n\n"
         f"| split | clips |\n|---|---|\n{splits}\n\n"
-        f"{report['classes']} classes, in `labels.csv`.{place} Amiss, with names in `report.json`:\n\n"
-        f"{findings or '- nothing'}\n"
+        f"{report['classes']} classes, in `labels.csv`.{place} Findings, with names in `report.json`:\n\n"
+        f"{findings or '- none'}\n"
     )
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line: one subcommand for each data set."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="python -m training.prepare", description=__doc__, formatter_class=style, allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="name", metavar="NAME", required=True, title="data sets")
-    for name, module in DATASETS.items():
+    for name in DATASETS:
+        description = guide(name)
         command = commands.add_parser(
-            name, help=module.__doc__.splitlines()[0], description=module.__doc__, formatter_class=style
+            name, help=description.splitlines()[0], description=description, formatter_class=style
         )
-        command.add_argument("source", type=Path, metavar="SOURCE", help="folder or archive, as downloaded")
-        command.add_argument("out", type=Path, metavar="OUT", help="folder to make; it must not exist")
+        command.add_argument("source", type=Path, metavar="SOURCE", help="folder or archive as downloaded")
+        command.add_argument("out", type=Path, metavar="OUT", help="folder to create; it must not exist")
         command.add_argument(
             "--by-path",
             action="store_true",
-            help="refer to the sound files by their absolute paths instead of copying them into OUT",
+            help="refer to the sound files by absolute path instead of copying them into OUT",
         )
-        for option, settings in getattr(module, "OPTIONS", {}).items():
+        for option, settings in options_of(name).items():
             command.add_argument(f"--{option.replace('_', '-')}", dest=option, **settings)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     try:
         prepare(**vars(parse_arguments(argv)))
     except (PreparationError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Weights against their closed form, and that no sound is read for them."""
+"""Sampling weights: their closed form, the table, and that no audio is read."""
 
 import csv
 
@@ -27,16 +27,16 @@ def test_weights_of_a_small_case():
 
 
 def test_every_class_weighs_the_same():
-    """With one label a clip, the weights of a class's clips add up to 1000, but for the smoothing."""
+    """With one label per clip, the weights of a class's n clips sum to 1000 n / (n + 0.01)."""
     labels = [["common"]] * 400 + [["rare"]] * 4
     weights = clip_weights(labels)
-    assert weights[:400].sum() == pytest.approx(1000, rel=1e-4)
-    assert weights[400:].sum() == pytest.approx(1000, rel=3e-3)
+    assert weights[:400].sum() == pytest.approx(1000 * 400 / 400.01, rel=1e-12)
+    assert weights[400:].sum() == pytest.approx(1000 * 4 / 4.01, rel=1e-12)
 
 
 @pytest.fixture
 def two_splits(tmp_path, write_parquet):
-    """Splits train with clip000 ... clip004 and test with other0 ... other3; the labels go by number modulo 3."""
+    """Write the splits train (clip000 to clip004) and test (other0 to other3). The number modulo 3 is the label."""
     write_parquet(tmp_path / "data", [3, 2])
     (path,) = write_parquet(tmp_path / "more", [4])
     table = pq.read_table(path)
@@ -47,7 +47,7 @@ def two_splits(tmp_path, write_parquet):
 
 @pytest.fixture
 def destroy_audio():
-    """Overwrites the sound in a parquet file, so that reading it fails."""
+    """Overwrite the audio in a parquet file, so that reading it fails."""
 
     def destroy(path):
         metadata = pq.ParquetFile(path).metadata
@@ -64,7 +64,7 @@ def destroy_audio():
     return destroy
 
 
-def test_a_table_of_a_parquet_source_without_reading_its_sound(two_splits, destroy_audio, tmp_path, capsys):
+def test_a_parquet_source_is_read_without_its_audio(two_splits, destroy_audio, tmp_path, capsys):
     for path in two_splits.iterdir():
         destroy_audio(path)
     arguments = ["--data", str(two_splits), "--data.split", "train+test", "--data.label_column", "human_labels"]
@@ -79,7 +79,7 @@ def test_a_table_of_a_parquet_source_without_reading_its_sound(two_splits, destr
     assert "9 clips, weights 249.4 to 497.5; 0 clips without a label" in capsys.readouterr().out
 
 
-def test_the_loader_draws_by_the_table(two_splits, tmp_path, extractor):
+def test_the_loader_draws_clips_by_the_table(two_splits, tmp_path, extractor):
     output = tmp_path / "weights.csv"
     class_weights.main(["--data", str(two_splits), "--output", str(output)])
     config = DataConfig(
@@ -92,7 +92,7 @@ def test_the_loader_draws_by_the_table(two_splits, tmp_path, extractor):
     assert len(batch["ids"]) == 3
 
 
-def test_a_folder_of_folders(make_folder, tmp_path):
+def test_labels_of_a_folder_of_folders(make_folder, tmp_path):
     make_folder(5)
     class_weights.main(["--data", str(tmp_path / "clips"), "--output", str(tmp_path / "weights.csv")])
     assert read_table(tmp_path / "weights.csv") == {
@@ -101,7 +101,7 @@ def test_a_folder_of_folders(make_folder, tmp_path):
     }
 
 
-def test_what_is_refused(two_splits, tmp_path, write_parquet):
+def test_wrong_input_is_rejected(two_splits, tmp_path, write_parquet):
     output = tmp_path / "weights.csv"
 
     def refused(match, *arguments):
@@ -111,7 +111,7 @@ def test_what_is_refused(two_splits, tmp_path, write_parquet):
     refused("has no column 'nothing'", "--data", str(two_splits), "--data.label_column", "nothing")
     assert not output.exists()
     output.write_text("precious")
-    refused("is there already; name another file, or replace it", "--data", str(two_splits))
+    refused("exists already; name another file, or add --overwrite true", "--data", str(two_splits))
     assert output.read_text() == "precious"
     class_weights.main(["--data", str(two_splits), "--output", str(output), "--overwrite", "true"])
     assert len(read_table(output)) == 5
@@ -120,5 +120,5 @@ def test_what_is_refused(two_splits, tmp_path, write_parquet):
     (tmp_path / "twice" / "train-00001-of-00002.parquet").write_bytes(
         (tmp_path / "twice" / "train-00000-of-00001.parquet").read_bytes()
     )
-    refused("3 ids of .* are those of several clips, such as 'clip000'", "--data", str(tmp_path / "twice"))
+    refused("3 ids of .* name several clips, such as 'clip000'", "--data", str(tmp_path / "twice"))
     assert not output.exists()

@@ -1,4 +1,4 @@
-"""Results in the metadata of a model card, where the Hub looks for them."""
+"""Evaluation results in the metadata of a model card (`model-index`), which the Hub displays."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ TASK = "audio-classification"
 
 
 def read_card(folder: Path) -> ModelCard:
-    """The card of a model's folder, or a new one that says no more than what the model is.
+    """Read `README.md` of a model folder, or create a minimal card if there is none.
 
     Raises:
-        ValueError: If README.md has metadata that are none.
+        ValueError: If the metadata of README.md cannot be parsed.
     """
     path = folder / "README.md"
     if path.is_file():
@@ -27,18 +27,27 @@ def read_card(folder: Path) -> ModelCard:
 
 
 def write_results_to_card(folder: Path, results: list[EvalResult], replaced: set[str]) -> None:
-    """Enters results into README.md in place of earlier ones of the same data set and split. All else stays.
+    """Write results into README.md, replacing earlier results on the same data set and split. The rest is kept.
 
     Args:
-        replaced: Types of metrics that go even if `results` does not have them (a metric may no longer be defined).
+        folder: Model folder.
+        results: Results on one split.
+        replaced: Metric types whose earlier results are removed even if `results` lacks them: a metric that was
+            defined before may be undefined now.
+
+    Raises:
+        ValueError: If the metadata of README.md cannot be parsed.
+        OSError: If README.md cannot be written.
     """
     card = read_card(folder)
+    data = card.data
+    assert isinstance(data, ModelCardData)
     places = {result.unique_identifier for result in results}
     kept = [
         result
-        for result in card.data.eval_results or []
+        for result in data.eval_results or []
         if result.unique_identifier not in places or result.metric_type not in replaced
     ]
-    card.data.model_name = card.data.model_name or folder.resolve().name
-    card.data.eval_results = kept + results
+    data.model_name = data.model_name or folder.resolve().name
+    data.eval_results = kept + results
     write_text(folder / "README.md", str(card))

@@ -1,4 +1,8 @@
-"""TODO."""
+"""Metrics of predictions, over all clips and by group, as values for JSON.
+
+The metrics are the `evaluate` modules beside this file: `audio_tagging` for several labels per clip, `clip_accuracy`
+for one.
+"""
 
 import math
 from pathlib import Path
@@ -8,92 +12,109 @@ import evaluate
 import numpy as np
 
 from training.data.config import DataError
-from training.evaluation.prediction import Predictions, _some
+from training.evaluation.prediction import Predictions, examples
 
 ProblemType = Literal["multi_label_classification", "single_label_classification"]
 
+METRICS_FOLDER = Path(__file__).parent
 
-METRICS_FOLDER = Path(__file__).parent / "evaluation"
-
-
-# More would be names of clips, and a picture that cannot be drawn.
+# A column with more values names clips rather than groups, and its picture would be unreadable.
 MAX_GROUPS = 100
 
 
 def problem_type_of(problem_type: str | None, predictions: Predictions) -> ProblemType:
-    """The kind of task: what the model's configuration says, or if it says nothing, single-label if every clip has
-    just one label."""
+    """Return the problem type of a model, or infer it: single-label if every clip has exactly one label.
+
+    Args:
+        problem_type: `problem_type` of the model's configuration, which may be `None`.
+        predictions: Predictions with targets.
+
+    Raises:
+        DataError: If there are no metrics for the problem type.
+    """
+    if problem_type == "single_label_classification":
+        return "single_label_classification"
+    if problem_type == "multi_label_classification":
+        return "multi_label_classification"
     if problem_type is not None:
-        return problem_type
+        raise DataError(
+            f"problem_type={problem_type!r} has no metric; it must be single_label_classification or "
+            "multi_label_classification."
+        )
     is_single = bool((predictions.targets.sum(axis=1) == 1).all())
     return "single_label_classification" if is_single else "multi_label_classification"
 
 
 def compute_metrics(predictions: Predictions, problem_type: ProblemType, names: list[str]) -> dict[str, Any]:
-    """How good predictions are, by the modules in `training/evaluation`.
+    """Compute the metrics of predictions.
+
+    Args:
+        predictions: Predictions for N clips and K classes.
+        problem_type: Selects the metrics.
+        names: The K class names.
 
     Returns:
-        Plain values that JSON takes: where a metric is not defined or infinite (d-prime for an AUC of 1), `None`.
+        Plain values for JSON. A metric that is undefined or infinite (d-prime for an AUC of 1) is `None`.
 
-        - several labels: `map`, `chance_map` (of random scores), `mean_auc`, `d_prime`, `num_classes_left_out` (of
-          `map`), `num_classes_left_out_of_auc`, and `per_class`, for each class `label`, `num_positives`,
-          `average_precision`, `auc`;
-        - one label: `accuracy`, `balanced_accuracy`, `num_classes_left_out` (of the latter), `per_class` with `label`,
-          `num_clips`, `recall`, `precision`, and `confusion_matrix`, true by predicted class.
+        - Several labels: `map`, `chance_map` (of random scores), `mean_auc`, `d_prime`, `num_classes_left_out` (of
+          `map`), `num_classes_left_out_of_auc`, and `per_class`: for each class `label`, `num_positives`,
+          `average_precision` and `auc`.
+        - One label: `accuracy`, `balanced_accuracy`, `num_classes_left_out` (of the latter), `per_class`: for each
+          class `label`, `num_clips`, `recall` and `precision`, and `confusion_matrix`, true by predicted class.
 
     Raises:
-        DataError: If no clip has a label, or with one label a clip has another number of them.
+        DataError: If no clip has a label, or the problem is single-label and a clip does not have exactly one.
     """
     if not predictions.targets.any():
-        raise DataError(f"None of the {len(predictions.ids)} clips has a label: there is nothing to measure.")
+        raise DataError(f"None of the {len(predictions.ids)} clips has a label, so there is nothing to measure.")
     return _metrics(predictions, problem_type, names)
 
 
 def metrics_by_group(
     predictions: Predictions, problem_type: ProblemType, names: list[str]
 ) -> dict[Any, dict[str, Any]]:
-    """The metrics of [`compute_metrics`] over the clips of each group, in the groups' order, with `num_clips`; empty
-    without groups. A group's means are over the classes that occur in it.
+    """Compute the metrics of [`compute_metrics`] and `num_clips` for each group of clips.
+
+    A group's means are over the classes that occur in it.
+
+    Returns:
+        Metrics by group, numbers in ascending order before texts. Empty without groups.
 
     Raises:
-        DataError: If the values are no groups: lists, or almost as many as clips.
+        DataError: If the groups are lists, or there are more than `MAX_GROUPS`.
     """
     members: dict[Any, list[int]] = {}
     for i, group in enumerate(predictions.groups or []):
         if isinstance(group, (list, dict)):
-            raise DataError(
-                f"data.group_column holds lists ({group!r}); it must hold a number or a word for each clip."
-            )
-        # What is missing is one group, also as a NaN, which no other NaN equals.
+            raise DataError(f"data.group_column holds lists ({group!r}); it must hold a number or a text per clip.")
+        # None and NaN both mean a missing value. NaN differs from itself, so it cannot be a key.
         members.setdefault(None if group != group else group, []).append(i)
     if len(members) > MAX_GROUPS:
-        raise DataError(f"data.group_column has {len(members)} values; a report by group takes {MAX_GROUPS} at most.")
+        raise DataError(
+            f"data.group_column has {len(members)} values; results by group are limited to {MAX_GROUPS} groups."
+        )
     return {
-        group: {"num_clips": len(members[group])} | _metrics(_take(predictions, members[group]), problem_type, names)
+        group: {"num_clips": len(members[group])} | _metrics(predictions.take(members[group]), problem_type, names)
         for group in sorted(members, key=_group_order)
     }
 
 
 def load_metric(name: str) -> evaluate.Metric:
-    """The module `training/evaluation/<name>`, without a look at the network.
+    """Load the `evaluate` module of a folder beside this file, without network access.
 
-    `evaluate` copies it into HF_MODULES_CACHE under a lock and the digest of its content, so that processes do not
-    disturb one another and an edited module is not taken for its former self. Values go through memory alone. Loaded
-    anew for each use, it has nothing left of a use that failed.
+    `evaluate` copies the module into HF_MODULES_CACHE under a lock and a digest of its content, so processes do not
+    disturb each other and an edited module is loaded anew. Values stay in memory. A module keeps the values of a
+    computation that failed, so load a new one for each computation.
     """
     return evaluate.load(str(METRICS_FOLDER / name), keep_in_memory=True)
 
 
 def _group_order(group: Any) -> tuple[bool, float, str]:
-    """Numbers in their order, also as texts out of a table, then other texts in theirs."""
+    """Sort numbers, also those written as text, before other texts."""
     try:
         return False, float(group), ""
     except (TypeError, ValueError):
         return True, 0.0, str(group)
-
-
-def _take(predictions: Predictions, rows: list[int]) -> Predictions:
-    return Predictions([predictions.ids[i] for i in rows], predictions.logits[rows], predictions.targets[rows], None)
 
 
 def _metrics(predictions: Predictions, problem_type: ProblemType, names: list[str]) -> dict[str, Any]:
@@ -101,7 +122,7 @@ def _metrics(predictions: Predictions, problem_type: ProblemType, names: list[st
         odd = np.flatnonzero(predictions.targets.sum(axis=1) != 1)
         if len(odd):
             raise DataError(
-                f"{len(odd)} clips do not have one label each, such as {_some([predictions.ids[i] for i in odd])}, "
+                f"{len(odd)} clips do not have one label each, such as {examples([predictions.ids[i] for i in odd])}, "
                 "but the model's problem_type is single_label_classification."
             )
         result = load_metric("clip_accuracy").compute(
@@ -110,13 +131,11 @@ def _metrics(predictions: Predictions, problem_type: ProblemType, names: list[st
             num_classes=len(names),
         )
         columns = ("num_clips", "recall", "precision")
-    elif problem_type == "multi_label_classification":
+    else:
         result = load_metric("audio_tagging").compute(
             predictions=predictions.logits, references=predictions.targets.astype(np.int8)
         )
         columns = ("num_positives", "average_precision", "auc")
-    else:
-        raise DataError(f"problem_type={problem_type!r} has no metric here; it must be multi- or single-label.")
     by_column = [result.pop(column) for column in columns]
     result["per_class"] = [
         {"label": name} | {column: _finite(value) for column, value in zip(columns, values, strict=True)}
@@ -126,5 +145,5 @@ def _metrics(predictions: Predictions, problem_type: ProblemType, names: list[st
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no word for infinite or undefined numbers."""
+    """Replace an infinite or undefined number, which JSON cannot express, by `None`."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation."""
+"""Plots of an evaluation: metric by class, confusion matrix, metric by group."""
 
 import math
 from pathlib import Path
@@ -9,23 +9,28 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Bars that fit below one another at a size one can read; more classes go into further columns.
+# Readable bars in one column. More classes go into further columns.
 BARS_PER_COLUMN = 90
 BAR_INCHES, COLUMN_INCHES = 0.17, 4.2
-# Above these a matrix is read as a whole: neither names nor numbers fit its cells.
+# In larger confusion matrices class names, or numbers in the cells, would be unreadable.
 MAX_NAMED_CLASSES, MAX_NUMBERED_CLASSES = 130, 20
 MAX_NAME = 32
 COLOUR = "#31688e"
-# A $ in the name of a class is a $.
-PLAIN_TEXT = {"text.parse_math": False}
+# Class names may contain a dollar sign, which would start a formula.
+plain_text = rc_context({"text.parse_math": False})
 
 
-@rc_context(PLAIN_TEXT)
+@plain_text
 def plot_per_class(rows: list[dict[str, Any]], key: str, name: str, count_key: str, title: str, path: Path) -> None:
-    """Draws `key` of each class as a bar, the best first, beside its name and number of clips.
+    """Draw a metric of each class as a bar, the best class first, with class names and numbers of clips.
 
     Args:
-        rows: `per_class` of [`training.prediction.compute_metrics`]; classes where `key` is `None` are left out.
+        rows: `per_class` of [`training.evaluation.metrics.compute_metrics`].
+        key: Metric in a row. Classes where it is `None` are left out.
+        name: Display name of the metric.
+        count_key: Number of clips in a row.
+        title: Title of the figure.
+        path: PNG file to write.
     """
     rows = sorted((row for row in rows if row[key] is not None), key=lambda row: -row[key])
     num_columns = math.ceil(len(rows) / BARS_PER_COLUMN)
@@ -35,7 +40,7 @@ def plot_per_class(rows: list[dict[str, Any]], key: str, name: str, count_key: s
         part = rows[column * height : (column + 1) * height]
         axes.barh(range(len(part)), [row[key] for row in part], color=COLOUR, height=0.75)
         for i, row in enumerate(part):
-            # Within a long bar, behind a short one.
+            # The number stands inside a long bar and after a short one.
             inside = row[key] > 0.5
             axes.text(
                 row[key] + (-0.01 if inside else 0.01), i, f"{row[key]:.3f}", va="center_baseline",
@@ -47,7 +52,7 @@ def plot_per_class(rows: list[dict[str, Any]], key: str, name: str, count_key: s
         axes.set_ylim(height - 0.4, -0.6)
         axes.set_xlim(0, 1)
         axes.tick_params(axis="y", length=0)
-        _plain(axes)
+        _hide_frame(axes)
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
         axes.set_xlabel(f"{name}  (in brackets: clips with the class)", fontsize=8)
@@ -55,9 +60,16 @@ def plot_per_class(rows: list[dict[str, Any]], key: str, name: str, count_key: s
     figure.savefig(path, dpi=110)
 
 
-@rc_context(PLAIN_TEXT)
+@plain_text
 def plot_confusion(counts: list[list[int]], names: list[str], title: str, path: Path) -> None:
-    """Draws a confusion matrix, each row (true class) as shares of its clips."""
+    """Draw a confusion matrix. Colours are shares of the clips of a row (true class).
+
+    Args:
+        counts: Number of clips, true class by predicted class.
+        names: Class names.
+        title: Title of the figure.
+        path: PNG file to write.
+    """
     matrix = np.array(counts)
     num_classes, totals = len(matrix), matrix.sum(axis=1, keepdims=True)
     shares = matrix / np.maximum(totals, 1)
@@ -81,9 +93,18 @@ def plot_confusion(counts: list[list[int]], names: list[str], title: str, path: 
     figure.savefig(path, dpi=110)
 
 
-@rc_context(PLAIN_TEXT)
+@plain_text
 def plot_groups(groups: dict[Any, dict[str, Any]], key: str, label: str, column: str, title: str, path: Path) -> None:
-    """Draws a metric by group, with the number of clips of each; mAP beside that of random scores."""
+    """Draw a metric of each group as a bar. The mAP of random scores is drawn beside mAP.
+
+    Args:
+        groups: Metrics by group, of [`training.evaluation.metrics.metrics_by_group`].
+        key: Metric in a group's metrics. Groups where it is `None` are left out.
+        label: Display name of the metric.
+        column: Name of the group column.
+        title: Title of the figure.
+        path: PNG file to write.
+    """
     defined = [(group, row) for group, row in groups.items() if row[key] is not None]
     figure = Figure(figsize=(max(4.5, 0.9 * len(defined) + 1.5), 3.6), layout="constrained")
     axes = figure.subplots()
@@ -102,18 +123,16 @@ def plot_groups(groups: dict[Any, dict[str, Any]], key: str, label: str, column:
     axes.set_ylim(0, min(1.15, max(tops) * 1.25) or 1)
     axes.set_xlabel(column)
     axes.set_ylabel(label)
-    _plain(axes)
+    _hide_frame(axes)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
 
 
-def _plain(axes: Axes) -> None:
+def _hide_frame(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _short(name: str) -> str:
-    # A dollar sign would open a formula.
-    name = name.replace("$", r"\$")
     return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"

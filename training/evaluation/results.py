@@ -1,18 +1,18 @@
-"""An evaluation as files that other tools read, as a few lines for a person, and as lines of a model card.
+"""Results of an evaluation: a folder of files for other tools, and a summary to print.
 
-- `results.json`: all metrics, by class and by group too, how many clips they are of, settings and versions. Where a
-  metric is not defined, or infinite (d-prime for an AUC of 1), it is null;
-- `per_class.csv`, in the order of the classifier's outputs; `by_group.csv`; for one label a clip `confusion.csv`, true
-  classes down, predicted ones across;
+- `results.json`: all metrics, also by class and by group, numbers of clips, settings and versions. A metric that is
+  undefined or infinite (d-prime for an AUC of 1) is null;
+- `per_class.csv`: metrics by class, in the order of the classifier's outputs;
+- `by_group.csv`: metrics by group, if there are groups;
+- `confusion.csv`: with one label per clip, true classes by predicted classes;
 - `predictions.parquet`: `id`, `labels` (names), `scores` (probabilities, in the order of `per_class.csv`) and, if
   there are groups, `group`;
-- `per_class.png`, `by_group.png`, `confusion.png`.
+- `per_class.png`, `by_group.png`, `confusion.png`: plots of these tables.
 """
 
 import csv
 import io
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,36 +22,40 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from modeling_sslam.common.files import TEMPORARY_PREFIX, force_to_disk
+from modeling_sslam.common.files import publish, remove, temporary_path
 from training.evaluation.metrics import ProblemType, compute_metrics, metrics_by_group
 from training.evaluation.plots import plot_confusion, plot_groups, plot_per_class
 from training.evaluation.prediction import Predictions
 
-# Metrics by problem type: key, name. The first is the one that a model is chosen by.
+# Key and display name of the main metrics. The first one selects the best model.
 MAIN_METRICS: dict[str, dict[str, str]] = {
     "multi_label_classification": {"map": "mAP", "mean_auc": "mean AUC", "d_prime": "d-prime"},
     "single_label_classification": {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"},
 }
-# What the classes are compared by, and its name, and their number of clips.
+# Key and display name of the metric of a class, and key of its number of clips.
 CLASS_METRIC = {
     "multi_label_classification": ("average_precision", "AP", "num_positives"),
     "single_label_classification": ("recall", "recall", "num_clips"),
 }
+# results.json comes last, so a new results.json implies that all other files are new.
 FILES = (
     *("predictions.parquet", "per_class.csv", "per_class.png", "confusion.csv", "confusion.png"),
     *("by_group.csv", "by_group.png", "results.json"),
 )
-# In the summary, of each end.
+# The summary lists the best and the worst classes.
 NUM_LISTED_CLASSES = 5
 
 
 class Evaluation(NamedTuple):
-    """Predictions and what they are worth.
+    """Predictions and their metrics.
 
     Attributes:
-        names: The classes.
-        metrics: See [`training.prediction.compute_metrics`].
-        groups: The same by value of `group_column`; empty without one.
+        predictions: Predictions for N clips.
+        problem_type: Problem type that selects the metrics.
+        names: Class names.
+        metrics: Metrics of [`training.evaluation.metrics.compute_metrics`].
+        groups: Metrics by value of `group_column`; empty without groups.
+        group_column: Name of the group column, or `None`.
     """
 
     predictions: Predictions
@@ -65,9 +69,10 @@ class Evaluation(NamedTuple):
     def of(
         cls, predictions: Predictions, problem_type: ProblemType, names: list[str], group_column: str | None
     ) -> "Evaluation":
-        """
+        """Compute the metrics of predictions, over all clips and by group.
+
         Raises:
-            DataError: If there is nothing to measure, see [`training.prediction.compute_metrics`].
+            DataError: If the predictions cannot be measured; see [`training.evaluation.metrics.compute_metrics`].
         """
         metrics = compute_metrics(predictions, problem_type, names)
         groups = metrics_by_group(predictions, problem_type, names)
@@ -75,40 +80,49 @@ class Evaluation(NamedTuple):
 
     @property
     def main_metrics(self) -> dict[str, str]:
+        """Keys and display names of the main metrics."""
         return MAIN_METRICS[self.problem_type]
 
 
 def write_results(folder: Path, evaluation: Evaluation, title: str, facts: dict[str, Any]) -> list[Path]:
-    """Writes all files of an evaluation in place of those of an earlier one; what else is in the folder stays.
+    """Write all files of an evaluation. They replace those of an earlier one; other files in the folder stay.
 
     Args:
-        title: Of the pictures.
-        facts: Put into results.json before the metrics.
+        folder: Folder of the results; it is created if it does not exist.
+        evaluation: Predictions and metrics.
+        title: Title of the plots.
+        facts: Further content of results.json, before the metrics.
 
     Returns:
-        The files.
+        Paths of the files.
+
+    Raises:
+        OSError: If a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    workplace = folder / f"{TEMPORARY_PREFIX}evaluation"
-    shutil.rmtree(workplace, ignore_errors=True)
+    workplace = temporary_path(folder / "evaluation")
+    remove(workplace)
     workplace.mkdir()
     try:
         _write_files(workplace, evaluation, title, facts)
-        for path in workplace.iterdir():
-            force_to_disk(path)
         for name in FILES:
             if (workplace / name).exists():
-                (workplace / name).replace(folder / name)
+                publish(workplace / name, folder / name)
             else:
                 (folder / name).unlink(missing_ok=True)
-        force_to_disk(folder)
     finally:
-        shutil.rmtree(workplace)
+        remove(workplace)
     return [folder / name for name in FILES if (folder / name).exists()]
 
 
 def summary(evaluation: Evaluation, title: str, skipped: dict[str, int]) -> str:
-    """The evaluation in a screen of text."""
+    """Return the evaluation as text of about one screen.
+
+    Args:
+        evaluation: Predictions and metrics.
+        title: First words of the text.
+        skipped: Number of skipped clips by reason.
+    """
     metrics, names = evaluation.metrics, evaluation.main_metrics
     key, name, count_key = CLASS_METRIC[evaluation.problem_type]
     unusable = f", {sum(skipped.values())} skipped ({_listed(skipped)})" if skipped else ""
@@ -137,7 +151,7 @@ def summary(evaluation: Evaluation, title: str, skipped: dict[str, int]) -> str:
             for group, row in evaluation.groups.items()
         ]
         chance = ("chance mAP",) if "chance_map" in metrics else ()
-        lines += _table((evaluation.group_column, *names.values(), *chance, "classes", "clips"), rows)
+        lines += _table((evaluation.group_column or "group", *names.values(), *chance, "classes", "clips"), rows)
     return "\n".join(lines)
 
 
@@ -171,7 +185,7 @@ def _write_files(folder: Path, evaluation: Evaluation, title: str, facts: dict[s
         _write_csv(folder / "confusion.csv", ["true", *names], rows)
         plot_confusion(counts, names, overall, folder / "confusion.png")
     if evaluation.groups:
-        column = evaluation.group_column
+        column = evaluation.group_column or "group"
         rows = [[group, *row.values()] for group, row in zip(evaluation.groups, by_group, strict=True)]
         _write_csv(folder / "by_group.csv", [column, *by_group[0]], rows)
         plot_groups(evaluation.groups, metric, metric_name, column, title, folder / "by_group.png")
@@ -197,7 +211,7 @@ def _write_csv(path: Path, header: list[str], rows: Iterable[list[Any]]) -> None
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    """Lines of a table: the first column to the left, numbers to the right."""
+    """Return the lines of a table, after an empty line. The first column is aligned left, the others right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(row: tuple[str, ...]) -> str:

@@ -1,10 +1,12 @@
-"""Linear heads fitted on features in memory, many at once.
+"""Linear heads, many of them fitted at once on features in memory.
 
-A head is what `SSLAMForAudioClassification` puts on its pooled tokens, LayerNorm and a linear layer; H of them, on
-features of as many layers or poolings, are one batched product. Their losses add up and AdamW works by element, so
-each head ends as it would alone.
+A head is the classifier that `SSLAMForAudioClassification` puts on its pooled tokens: LayerNorm and a linear layer. H
+heads (one per layer and pooling) train as one batched matmul. Losses are summed and AdamW is elementwise, so each head
+ends exactly as it would on its own.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,26 +19,26 @@ from training.linear.features import POOLINGS
 from training.run.losses import Loss, loss_sum, loss_weight
 from training.run.optimization import OptimizerConfig, learning_rate
 
-# As published.
+# As in the published linear evaluation.
 FINAL_LEARNING_RATE = 1e-6
-# A feature that varies less after LayerNorm, such as the embedded CLS token's, is constant but for rounding.
+# A feature with a smaller deviation after LayerNorm is constant up to rounding, such as the embedded CLS token.
 LEAST_DEVIATION = 1e-4
 
 
 @dataclass
 class HeadConfig:
-    """How a head is fitted: by AdamW, the learning rate falling along a cosine to 1e-6; as published, no warm-up."""
+    """Fitting of a head: AdamW with a cosine schedule that ends at 1e-6, without warm-up, as published."""
 
     learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the first update."})
     epochs: int = field(default=50, metadata={"help": "Passes over the training clips."})
-    batch_size: int = field(default=48, metadata={"help": "Clips per update, in the fast mode."})
-    betas: tuple[float, float] = field(default=(0.9, 0.95), metadata={"help": "Adam's two decays."})
+    batch_size: int = field(default=48, metadata={"help": "Clips per update in the fast mode."})
+    betas: tuple[float, float] = field(default=(0.9, 0.95), metadata={"help": "AdamW's betas."})
     weight_decay: float = field(default=0.05, metadata={"help": "Decoupled weight decay."})
     standardize: bool = field(
         default=True,
         metadata={
-            "help": "Start the LayerNorm's scale and shift such that every feature has mean 0 and deviation 1 over "
-            "the training clips, in the fast mode. (Without, as published, a head has learnt less after 50 epochs.)"
+            "help": "In the fast mode, initialise the LayerNorm such that every feature has mean 0 and standard "
+            "deviation 1 over the training clips. (The published initialisation learns less in 50 epochs.)"
         },
     )
 
@@ -51,14 +53,19 @@ class HeadConfig:
 
 
 class Head(NamedTuple):
-    """Where a head reads: the output of the embeddings (0) or of a block (from 1), and one of [`POOLINGS`] or several
-    joined by +."""
+    """The features that a head reads.
+
+    Attributes:
+        layer: 0 for the output of the embeddings, i for the output of block i.
+        pooling: One of [`training.linear.features.POOLINGS`], or several joined by +.
+    """
 
     layer: int
     pooling: str
 
     @property
     def columns(self) -> list[int]:
+        """Indices of the poolings along the pooling axis of cached features."""
         return [POOLINGS.index(name) for name in self.pooling.split("+")]
 
     def __str__(self) -> str:
@@ -66,10 +73,15 @@ class Head(NamedTuple):
 
 
 class LinearHeads(nn.Module):
-    """H heads side by side.
+    """H heads as one batched module. All start from the same weights.
 
     Args:
-        std: Of the normal distribution that the weights are drawn from, alike for every head.
+        num_heads: Number of heads H.
+        width: Number of features that a head reads.
+        num_classes: Number of classes K.
+        eps: Epsilon of the LayerNorm.
+        std: Standard deviation of the normal distribution of the initial weights.
+        generator: Random generator for the initial weights.
     """
 
     def __init__(
@@ -84,14 +96,14 @@ class LinearHeads(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_heads, 1, num_classes))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """`(H, B, width)` to logits `(H, B, classes)`."""
+        """Compute logits `(H, B, K)` of features `(H, B, width)`."""
         normalised = nn.functional.layer_norm(features, features.shape[-1:], eps=self.eps)
         scaled = normalised * self.norm_weight + self.norm_bias
         return torch.baddbmm(self.bias, scaled, self.weight.transpose(1, 2))
 
     @torch.no_grad()
     def standardize(self, features: torch.Tensor) -> None:
-        """Sets scale and shift such that every feature has mean 0 and deviation 1 over `(H, N, width)`."""
+        """Set scale and shift such that each of the features `(H, N, width)` has mean 0 and deviation 1 over clips."""
         for head, clips in enumerate(features):
             normalised = nn.functional.layer_norm(clips, clips.shape[-1:], eps=self.eps)
             deviation, mean = torch.std_mean(normalised, dim=0, correction=0)
@@ -99,7 +111,7 @@ class LinearHeads(nn.Module):
             self.norm_weight[head, 0], self.norm_bias[head, 0] = scale, -mean * scale
 
     def classifier_state(self, head: int) -> dict[str, torch.Tensor]:
-        """One head's weights by the names of [`SSLAMClassifier`]."""
+        """Return the state dict of one head as an `SSLAMClassifier`."""
         return {
             "layernorm.weight": self.norm_weight[head, 0].detach(),
             "layernorm.bias": self.norm_bias[head, 0].detach(),
@@ -109,19 +121,26 @@ class LinearHeads(nn.Module):
 
 
 def head_logits(features: torch.Tensor, state: dict[str, torch.Tensor], eps: float) -> torch.Tensor:
-    """What a head with weights as of [`LinearHeads.classifier_state`] says of `(N, width)`: `(N, K)`."""
+    """Compute the logits `(N, K)` of one head.
+
+    Args:
+        features: Features of shape `(N, width)`.
+        state: State dict of [`LinearHeads.classifier_state`].
+        eps: Epsilon of the LayerNorm.
+    """
     scale, shift = state["layernorm.weight"], state["layernorm.bias"]
     normalised = nn.functional.layer_norm(features, features.shape[-1:], scale, shift, eps)
     return nn.functional.linear(normalised, state["dense.weight"], state["dense.bias"])
 
 
 class FittedHeads(NamedTuple):
-    """
-    Args:
-        heads: With every head's weights after its best epoch.
-        best_epochs: For each head, counted from 1; the last without validation.
-        scores: For each head the validation metric after that epoch, or `None`.
-        losses: float32 of shape `(epochs, H)`: each epoch's mean training loss.
+    """Result of [`fit_heads`].
+
+    Attributes:
+        heads: The heads, each with its weights after its best epoch.
+        best_epochs: Best epoch of each head, counted from 1; without validation the last one.
+        scores: Validation metric of each head after its best epoch; `None` without validation.
+        losses: Mean training loss of each epoch, float32 of shape `(epochs, H)`.
     """
 
     heads: LinearHeads
@@ -131,20 +150,36 @@ class FittedHeads(NamedTuple):
 
 
 def head_losses(logits: torch.Tensor, targets: torch.Tensor, loss: Loss, label_smoothing: float = 0.0) -> torch.Tensor:
-    """Fine-tuning's loss of each head: `(H, B, K)` and targets `(B, K)` to `(H,)`."""
-    sums = torch.stack([loss_sum(own, targets, loss, label_smoothing) for own in logits])
+    """Compute the fine-tuning loss of each head, shape `(H,)`.
+
+    Args:
+        logits: Logits of shape `(H, B, K)`.
+        targets: Targets of shape `(B, K)`, shared by the heads.
+        loss: Name of the loss.
+        label_smoothing: Share of a target that is spread over all classes.
+    """
+    sums = torch.stack([loss_sum(head, targets, loss, label_smoothing) for head in logits])
     return sums / loss_weight(targets, loss).clamp(min=1.0)
 
 
 def mean_average_precision(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """As scikit-learn computes it, ties included, but for all heads and classes at once: `(H, N, K)` and targets
-    `(N, K)` of 0 and 1 to `(H,)`, the mean over the classes that have a positive."""
+    """Compute the mean average precision of each head, over the classes with a positive clip.
+
+    Equals scikit-learn's `average_precision_score`, ties included, but handles all classes at once.
+
+    Args:
+        logits: Logits of shape `(H, N, K)`.
+        targets: Targets of shape `(N, K)`, 0 or 1.
+
+    Returns:
+        Values of shape `(H,)`.
+    """
     occurring = targets.any(0)
     positive = targets[:, occurring].T.bool()
     means = []
     for scores in logits[:, :, occurring].transpose(1, 2):
         ascending, order = scores.contiguous().sort(dim=1)
-        # At each threshold all clips with that score or more are found, of equal scores all or none.
+        # A threshold retrieves all clips with that score or a higher one, so equal scores share their precision.
         below = torch.searchsorted(ascending, ascending, side="left")
         hits = positive.gather(1, order)
         hits_below = nn.functional.pad(hits.cumsum(1), (1, 0)).gather(1, below)
@@ -155,7 +190,7 @@ def mean_average_precision(logits: torch.Tensor, targets: torch.Tensor) -> torch
 
 
 def accuracy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """`(H, N, K)` and one-hot targets `(N, K)` to `(H,)`."""
+    """Compute the accuracy of each head, shape `(H,)`, from logits `(H, N, K)` and one-hot targets `(N, K)`."""
     return (logits.argmax(-1) == targets.argmax(-1)).float().mean(1)
 
 
@@ -163,7 +198,10 @@ DEFAULT_LOSS: dict[ProblemType, Loss] = {
     "multi_label_classification": "bce_per_target",
     "single_label_classification": "cross_entropy",
 }
-METRICS = {"multi_label_classification": mean_average_precision, "single_label_classification": accuracy}
+METRICS: dict[ProblemType, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "multi_label_classification": mean_average_precision,
+    "single_label_classification": accuracy,
+}
 
 
 def fit_heads(
@@ -180,21 +218,24 @@ def fit_heads(
     seed: int = 0,
     description: str = "Fitting heads",
 ) -> FittedHeads:
-    """Fits H heads, each on its own features of the same clips.
+    """Fit H heads, each on its own features of the same clips.
 
     Args:
-        features: `(H, N, width)`, on the device to fit on.
-        targets: `(N, K)` of 0 and 1, there too.
-        validation: The same of other clips, by which each head's best epoch is chosen (mean average precision, or with
-            one label accuracy); without it the last is.
-        eps: Of the LayerNorm.
-        std: Of the normal distribution that the weights start from.
-        loss: One of fine-tuning's.
+        features: Features of shape `(H, N, width)`, on the device to fit on.
+        targets: Targets of shape `(N, K)`, 0 or 1, on the same device.
+        validation: Features and targets of other clips. They choose the best epoch of each head, by mean average
+            precision or, with one label, by accuracy. Without them the last epoch is used.
+        problem_type: Selects the validation metric.
+        config: Settings of the fit.
+        eps: Epsilon of the LayerNorm.
+        std: Standard deviation of the initial weights.
+        loss: Name of the loss.
         label_smoothing: Share of a target that is spread over all classes.
-        seed: What the start and the order of the clips follow from.
+        seed: Determines the initial weights and the order of the clips.
+        description: Label of the progress bar.
     """
     num_heads, num_clips, width = features.shape
-    # Both drawn on the CPU, so that they do not depend on the kind of device.
+    # Weights and order are drawn on the CPU, so that they are the same on every device.
     generator = torch.Generator().manual_seed(seed)
     heads = LinearHeads(num_heads, width, targets.shape[1], eps, std, generator).to(features.device)
     if config.standardize:
@@ -202,7 +243,7 @@ def fit_heads(
     optimizer = torch.optim.AdamW(
         heads.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
     )
-    max_updates = config.epochs * -(-num_clips // config.batch_size)
+    max_updates = config.epochs * math.ceil(num_clips / config.batch_size)
     schedule = OptimizerConfig(config.learning_rate, warmup_updates=0, final_learning_rate=FINAL_LEARNING_RATE)
     best = {name: parameter.detach().clone() for name, parameter in heads.named_parameters()}
     best_scores = torch.full((num_heads,), -torch.inf, device=features.device)
@@ -233,6 +274,3 @@ def fit_heads(
     if validation is not None:
         heads.load_state_dict(best)
     return FittedHeads(heads, best_epochs.tolist(), best_scores.tolist() if validation is not None else None, losses)
-
-
-__all__ = ["DEFAULT_LOSS", "METRICS", "FittedHeads", "Head", "HeadConfig", "LinearHeads", "fit_heads", "head_logits"]

@@ -1,4 +1,4 @@
-"""What linear heads came to: a table, a picture of a sweep, and the best one as a model."""
+"""Results of linear heads: a table, a plot of a sweep over layers and poolings, and the best head as a model."""
 
 import copy
 import csv
@@ -31,12 +31,15 @@ evaluation, {protocol}: it measures the encoder. A fine-tuned model classifies b
 
 
 class HeadResult(NamedTuple):
-    """A fitted head and what it is worth.
+    """A fitted head and its metric.
 
     Attributes:
-        best_epoch: Counted from 1; its mean training loss is `loss`.
-        validation, test: The metric; on validation clips `None` without any.
-        state: Its weights by the names of the model's classifier.
+        head: Features that the head reads.
+        best_epoch: Epoch of its weights, counted from 1.
+        loss: Mean training loss of that epoch.
+        validation: Metric on the validation clips; `None` if there are none.
+        test: Metric on the test clips.
+        state: State dict of the head as an `SSLAMClassifier`.
     """
 
     head: Head
@@ -48,7 +51,16 @@ class HeadResult(NamedTuple):
 
 
 class HeadSummary(NamedTuple):
-    """A head over all folds: means, and with folds the standard deviation of the test metric (n - 1)."""
+    """Results of a head over all folds, or of one fit.
+
+    Attributes:
+        head: Features that the head reads.
+        best_epochs: Best epoch of each fold.
+        validation: Mean validation metric; `None` if there are no validation clips.
+        test: Mean test metric.
+        test_spread: Standard deviation (n - 1) of the test metric over folds; `None` for one fit.
+        tests: Test metric of each fold.
+    """
 
     head: Head
     best_epochs: list[int]
@@ -59,18 +71,20 @@ class HeadSummary(NamedTuple):
 
     @classmethod
     def of(cls, results: Sequence[HeadResult]) -> "HeadSummary":
+        """Summarise the results of one head, one result for each fold."""
         tests = [result.test for result in results]
-        validations = [result.validation for result in results]
+        validations = [result.validation for result in results if result.validation is not None]
         return cls(
             results[0].head,
             [result.best_epoch for result in results],
-            None if None in validations else float(np.mean(validations)),
+            float(np.mean(validations)) if len(validations) == len(results) else None,
             float(np.mean(tests)),
             float(np.std(tests, ddof=1)) if len(tests) > 1 else None,
             tests,
         )
 
     def as_row(self, metric: str) -> dict[str, Any]:
+        """Return a row of sweep.csv and results.json, with `metric` in the names of the columns."""
         row: dict[str, Any] = {
             "layer": self.head.layer,
             "pooling": self.head.pooling,
@@ -84,7 +98,13 @@ class HeadSummary(NamedTuple):
 
 
 def table_of(table: Sequence[HeadSummary], metric_name: str, best: Head) -> list[str]:
-    """Lines for a person."""
+    """Return the summaries as lines of text, a header first.
+
+    Args:
+        table: Summary of each head.
+        metric_name: Display name of the metric.
+        best: Head with the best validation metric.
+    """
     lines = [f"  {'layer':>5}  {'pooling':<15}{'validation':>10}  {'test ' + metric_name:>13}"]
     for row in table:
         validation = "-" if row.validation is None else f"{row.validation:.4f}"
@@ -95,8 +115,19 @@ def table_of(table: Sequence[HeadSummary], metric_name: str, best: Head) -> list
 
 
 def write_sweep(folder: Path, table: Sequence[HeadSummary], metric: str, metric_name: str, title: str) -> list[Path]:
-    """Writes sweep.csv and its picture sweep.png."""
-    rows = [row.as_row(metric) for row in table]
+    """Write sweep.csv and its plot sweep.png.
+
+    Args:
+        folder: Folder to write into.
+        table: Summary of each head.
+        metric: Key of the metric.
+        metric_name: Display name of the metric.
+        title: Title of the plot.
+
+    Returns:
+        Paths of the two files.
+    """
+    rows = [summary.as_row(metric) for summary in table]
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
@@ -104,18 +135,18 @@ def write_sweep(folder: Path, table: Sequence[HeadSummary], metric: str, metric_
         writer.writerow({k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()})
     write_text(folder / "sweep.csv", text.getvalue())
 
-    layers = list(dict.fromkeys(row.head.layer for row in table))
-    poolings = list(dict.fromkeys(row.head.pooling for row in table))
+    layers = list(dict.fromkeys(summary.head.layer for summary in table))
+    poolings = list(dict.fromkeys(summary.head.pooling for summary in table))
     values = np.full((len(poolings), len(layers)), np.nan)
-    for row in table:
-        values[poolings.index(row.head.pooling), layers.index(row.head.layer)] = row.test
+    for summary in table:
+        values[poolings.index(summary.head.pooling), layers.index(summary.head.layer)] = summary.test
     figure = Figure(figsize=(3.2 + 0.62 * len(layers), 2.0 + 0.45 * len(poolings)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(values, cmap="viridis", aspect="auto")
     middle = (np.nanmin(values) + np.nanmax(values)) / 2
     for (i, j), value in np.ndenumerate(values):
         axes.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=8, color="w" if value < middle else "k")
-    axes.set_xticks(range(len(layers)), layers)
+    axes.set_xticks(range(len(layers)), map(str, layers))
     axes.set_yticks(range(len(poolings)), poolings)
     axes.set_xlabel("layer (0: embeddings, i: after block i)")
     figure.colorbar(image, label=f"test {metric_name}")
@@ -126,13 +157,18 @@ def write_sweep(folder: Path, table: Sequence[HeadSummary], metric: str, metric_
 
 
 def remove_sweep(folder: Path) -> None:
-    """Removes what an earlier sweep left."""
+    """Remove the files of an earlier sweep."""
     for name in SWEEP_FILES:
         (folder / name).unlink(missing_ok=True)
 
 
 def why_no_model(head: Head, has_folds: bool) -> str | None:
-    """Why a head cannot be written as a model; `None` if it can."""
+    """Return the reason why a head cannot be written as a model, or `None` if it can.
+
+    Args:
+        head: Features that the head reads.
+        has_folds: Whether the evaluation has folds.
+    """
     if has_folds:
         return "No model was written: every fold has a head of its own."
     if head.pooling not in MODEL_POOLINGS:
@@ -150,14 +186,19 @@ def write_model(
     encoder_name: str,
     protocol: str,
 ) -> None:
-    """Writes the encoder up to the head's layer, and the head, as a folder for `pipeline("audio-classification")`.
+    """Write the encoder up to the head's layer with the head, as a model for `pipeline("audio-classification")`.
 
     Args:
-        model: With the encoder and the classes; its own head counts for nothing.
+        folder: Folder of the new model.
+        model: Classifier with the encoder and the class names. Its own head is not used.
+        feature_extractor: Feature extractor of the encoder.
+        result: The fitted head.
+        encoder_name: Path or Hub id of the encoder, for the model card.
+        protocol: Description of the evaluation, for the model card.
     """
     head = result.head
     config = copy.deepcopy(model.config)
-    # The targets are of pre-training, which this model is no longer for.
+    # The numbers of target layers may exceed the new number of layers. Only pre-training uses them.
     config.update(
         {
             "classifier_pooling": head.pooling,
@@ -178,21 +219,17 @@ def write_model(
 def save_folder(
     folder: Path, model: SSLAMPreTrainedModel, feature_extractor: SSLAMFeatureExtractor, card: str | None = None
 ) -> None:
-    """Writes a model folder, whole or not at all."""
+    """Write a model folder, whole or not at all.
+
+    Args:
+        folder: Folder of the model; an existing one is replaced, and missing parents are created.
+        model: Model to save.
+        feature_extractor: Feature extractor to save.
+        card: Text of the model card; `None` for no card.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing(folder) as temporary:
         model.save_pretrained(temporary)
         feature_extractor.save_pretrained(temporary)
         if card is not None:
             (temporary / "README.md").write_text(card, encoding="utf-8")
-
-
-__all__ = [
-    "HeadResult",
-    "HeadSummary",
-    "remove_sweep",
-    "save_folder",
-    "table_of",
-    "why_no_model",
-    "write_model",
-    "write_sweep",
-]

@@ -1,21 +1,23 @@
 """AudioSet: two million clips of 10 s, 527 classes (Gemmeke et al. 2017, research.google.com/audioset).
 
-SOURCE holds, anywhere, `balanced_train_segments.csv`, `unbalanced_train_segments.csv` or `eval_segments.csv` as
-published (`YTID, start, end, "mid,mid"` a line), which become the splits balanced, unbalanced and eval, and the sound
-files, which were downloaded by other means. A file is found by its name: the YTID of 11 characters, with or without a
-Y before it, followed by nothing or by an underscore and numbers such as the start (`Y--PJHxphWEs.wav`,
-`--PJHxphWEs_30000.flac`, `--PJHxphWEs_30.000_40.000.wav`). The classes are in the order of the published classifiers:
-from `class_labels_indices.csv` in SOURCE if it is there, else from this repository.
+SOURCE holds, at any depth:
 
-As most downloads lack clips, missing ones are counted and left out. `--by-path` spares a copy of the audio.
+- `balanced_train_segments.csv`, `unbalanced_train_segments.csv` or `eval_segments.csv` as published, with lines
+  `YTID, start, end, "mid,mid"`. They become the splits balanced, unbalanced and eval;
+- the sound files. A file is matched by its name: the YTID of 11 characters, optionally after a Y, and optionally
+  followed by an underscore and numbers such as the start (`Y--PJHxphWEs.wav`, `--PJHxphWEs_30000.flac`,
+  `--PJHxphWEs_30.000_40.000.wav`);
+- optionally `class_labels_indices.csv`. Otherwise this repository's copy is used. Classes are in its order, which is
+  that of the published classifiers.
+
+Most downloads are incomplete: missing clips are counted and left out. `--by-path` avoids a copy of the audio.
 """
 
 import csv
 import re
 from pathlib import Path
 
-from conversion import ConversionError
-from modeling_sslam.common.labels import AUDIOSET_LABELS, read_label_table
+from modeling_sslam.common.labels import AUDIOSET_LABELS, LabelFileError, read_label_table
 from training.preparation.listing import Clip, Findings, Listing, PreparationError, read_lines, sound_files
 
 SEGMENTS = {
@@ -29,12 +31,12 @@ AFTER_YTID = re.compile(r"(_[0-9][0-9._]*)?")
 
 
 def list_clips(source: Path) -> Listing:
-    """See [`training.preparation.audioset`]."""
+    """List the clips of AudioSet; the module describes the files."""
     findings, clips = Findings(), []
     tables = {path.name: path for path in sorted(source.rglob("*.csv"), reverse=True)}
     try:
         classes = read_label_table(tables.get(LABELS, AUDIOSET_LABELS))
-    except ConversionError as error:
+    except LabelFileError as error:
         raise PreparationError(str(error)) from error
     files = sound_files(source)
     by_ytid: dict[str, Path] = {}
@@ -52,10 +54,10 @@ def list_clips(source: Path) -> Listing:
 
 
 def read_segments(path: Path) -> list[tuple[str, tuple[str, ...]]]:
-    """YTID and machine ids of the labels of every line.
+    """Return the YTID and the labels' machine ids of each line of a table of segments.
 
     Raises:
-        PreparationError: If a line is not `YTID, start, end, "mids"`.
+        PreparationError: If a line has another format than `YTID, start, end, "mids"`.
     """
     segments = []
     for row in csv.reader(read_lines(path), skipinitialspace=True):
@@ -68,7 +70,7 @@ def read_segments(path: Path) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def possible_ytids(stem: str) -> list[str]:
-    """The YTIDs that a file may be of by its name: itself, and what follows a Y."""
+    """Return the YTIDs that a file name may stand for. A leading Y may be a prefix or belong to the YTID."""
     starts = (0, 1) if stem.startswith("Y") else (0,)
     return [
         stem[start : start + YTID_LENGTH]

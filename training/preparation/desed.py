@@ -1,15 +1,18 @@
 """DESED: recorded and synthesised domestic soundscapes of 10 s, 10 classes (Turpault et al. 2019).
 
-As downloaded, DESED is a tree of tables, such as `metadata/train/weak.tsv`, and one of sounds, such as
-`audio/train/weak/*.wav`. A sound is looked for by its name below the table's folder, with `audio` for `metadata`, and
-there first in folders that are called as the table, or as the table and more (`weak_16k`). A table has a header, and
-the columns `filename`, `onset`, `offset` and `event_label` with a line for each event (an empty label for a clip
-without any), or `filename` and `event_labels` with the labels of a clip, separated by commas. The first folder gives
-the split: train, validation, or, for eval, test. Tables without labels (durations, unlabelled clips) are not read.
-Classes are in alphabetical order.
+SOURCE is the data set as downloaded: a tree of tables such as `metadata/train/weak.tsv`, and a tree of sounds such as
+`audio/train/weak/*.wav`.
 
-Where the tables are elsewhere or have other columns, options name them (`--annotations train=train.tsv test=eval.csv`,
-paths in SOURCE; a `.csv` is separated by commas). Sounds are then looked for in all of SOURCE.
+A table has a header. Its columns are `filename`, `onset`, `offset` and `event_label`, with one row for each event and
+an empty label for a clip without events, or `filename` and `event_labels`, with the labels of a clip separated by
+commas. Tables without labels (durations, unlabelled clips) are not read. The first folder below `metadata` is the
+split: train, validation, or eval, which becomes test.
+
+The sound of `metadata/SPLIT/.../TABLE.tsv` is searched by its name under `audio/SPLIT/...`. Folders named TABLE come
+first, then folders whose names begin with TABLE, such as `weak_16k` for `weak`.
+
+`--annotations train=train.tsv test=eval.csv` names other tables (paths in SOURCE; a `.csv` is separated by commas),
+and further options name other columns. Sounds are then searched in all of SOURCE. Classes are in alphabetical order.
 """
 
 from collections import defaultdict
@@ -29,10 +32,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "annotations": {
         "nargs": "+",
         "metavar": "SPLIT=TABLE",
-        "help": "tables of each split, in place of those under metadata/",
+        "help": "tables of each split, instead of those under metadata/",
     },
-    "file_column": {"default": "filename", "help": "column with the file's name (default: filename)"},
-    "label_column": {"default": "event_label", "help": "column with the event's class (default: event_label)"},
+    "file_column": {"default": "filename", "help": "column with the file name (default: filename)"},
+    "label_column": {"default": "event_label", "help": "column with the class (default: event_label)"},
     "onset_column": {"default": "onset", "help": "column with the onset in seconds (default: onset)"},
     "offset_column": {"default": "offset", "help": "column with the offset in seconds (default: offset)"},
 }
@@ -46,7 +49,7 @@ def list_clips(
     onset_column: str = "onset",
     offset_column: str = "offset",
 ) -> Listing:
-    """See [`training.preparation.desed`]."""
+    """List the clips of DESED; the module describes the files and the options."""
     columns, findings = Columns(file_column, label_column, onset_column, offset_column), Findings()
     files = sound_files(source)
     by_name: defaultdict[str, list[Path]] = defaultdict(list)
@@ -63,19 +66,23 @@ def list_clips(
             table, columns if is_strong else Columns(file_column, WEAK_LABELS, separator=","), findings
         )
         has_events |= is_strong
-        for name, of_clip in events.items():
+        for name, events_of_clip in events.items():
             candidates = [path for path in by_name[Path(name).name] if path.is_relative_to(folder)]
             path = _nearest(candidates, name, table, folder) or folder / name
             id_ = path.relative_to(source).with_suffix("").as_posix()
-            clips.append(Clip(id_, split, path, labels_of(of_clip), tuple(of_clip) if is_strong else ()))
+            clips.append(Clip(id_, split, path, labels_of(events_of_clip), tuple(events_of_clip) if is_strong else ()))
     return Listing(source, clips, CLASSES, files, has_events=has_events, has_sources=True, findings=findings)
 
 
 def _tables(source: Path, annotations: list[str] | None) -> list[tuple[str, Path, Path]]:
-    """Splits, their tables, and the folder under which the sounds of each are.
+    """Return the splits, their tables, and the folder with the sounds of each table.
+
+    Args:
+        source: Folder of the data set.
+        annotations: Items `SPLIT=TABLE`; `None` for the tables under `metadata`.
 
     Raises:
-        PreparationError: If there is none, or an argument is not SPLIT=TABLE.
+        PreparationError: If there is no table, or an item is not `SPLIT=TABLE`.
     """
     if annotations:
         named = [(split, source / name, source) for split, _, name in (item.partition("=") for item in annotations)]
@@ -96,17 +103,25 @@ def _tables(source: Path, annotations: list[str] | None) -> list[tuple[str, Path
 
 
 def _partition(parts: tuple[str, ...], name: str) -> tuple[tuple[str, ...], bool, tuple[str, ...]]:
-    """What is before and after a name, and whether it is there, as `str.partition` does."""
+    """Split a path at a folder name, like `str.partition`: the parts before, whether it occurs, the parts after."""
     at = parts.index(name) if name in parts else len(parts)
     return parts[:at], at < len(parts), parts[at + 1 :]
 
 
 def _nearest(paths: list[Path], name: str, table: Path, folder: Path) -> Path | None:
-    """Of the files below a folder that a table may mean by a name, the one whose own folders are most like the table's
-    name; of two such, where one is called as the other and more (`weak_16k`), the other.
+    """Choose the file that a table means by a name, or return `None` if there is none.
+
+    Files in a folder named as the table come first, then files in a folder whose name begins with the table's. Of
+    several, the one with the shortest path is chosen if the other folders only extend its name (`weak`, `weak_16k`).
+
+    Args:
+        paths: Files below `folder` with that file name.
+        name: Entry of the table, a file name with or without folders.
+        table: The table.
+        folder: Folder with the sounds of the table.
 
     Raises:
-        PreparationError: If that is true of several.
+        PreparationError: If several files remain.
     """
     paths = [path for path in paths if path.parts[-len(Path(name).parts) :] == Path(name).parts]
     if not paths:
@@ -121,7 +136,7 @@ def _nearest(paths: list[Path], name: str, table: Path, folder: Path) -> Path | 
     for other in others:
         if not str(other.parent).startswith(str(first.parent)):
             raise PreparationError(
-                f"{table} lists {name}, which may be {first} or {other}. Call the folder of sounds as the table, or "
-                "put it before the name in the table."
+                f"{table} lists {name}, which may be {first} or {other}. Give the folder of sounds the table's name, "
+                "or write the folder before the name in the table."
             )
     return first

@@ -1,7 +1,8 @@
 """ESC-50: 2000 recordings of 5 s, 50 classes, five folds (Piczak 2015, github.com/karolpiczak/ESC-50).
 
-As downloaded: `meta/esc50.csv` with the columns `filename,fold,target,category`, and `audio/*.wav`. The folds become
-the splits fold1 ... fold5, to train on four and test on the fifth, each in turn. Classes are in the order of `target`.
+SOURCE is the data set as downloaded: `meta/esc50.csv` with the columns `filename`, `fold`, `target` and `category`,
+and `audio/*.wav`. The folds become the splits fold1 to fold5: train on four and test on the fifth, each in turn.
+Classes are in the order of `target`.
 """
 
 from pathlib import Path
@@ -20,7 +21,7 @@ CLASSES = [
 
 
 def list_clips(source: Path) -> Listing:
-    """See [`training.preparation.esc50`]. A row whose `target` and `category` disagree goes by its category."""
+    """List the clips of ESC-50. Where `target` and `category` of a row disagree, the category counts."""
     clips, findings = [], Findings()
     for row in read_table(source / "meta" / "esc50.csv", ("filename", "fold", "target", "category")):
         name, label = row["filename"], row["category"]

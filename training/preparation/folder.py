@@ -1,7 +1,7 @@
-"""From a data set's [`Listing`] to the dataset folder that all commands read, and the report of what is amiss.
+"""Write a data set's [`Listing`] as a dataset folder, and report its clips.
 
-Rows are mixed once, in an order that follows from the split's name and size: a shard then holds every class, where the
-annotations go class by class.
+Annotations often list class after class. Rows are therefore shuffled once, so that every shard holds every class. The
+order is a function of the split's name and size.
 """
 
 import io
@@ -28,27 +28,28 @@ from training.preparation.listing import (
 )
 from training.preparation.shards import write_labels, write_shards
 
-# As `datasets` cuts what it pushes to the Hub, roughly: few files, and more than one for most data sets.
+# About the shard size of `datasets.push_to_hub`: few files, but several for most data sets.
 MAX_SHARD_BYTES = 1 << 28
 MAX_SHARD_ROWS = 50_000
-# Paths are small: a row group of 50 of them would be mostly header.
+# A row group of 50 paths would be mostly header.
 ROWS_PER_GROUP, PATHS_PER_GROUP = 50, 1000
-# Suffixes that a loader may read with torchcodec, while libsndfile cannot.
+# Formats that the loader may read with torchcodec and libsndfile cannot.
 UNCHECKED_SUFFIXES = AUDIO_SUFFIXES - {f".{name.lower()}" for name in soundfile.available_formats()}
 
 
-def write_folder(folder: Path, listing: Listing, by_path: bool) -> dict[str, Any]:
-    """Writes `data/*.parquet` and `labels.csv` into an empty folder.
+def write_listing(folder: Path, listing: Listing, by_path: bool) -> dict[str, Any]:
+    """Write `data/*.parquet` and `labels.csv` into an empty folder. Problems are added to the listing's findings.
 
     Args:
-        by_path: Whether to refer to sound files by their absolute path, instead of copying their bytes.
+        folder: Folder to write into.
+        listing: Annotated data set.
+        by_path: Whether rows refer to sound files by absolute path. Otherwise they hold the files' bytes.
 
     Returns:
-        The report: clips per split and class, and the findings.
+        The report: number of clips for each split and class.
 
     Raises:
-        PreparationError: If there is no clip to write, one is in two splits, or a split has a name that `datasets`
-            does not take.
+        PreparationError: If no clip is left, a clip is in two splits, or `datasets` does not accept a split's name.
     """
     findings = listing.findings
     clips = with_known_labels(with_files(without_duplicates(listing.clips, findings), listing), listing)
@@ -57,8 +58,8 @@ def write_folder(folder: Path, listing: Listing, by_path: bool) -> dict[str, Any
     }
     for split in splits:
         if not re.fullmatch(r"\w+", split):
-            raise PreparationError(f"A split cannot be called {split!r}: letters, digits and _ are what it may have.")
-    columns = features(listing)
+            raise PreparationError(f"A split cannot be called {split!r}: use letters, digits and _ only.")
+    columns = columns_of(listing)
     report: dict[str, Any] = {"splits": {}}
     with tqdm(total=len(clips), unit="clip", desc="Clips") as progress:
         for split, members in splits.items():
@@ -67,7 +68,7 @@ def write_folder(folder: Path, listing: Listing, by_path: bool) -> dict[str, Any
             size = write_shards(
                 folder,
                 split,
-                _rows([members[i] for i in order], columns, by_path, listing, counts, progress),
+                _rows([members[i] for i in order], listing, by_path, counts, progress),
                 columns,
                 max_rows=MAX_SHARD_ROWS,
                 max_bytes=MAX_SHARD_BYTES,
@@ -83,7 +84,8 @@ def write_folder(folder: Path, listing: Listing, by_path: bool) -> dict[str, Any
     return report
 
 
-def features(listing: Listing) -> datasets.Features:
+def columns_of(listing: Listing) -> datasets.Features:
+    """Return the columns of a listing's rows."""
     columns = {
         "id": datasets.Value("string"),
         "audio": datasets.Audio(),
@@ -103,53 +105,50 @@ def features(listing: Listing) -> datasets.Features:
 
 
 def _rows(
-    clips: Sequence[Clip],
-    columns: datasets.Features,
-    by_path: bool,
-    listing: Listing,
-    counts: Counter[str],
-    progress: tqdm,
+    clips: Sequence[Clip], listing: Listing, by_path: bool, counts: Counter[str], progress: tqdm
 ) -> Iterator[dict[str, Any]]:
-    """The rows of the clips that can be read, counting their labels."""
+    """Yield the rows of the usable clips, and count their labels in `counts`."""
     for clip in clips:
         progress.update()
-        try:
-            audio = _audio(clip, by_path)
-        except (OSError, soundfile.LibsndfileError) as error:
-            if isinstance(error, OSError) or clip.path.suffix.lower() not in UNCHECKED_SUFFIXES:
-                listing.findings.add("unreadable_files", listing.name(clip.path))
-                continue
-            listing.findings.add("unchecked_files", listing.name(clip.path))
-            audio = {"bytes": None if by_path else clip.path.read_bytes(), "path": _name(clip, by_path)}
+        audio, finding = _read_audio(clip, by_path)
+        if finding is not None:
+            listing.findings.add(finding, listing.name(clip.path))
+        if audio is None:
+            continue
         counts.update(clip.labels)
-        row = {
-            "id": clip.id,
-            "audio": audio,
-            "labels": clip.labels,
-            "events": [event._asdict() for event in clip.events],
-            "num_sources": len(clip.labels),
-        }
-        yield {name: row[name] for name in columns}
+        row: dict[str, Any] = {"id": clip.id, "audio": audio, "labels": clip.labels}
+        if listing.has_events:
+            row["events"] = [event._asdict() for event in clip.events]
+        if listing.has_sources:
+            row["num_sources"] = len(clip.labels)
+        yield row
 
 
-def _name(clip: Clip, by_path: bool) -> str:
-    return os.path.abspath(clip.path) if by_path else clip.path.name
+def _read_audio(clip: Clip, by_path: bool) -> tuple[dict[str, Any] | None, str | None]:
+    """Return a clip's audio cell, or `None` if it is unusable, and the kind of finding, or `None`.
 
-
-def _audio(clip: Clip, by_path: bool) -> dict[str, Any]:
-    """The encoded audio or its path, its header checked.
-
-    Raises:
-        OSError, soundfile.LibsndfileError: If it cannot be read.
+    Only the header of a file is checked, unless a part of it is cut out.
     """
-    if clip.span is not None:
-        samples, rate = soundfile.read(clip.path, start=clip.span[0], stop=clip.span[1], dtype="int16")
-        file = io.BytesIO()
-        soundfile.write(file, samples, rate, format="WAV", subtype="PCM_16")
-        return {"bytes": file.getvalue(), "path": f"{clip.id.replace('/', '-')}.wav"}
-    if not clip.path.stat().st_size:
-        raise OSError(f"{clip.path} is empty.")
-    encoded = None if by_path else clip.path.read_bytes()
-    if not soundfile.info(str(clip.path) if by_path else io.BytesIO(encoded)).frames:
-        raise OSError(f"{clip.path} has no samples.")
-    return {"bytes": encoded, "path": _name(clip, by_path)}
+    path = clip.path
+    try:
+        if clip.span is not None:
+            return {"bytes": _cut(path, *clip.span), "path": f"{clip.id.replace('/', '-')}.wav"}, None
+        num_bytes = path.stat().st_size
+        encoded = None if by_path else path.read_bytes()
+    except (OSError, soundfile.LibsndfileError):
+        return None, "unreadable_files"
+    audio = {"bytes": encoded, "path": os.path.abspath(path) if by_path else path.name}
+    try:
+        header = str(path) if encoded is None else io.BytesIO(encoded)
+        num_frames = soundfile.info(header).frames if num_bytes else 0
+    except soundfile.LibsndfileError:
+        return (audio, "unchecked_files") if path.suffix.lower() in UNCHECKED_SUFFIXES else (None, "unreadable_files")
+    return (audio, None) if num_frames else (None, "unreadable_files")
+
+
+def _cut(path: Path, start: int, stop: int) -> bytes:
+    """Return the samples `[start, stop)` of a sound file as a 16-bit WAV file."""
+    samples, rate = soundfile.read(path, start=start, stop=stop, dtype="int16")
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format="WAV", subtype="PCM_16")
+    return file.getvalue()

@@ -1,8 +1,10 @@
-"""What a data set's annotations say, before any sound is read: its clips, its classes, and what is amiss.
+"""The annotations of a data set before any sound is read: its clips, its classes and its findings.
 
-Every data set has a function from the folder it was downloaded to, to a [`Listing`]; the rest is shared. Annotations
-that cannot be read or contradict each other about what to train on are an error; anything else that is amiss is a
-finding: counted, named, and said what became of it.
+Each data set has a module in this package with a function `list_clips` that returns a [`Listing`] of a downloaded
+folder. Everything else is shared.
+
+Annotations that cannot be read, or that put a clip into two splits, raise [`PreparationError`]. Any other problem is a
+finding: it is counted and named in the report.
 """
 
 import csv
@@ -14,40 +16,47 @@ from typing import Any, NamedTuple
 
 from training.data.sources import AUDIO_SUFFIXES
 
-# The kinds of findings and what became of them.
+# Kinds of findings, and the fate of the clip, file, row or label in question.
 FINDINGS = {
-    "missing_files": "listed, but not there; left out",
-    "unlisted_files": "there, but not listed; left out",
+    "missing_files": "listed, but the file does not exist; left out",
+    "unlisted_files": "the file exists, but is not listed; left out",
     "unreadable_files": "without a header or samples that libsndfile can read; left out",
-    "unchecked_files": "of a format that torchcodec reads, not libsndfile; kept",
-    "duplicated_rows": "listed again in the same way; counted once",
-    "conflicting_rows": "listed again in another way, or not as the data set is published; the first is kept",
-    "unknown_labels": "none of the classes; not among the clip's labels",
-    "clips_without_known_label": "whose every label is unknown; left out",
-    "clips_without_label": "that are annotated to have none of the classes; kept",
+    "unchecked_files": "in a format that torchcodec reads and libsndfile does not; kept",
+    "duplicated_rows": "listed again with the same content; counted once",
+    "conflicting_rows": "listed again with other content, or unlike the published data set; the first is kept",
+    "unknown_labels": "not one of the classes; removed from the clip",
+    "clips_without_known_label": "every label is unknown; left out",
+    "clips_without_label": "annotated to have none of the classes; kept",
     "clips_without_annotation": "listed without labels; left out",
-    "replaced_clips": "of the testing list, in whose place stands --test-set; left out",
-    "labels_without_clip": "labels for which no clip is listed; left out",
-    "classes_without_clip": "classes that no clip has; kept in labels.csv",
-    "ignored_annotations": "annotation files that do not say what is in a clip; not read",
-    "noise_files": "background noise, which is no class of its own; left out",
+    "replaced_clips": "in the testing list, which --test-set replaces; left out",
+    "labels_without_clip": "labels of a clip that is not listed; left out",
+    "classes_without_clip": "no clip has the class; kept in labels.csv",
+    "ignored_annotations": "annotation files without labels; not read",
+    "noise_files": "background noise, which is not a class; left out",
 }
 
-# A download may lack a million files: their first names tell what they have in common.
+# A download may lack a million files. The first names show what they have in common.
 NAMES_KEPT, NAMES_SHOWN = 20, 3
 
 
 class PreparationError(Exception):
-    """Data that cannot be prepared; the message says why and what to do."""
+    """The data cannot be prepared; the message names the cause and the remedy."""
 
 
 class Findings:
-    """What is amiss: of each of the `FINDINGS` how many, and the first names."""
+    """Problems in a data set: for each kind in `FINDINGS` their number and the first names."""
 
     def __init__(self) -> None:
         self.found: dict[str, dict[str, Any]] = {}
 
     def add(self, kind: str, *names: Any, show: Callable[[Any], str] = str) -> None:
+        """Count findings of one kind.
+
+        Args:
+            kind: A key of `FINDINGS`.
+            *names: The clip, file, row or label of each finding.
+            show: Converts a name to text. It is called only for the names that are kept.
+        """
         for name in names:
             entry = self.found.setdefault(kind, {"count": 0, "meaning": FINDINGS[kind], "first": []})
             entry["count"] += 1
@@ -55,7 +64,7 @@ class Findings:
                 entry["first"].append(show(name))
 
     def describe(self) -> str:
-        """A line for each kind."""
+        """Return one line of text for each kind."""
         return "\n".join(
             f"{kind.replace('_', ' ')} ({entry['meaning']}): {entry['count']}, "
             + ", ".join(entry["first"][:NAMES_SHOWN])
@@ -64,8 +73,8 @@ class Findings:
         )
 
 
-class Event(NamedTuple):
-    """One sound in a clip; onset and offset in seconds."""
+class AnnotatedEvent(NamedTuple):
+    """One sound event in a clip, with onset and offset in seconds."""
 
     label: str
     onset: float
@@ -74,31 +83,38 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip as it is annotated.
+    """An annotated clip.
 
-    Args:
+    Attributes:
+        id: Name of the clip, unique in the data set.
+        split: Name of its split.
+        path: Sound file.
         labels: Names or machine ids of its classes.
-        span: First and last + 1 sample to cut out of the file; the whole file if not given.
+        events: Its sound events, where they are annotated.
+        span: Samples `[start, stop)` to cut out of the file; `None` for the whole file.
     """
 
     id: str
     split: str
     path: Path
     labels: tuple[str, ...]
-    events: tuple[Event, ...] = ()
+    events: tuple[AnnotatedEvent, ...] = ()
     span: tuple[int, int] | None = None
 
 
 @dataclass
 class Listing:
-    """A data set as it is annotated.
+    """An annotated data set.
 
-    Args:
-        root: Folder of the sound files, by which findings name them.
-        classes: Display names in the order of a classifier's outputs.
-        files: The sound files that are there, of which each is expected to be listed.
-        ids: The classes' machine ids, where they have.
-        has_sources: Whether a clip's labels are the sources that sound in it: then their number goes along.
+    Attributes:
+        root: Folder of the sound files; findings show paths relative to it.
+        clips: Clips as annotated.
+        classes: Display names of the classes in the order of the classifier's outputs.
+        files: Sound files that exist. A file without a clip is a finding.
+        ids: Machine ids of the classes, or empty.
+        has_events: Whether clips have annotated events, which become the column `events`.
+        has_sources: Whether the labels of a clip are all sources in it, so that their number becomes `num_sources`.
+        findings: Problems found so far.
     """
 
     root: Path
@@ -111,12 +127,12 @@ class Listing:
     findings: Findings = field(default_factory=Findings)
 
     def name(self, path: Path) -> str:
-        """A path as findings show it."""
+        """Return a path as findings show it."""
         return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
 
 
 def sound_files(folder: Path) -> list[Path]:
-    """All sound files under a folder, also behind symbolic links, in order of their names."""
+    """Return all sound files under a folder in order of their names. Symbolic links are followed."""
     found = []
     for root, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -129,10 +145,10 @@ def sound_files(folder: Path) -> list[Path]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text.
+    """Return the lines of a UTF-8 text file.
 
     Raises:
-        PreparationError: If it cannot be read.
+        PreparationError: If the file cannot be read.
     """
     try:
         return path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
@@ -141,10 +157,15 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_table(path: Path, columns: Iterable[str], delimiter: str = ",") -> Iterator[dict[str, str]]:
-    """The rows of a table with a header, which must have these columns. What a short row lacks is empty.
+    """Yield the rows of a table with a header. Missing cells at the end of a row are empty strings.
+
+    Args:
+        path: Table to read.
+        columns: Columns that it must have.
+        delimiter: Separator of the cells.
 
     Raises:
-        PreparationError: If it cannot be read or lacks one of the columns.
+        PreparationError: If the table cannot be read or lacks one of the columns.
     """
     reader = csv.DictReader(read_lines(path), delimiter=delimiter, restval="")
     if missing := [name for name in columns if name not in (reader.fieldnames or [])]:
@@ -155,10 +176,10 @@ def read_table(path: Path, columns: Iterable[str], delimiter: str = ",") -> Iter
 
 
 def without_duplicates(clips: Iterable[Clip], findings: Findings) -> list[Clip]:
-    """Each id once, the first time.
+    """Return the first clip of each id. Repetitions become findings.
 
     Raises:
-        PreparationError: If a clip is in two splits: what is tested on must not be trained on.
+        PreparationError: If a clip is in two splits, because test clips must not be trained on.
     """
     kept: dict[str, Clip] = {}
     for clip in clips:
@@ -167,17 +188,21 @@ def without_duplicates(clips: Iterable[Clip], findings: Findings) -> list[Clip]:
             continue
         if first.split != clip.split:
             raise PreparationError(
-                f"{clip.id} is listed in the split {first.split} and in {clip.split}. A clip that is trained on must "
-                "not be tested on: take it out of one of the annotation files."
+                f"{clip.id} is listed in the split {first.split} and in {clip.split}. Training clips must not be "
+                "test clips: remove it from one of the annotation files."
             )
         findings.add("duplicated_rows" if first == clip else "conflicting_rows", clip.id)
     return list(kept.values())
 
 
 def with_known_labels(clips: Iterable[Clip], listing: Listing) -> list[Clip]:
-    """Clips whose labels and events go by the display names of classes, each label once; the others are findings."""
+    """Replace machine ids by display names, each label once. Unknown labels become findings.
+
+    A clip whose labels are all unknown is left out.
+    """
     names = {name: name for name in listing.classes}
-    names |= {id_: name for id_, name in zip(listing.ids, listing.classes) if id_}  # noqa: B905 - there may be no ids
+    if listing.ids:
+        names |= {id_: name for id_, name in zip(listing.ids, listing.classes, strict=True) if id_}
     kept = []
     for clip in clips:
         known = tuple(dict.fromkeys(names[label] for label in clip.labels if label in names))
@@ -195,9 +220,11 @@ def with_known_labels(clips: Iterable[Clip], listing: Listing) -> list[Clip]:
 
 
 def with_files(clips: Iterable[Clip], listing: Listing) -> list[Clip]:
-    """Clips whose file is there; those that are not, and files that no clip is made of, are findings."""
-    clips, there = list(clips), set(listing.files)
-    listing.findings.add("missing_files", *(clip.path for clip in clips if clip.path not in there), show=listing.name)
+    """Return the clips whose file exists. Missing files and files without a clip become findings."""
+    clips, existing = list(clips), set(listing.files)
+    listing.findings.add(
+        "missing_files", *(clip.path for clip in clips if clip.path not in existing), show=listing.name
+    )
     listed = {clip.path for clip in clips}
     listing.findings.add("unlisted_files", *(path for path in listing.files if path not in listed), show=listing.name)
-    return [clip for clip in clips if clip.path in there]
+    return [clip for clip in clips if clip.path in existing]

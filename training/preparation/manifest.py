@@ -1,30 +1,37 @@
-"""A data set as manifests, which EAT and SSLAM were trained from: `.tsv` and `.lbl` files, label_descriptors.csv.
+"""A data set as manifests, the format that EAT and SSLAM were trained from: `.tsv`, `.lbl`, label_descriptors.csv.
 
-SOURCE is a folder with, for each split, `SPLIT.tsv` (the root folder in the first line, then
-`relative/path.wav<TAB>number` a line) and `SPLIT.lbl` (`name<TAB>label,label,...` a line, in any order; the name is
-the file's, without its suffix, with or without its folders), and `label_descriptors.csv` (`index,label,display name` a
-line). Where the sounds have moved, `--root` says to where.
+SOURCE is a folder with these files:
+
+- `SPLIT.tsv` for each split: the root folder in the first line, then lines `relative/path.wav<TAB>number`;
+- `SPLIT.lbl`: lines `name<TAB>label,label,...` in any order. The name is the file's, without suffix, with or without
+  folders;
+- `label_descriptors.csv`: lines `index,label,display name`.
+
+`--root` replaces the root folder of the manifests where the sounds have moved.
 """
 
 import os
 from pathlib import Path
 from typing import Any
 
-from conversion import ConversionError
-from modeling_sslam.common.labels import read_label_table
+from modeling_sslam.common.labels import LabelFileError, read_label_table
 from training.preparation.listing import Clip, Findings, Listing, PreparationError, read_lines, sound_files
 
 DESCRIPTORS = "label_descriptors.csv"
 OPTIONS: dict[str, dict[str, Any]] = {
-    "root": {"type": Path, "metavar": "FOLDER", "help": "root of the sound files, in place of the manifests' own"}
+    "root": {
+        "type": Path,
+        "metavar": "FOLDER",
+        "help": "root folder of the sound files, instead of the one in the manifests",
+    }
 }
 
 
 def list_clips(source: Path, root: Path | None = None) -> Listing:
-    """See [`training.preparation.manifest`]."""
+    """List the clips of all manifests; the module describes the files."""
     try:
         names, ids = zip(*read_label_table(source / DESCRIPTORS), strict=True)
-    except ConversionError as error:
+    except LabelFileError as error:
         raise PreparationError(str(error)) from error
     clips, findings, roots = [], Findings(), set()
     for manifest in sorted(source.glob("*.tsv")):
@@ -32,7 +39,7 @@ def list_clips(source: Path, root: Path | None = None) -> Listing:
         folder = root or Path(first.strip())
         if not folder.is_dir():
             raise PreparationError(
-                f"{manifest}: {str(folder)!r}, the root in its first line, is no folder; say where it is by --root."
+                f"{manifest}: the root folder {str(folder)!r} in the first line does not exist; name it with --root."
             )
         roots.add(folder)
         labels = read_labels(manifest.with_suffix(".lbl"), findings)
@@ -53,10 +60,10 @@ def list_clips(source: Path, root: Path | None = None) -> Listing:
 
 
 def read_labels(path: Path, findings: Findings) -> dict[str, tuple[str, ...]]:
-    """The labels of each name in an `.lbl` file.
+    """Read the labels of each name in an `.lbl` file.
 
     Raises:
-        PreparationError: If it cannot be read or a line has no labels.
+        PreparationError: If the file cannot be read or a line has no tab.
     """
     labels: dict[str, tuple[str, ...]] = {}
     for number, line in enumerate(read_lines(path), 1):

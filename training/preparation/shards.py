@@ -1,4 +1,4 @@
-"""Dataset folders: parquet shards that `datasets.load_dataset` and the training programs read, labels and card."""
+"""Dataset folders for `datasets.load_dataset` and the training programs: parquet shards, labels and card."""
 
 import csv
 import errno
@@ -18,13 +18,13 @@ from modeling_sslam.common.files import replacing
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Gives a folder beside `path` to fill, which gets its name once all is well and on disk. When not, it is removed.
+    """Yield a hidden folder to fill, which gets the name `path` when the body succeeds and is removed when it fails.
 
     Raises:
-        OSError: If `path` is there already and is not an empty folder.
+        OSError: If `path` exists and is not an empty folder, or its parent is not writable.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(errno.EEXIST, "This is there already", str(path))
+        raise FileExistsError(errno.EEXIST, "File exists", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as unfinished:
         unfinished.mkdir()
@@ -40,12 +40,16 @@ def write_shards(
     max_bytes: int | None = None,
     rows_per_group: int = 50,
 ) -> int:
-    """Writes the `data/{split}-00000-of-000NN.parquet` of a dataset folder.
+    """Write `data/{split}-00000-of-000NN.parquet` in a dataset folder.
 
     Args:
-        features: Columns of the rows; they are written into the files, so that `datasets` knows the audio for audio.
-        max_rows, max_bytes: A shard ends with the row group that reaches one of them.
-        rows_per_group: Rows of a row group, which is what several workers share a shard by.
+        folder: Dataset folder.
+        split: Name of the split.
+        rows: Rows of the split.
+        features: Columns of the rows. They are stored in the files, so that `datasets` recognises the audio column.
+        max_rows: A shard ends with the row group that reaches this number of rows.
+        max_bytes: A shard ends with the row group that reaches this size; `None` for no limit.
+        rows_per_group: Rows of a row group, the unit by which workers share a shard.
 
     Returns:
         The number of rows.
@@ -54,7 +58,9 @@ def write_shards(
     schema = features.arrow_schema.with_metadata(metadata)
     data = folder / "data"
     data.mkdir(exist_ok=True)
-    rows, paths, num_rows = iter(rows), [], 0
+    paths: list[Path] = []
+    num_rows = 0
+    rows = iter(rows)
     group = list(islice(rows, rows_per_group))
     while group:
         paths.append(data / f"{split}-{len(paths):05d}.parquet")
@@ -72,7 +78,7 @@ def write_shards(
 
 
 def write_labels(folder: Path, names: Sequence[str], ids: Sequence[str | None] = ()) -> None:
-    """Writes `labels.csv`: the classes in the order of a classifier's outputs, with their machine ids if they have."""
+    """Write `labels.csv`: the classes in the order of the classifier's outputs, with machine ids where known."""
     with open(folder / "labels.csv", "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         if any(ids):
@@ -82,7 +88,7 @@ def write_labels(folder: Path, names: Sequence[str], ids: Sequence[str | None] =
 
 
 def card_header(splits: Iterable[str]) -> str:
-    """The front matter of a dataset folder's `README.md`, by which `load_dataset` tells the splits."""
+    """Return the front matter of a dataset folder's `README.md`. `load_dataset` takes the files of a split from it."""
     files = "\n".join(f"  - split: {split}\n    path: data/{split}-*" for split in splits)
     return (
         f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}\n"

@@ -1,13 +1,13 @@
 """SPASS: five synthesised urban soundscapes of 5000 clips of about 10 s (Viveros-Muñoz et al., on Zenodo).
 
-As downloaded: for each of Market, Park, Square, Street and Waterfront a folder of sounds ("Market audio files", the
-spaces may be underscores) and a table with a line for each sound in each clip ("1_MatrixLabelsMarket.csv"). The
-columns `audio_filename` and `class` are those that the published SSLAM preparation reads; what the others are called
-is not documented there. Name those with onset and offset in seconds, if yours has them, to get `events`.
+SOURCE is the data set as downloaded. For each of Market, Park, Square, Street and Waterfront it holds a folder of
+sounds ("Market audio files", or with underscores) and a table with one row for each sound in each clip
+("1_MatrixLabelsMarket.csv"). The published SSLAM preparation reads the columns `audio_filename` and `class`. The other
+columns are not documented there; if a table has onset and offset in seconds, name those columns to get `events`.
 
-Each soundscape is a task of its own, with its own classes (in alphabetical order): `--soundscape` says which. The
-published split is made here too: of the names in the table in alphabetical order, the first 75 % (3750) are the split
-train, the others (from market03751 on) test.
+Each soundscape is a task of its own with its own classes, in alphabetical order; `--soundscape` selects it. The split
+is the published one: sort the names in the table, then the first 75 % (3750) are train, and the others (from
+market03751 on) are test.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from training.preparation.events import Columns, labels_of, read_events
 from training.preparation.listing import Clip, Findings, Listing, PreparationError, sound_files
 
 TRAIN_FRACTION = 0.75
-# Of the published manifests' label_descriptors.csv, whose order is that of no published classifier.
+# From label_descriptors.csv of the published manifests. No published classifier fixes an order of the classes.
 IN_ALL = (
     "airborne", "bird", "bus_idling", "bus_moving", "car_idling", "car_moving", "crowd", "dog", "horn",
     "motorcycle_idling", "motorcycle_moving", "music", "rain", "shouting", "siren", "steps", "talk", "truck_idling",
@@ -32,11 +32,11 @@ CLASSES = {
     "market": sorted((*IN_ALL, "air_conditioner", "alarm")),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
-    "soundscape": {"choices": list(CLASSES), "required": True, "help": "which of the five to prepare"},
-    "file_column": {"default": "audio_filename", "help": "column with the file's name (default: audio_filename)"},
+    "soundscape": {"choices": list(CLASSES), "required": True, "help": "the soundscape to prepare"},
+    "file_column": {"default": "audio_filename", "help": "column with the file name (default: audio_filename)"},
     "class_column": {"default": "class", "help": "column with the class (default: class)"},
-    "onset_column": {"help": "column with the onset in seconds (default: there is none)"},
-    "offset_column": {"help": "column with the offset in seconds (default: there is none)"},
+    "onset_column": {"help": "column with the onset in seconds (default: none)"},
+    "offset_column": {"help": "column with the offset in seconds (default: none)"},
 }
 
 
@@ -48,9 +48,9 @@ def list_clips(
     onset_column: str | None = None,
     offset_column: str | None = None,
 ) -> Listing:
-    """See [`training.preparation.spass`]."""
+    """List the clips of one soundscape of SPASS; the module describes the files and the options."""
     if (onset_column is None) != (offset_column is None):
-        raise PreparationError("--onset-column and --offset-column go together: give both, or neither.")
+        raise PreparationError("--onset-column and --offset-column belong together: give both or neither.")
     tables = [path for path in sorted(source.rglob("*.csv")) if path.stem.lower().endswith(f"labels{soundscape}")]
     if len(tables) != 1:
         raise PreparationError(

@@ -1,22 +1,23 @@
 """Speech Commands v0.01 as the task of 12 classes: ten commands, unknown words and silence (SUPERB's "ks").
 
-As downloaded (speech_commands_v0.01.tar.gz): a folder of `.wav` for each of 30 words, `_background_noise_`,
-`validation_list.txt` and `testing_list.txt`. The classes are those of S3PRL and SUPERB, in their order:
+SOURCE is the unpacked speech_commands_v0.01.tar.gz: a folder of `.wav` files for each of 30 words,
+`_background_noise_`, `validation_list.txt` and `testing_list.txt`. The lists give the splits validation and test; all
+other clips are train. The classes are those of S3PRL and SUPERB, in their order:
 
 - yes, no, up, down, left, right, on, off, stop, go: the recordings of these words;
-- `_unknown_`: all recordings of all other words, none left out. They are more than half of the data; S3PRL draws
-  every class as often as any other, for which see `python -m training.class_weights`;
-- `_silence_`: the recordings in `_background_noise_`, cut from their beginnings into pieces of 1 s that do not
-  overlap; the rest of less than 1 s is left out. Of each recording the first 80 % of the pieces are in train, the next
-  10 % in validation, the last in test. (S3PRL puts the same whole recordings in train and in validation, and crops
-  each anew whenever it comes up.)
+- `_unknown_`: the recordings of all other words. They are more than half of the data. S3PRL draws each class equally
+  often; `python -m training.class_weights` makes weights for that;
+- `_silence_`: the recordings in `_background_noise_`, cut from the start into pieces of 1 s without overlap. A rest
+  of less than 1 s is left out. Of each recording, the first 80 % of the pieces are train, the next 10 % validation,
+  the last 10 % test. (S3PRL uses the same whole recordings for training and validation, with a new random crop each
+  time.)
 
-The lists give validation and test; the rest is train. SUPERB tests on another archive, of 3081 clips with `_unknown_`
-and `_silence_` among them: with `--test-set FOLDER`, the unpacked speech_commands_test_set_v0.01.tar.gz, it is the
-split test. The clips of testing_list.txt are then left out, as SUPERB does, and silence is shared out 90 % to train,
-10 % to validation.
+SUPERB tests on another archive of 3081 clips, which include `_unknown_` and `_silence_`. `--test-set FOLDER`, the
+unpacked speech_commands_test_set_v0.01.tar.gz, makes it the split test. As in SUPERB, the clips of testing_list.txt
+are then left out. Silence is divided into 90 % train and 10 % validation.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "test_set": {
         "type": Path,
         "metavar": "FOLDER",
-        "help": "the unpacked speech_commands_test_set_v0.01.tar.gz, to test on in place of testing_list.txt",
+        "help": "the unpacked speech_commands_test_set_v0.01.tar.gz, which replaces testing_list.txt",
     }
 }
 
 
 def list_clips(source: Path, test_set: Path | None = None) -> Listing:
-    """See [`training.preparation.speech_commands_v1`]."""
+    """List the clips of the task of 12 classes; the module describes the files and the options."""
     files, findings = sound_files(source), Findings()
     noise = [path for path in files if path.parent.name == NOISE_FOLDER]
     noise_paths = set(noise)
@@ -61,20 +62,27 @@ def list_clips(source: Path, test_set: Path | None = None) -> Listing:
 
 
 def clip_of_task(clip: Clip) -> Clip:
-    """The clip with its label among the twelve classes, if it is of the data set's words."""
+    """Relabel a word of the data set that is not a command as `_unknown_`."""
     (label,) = clip.labels
-    return Clip(clip.id, clip.split, clip.path, (UNKNOWN,)) if label in WORDS and label not in CLASSES else clip
+    return replace(clip, labels=(UNKNOWN,)) if label in WORDS and label not in CLASSES else clip
 
 
 def cut_silence(path: Path, shares: dict[str, float], findings: Findings) -> list[Clip]:
-    """Pieces of 1 s of a recording, the first ones to the first of the splits, in proportion to their shares."""
+    """Cut a recording into pieces of 1 s, and give consecutive pieces to the splits.
+
+    Args:
+        path: Recording of background noise.
+        shares: Fraction of the pieces of each split, in order.
+        findings: Receives an unreadable file.
+    """
     try:
         info = soundfile.info(str(path))
     except soundfile.LibsndfileError:
         findings.add("unreadable_files", str(path))
         return []
     number, rate = info.frames // info.samplerate, info.samplerate
-    splits, total = [], 0.0
+    splits: list[str] = []
+    total = 0.0
     for split, share in shares.items():
         total += share
         splits += [split] * (round(total * number) - len(splits))

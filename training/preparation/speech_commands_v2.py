@@ -1,8 +1,8 @@
 """Speech Commands v0.02: 105 829 words of 1 s, 35 classes (Warden 2018, arXiv 1804.03209).
 
-As downloaded (speech_commands_v0.02.tar.gz): a folder of `.wav` for each word, `validation_list.txt` and
-`testing_list.txt`, whose lines are `word/speaker_nohash_0.wav`. What is in neither is the split train. The recordings
-in `_background_noise_` are no class. Classes are in alphabetical order.
+SOURCE is the unpacked speech_commands_v0.02.tar.gz: a folder of `.wav` files for each word, `validation_list.txt` and
+`testing_list.txt`, with lines `word/speaker_nohash_0.wav`. Clips in neither list are the split train. The recordings
+in `_background_noise_` are left out. Classes are in alphabetical order.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ CLASSES = [
 
 
 def list_clips(source: Path) -> Listing:
-    """See [`training.preparation.speech_commands_v2`]."""
+    """List the clips of the task of 35 classes; the module describes the files."""
     files, findings = sound_files(source), Findings()
     noise = {path for path in files if path.parent.name == NOISE_FOLDER}
     findings.add("noise_files", *(path.name for path in sorted(noise)))
@@ -27,7 +27,13 @@ def list_clips(source: Path) -> Listing:
 
 
 def list_words(source: Path, files: list[Path]) -> list[Clip]:
-    """The recordings in folders of words, `files`, and what the lists name besides; the label is the folder's name.
+    """List the clips of validation_list.txt and testing_list.txt, then all other recordings as train.
+
+    The label is the name of the folder.
+
+    Args:
+        source: Folder of the data set.
+        files: Its sound files. Those directly in a folder of `source` are recordings of words.
 
     Raises:
         PreparationError: If a list cannot be read.

@@ -1,15 +1,24 @@
 """URBAN-SED: 10 000 synthesised soundscapes of 10 s with 1 to 9 sound events, 10 classes (Salamon et al. 2017).
 
-As downloaded: `audio/{train,validate,test}/*.wav` and, with the same names, `annotations/{train,validate,test}/*.txt`
-(`onset<TAB>offset<TAB>label` a line, no header) and `*.jams`. A clip's `.txt` is read if it is there, else its `.jams`
-without the background. `validate` becomes the split validation. Classes are in alphabetical order.
+SOURCE is the data set as downloaded: `audio/{train,validate,test}/*.wav` and, with the same names,
+`annotations/{train,validate,test}/*.txt` (lines `onset<TAB>offset<TAB>label`, no header) and `*.jams`. The `.jams` of
+a clip is read only if there is no `.txt`, and without its background. `validate` becomes the split validation. Classes
+are in alphabetical order.
 """
 
 import json
 from pathlib import Path
 
 from training.preparation.events import labels_of
-from training.preparation.listing import Clip, Event, Findings, Listing, PreparationError, read_lines, sound_files
+from training.preparation.listing import (
+    AnnotatedEvent,
+    Clip,
+    Findings,
+    Listing,
+    PreparationError,
+    read_lines,
+    sound_files,
+)
 
 SPLITS = {"train": "train", "validate": "validation", "test": "test"}
 CLASSES = [
@@ -19,11 +28,11 @@ CLASSES = [
 
 
 def list_clips(source: Path) -> Listing:
-    """See [`training.preparation.urban_sed`]."""
+    """List the clips of URBAN-SED; the module describes the files."""
     clips, findings = [], Findings()
     for folder, split in SPLITS.items():
         annotations = source / "annotations" / folder
-        # Of two annotations of a clip, the one found later holds: .txt after .jams.
+        # A clip may have both files. The .txt is listed last, so it wins.
         paths = {path.stem: path for suffix in (".jams", ".txt") for path in sorted(annotations.glob(f"*{suffix}"))}
         for stem, path in sorted(paths.items()):
             events = _read_text(path, findings) if path.suffix == ".txt" else _read_jams(path)
@@ -33,14 +42,14 @@ def list_clips(source: Path) -> Listing:
     return Listing(source, clips, CLASSES, sound_files(source), has_events=True, has_sources=True, findings=findings)
 
 
-def _read_text(path: Path, findings: Findings) -> tuple[Event, ...]:
-    events: list[Event] = []
+def _read_text(path: Path, findings: Findings) -> tuple[AnnotatedEvent, ...]:
+    events: list[AnnotatedEvent] = []
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:
             onset, offset, label = line.strip().split("\t")
-            event = Event(label, float(onset), float(offset))
+            event = AnnotatedEvent(label, float(onset), float(offset))
         except ValueError as error:
             raise PreparationError(f"{path}, line {number} is not `onset<TAB>offset<TAB>label`: {line!r}.") from error
         if event in events:
@@ -50,12 +59,12 @@ def _read_text(path: Path, findings: Findings) -> tuple[Event, ...]:
     return tuple(sorted(events, key=lambda event: event.onset))
 
 
-def _read_jams(path: Path) -> tuple[Event, ...]:
-    """The foreground events that scaper wrote; JAMS is JSON."""
+def _read_jams(path: Path) -> tuple[AnnotatedEvent, ...]:
+    """Return the foreground events of a JAMS file, which is JSON, as scaper writes it."""
     try:
         annotations = json.loads("".join(read_lines(path)))["annotations"]
         events = [
-            Event(item["value"]["label"], float(item["time"]), float(item["time"]) + float(item["duration"]))
+            AnnotatedEvent(item["value"]["label"], float(item["time"]), float(item["time"]) + float(item["duration"]))
             for annotation in annotations
             for item in annotation["data"]
             if item["value"]["role"] == "foreground"

@@ -1,30 +1,35 @@
-"""TODO."""
+"""A clip of several sources over coloured noise, and its row in the data set."""
 
-from dataclasses import dataclass
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
+import datasets
 import numpy as np
+import soundfile
 from numpy.random import Generator
 
+from training.data.seeding import generator_for
 from training.soundscapes.sounds import SOURCES, noise
 
 MIN_EVENT_SECONDS = 0.5
-
-
 FADE_SECONDS = 0.01
-
-
 SNR_RANGE_DB = (3.0, 30.0)
-
-
 BACKGROUND_RANGE_DB = (-60.0, -35.0)
-
-
 PEAK = 0.9
 
 
 @dataclass(frozen=True)
-class Event:
-    """A source in a clip: its class, onset and offset in seconds, level in dB over the background."""
+class SceneEvent:
+    """A source in a clip.
+
+    Attributes:
+        label: Class, a key of `SOURCES`.
+        onset: Start in seconds.
+        offset: End in seconds.
+        snr: Level over the background in dB.
+    """
 
     label: str
     onset: float
@@ -33,15 +38,19 @@ class Event:
 
 
 def soundscape(
-    rng: Generator, duration: float, rate: int, max_sources: int = 5, labels: list[str] | None = None
-) -> tuple[np.ndarray, list[Event]]:
-    """One clip.
+    rng: Generator, duration: float, rate: int, max_sources: int = 5, labels: Sequence[str] | None = None
+) -> tuple[np.ndarray, list[SceneEvent]]:
+    """Synthesise one clip: a background and one event of each of some classes, at random places and levels.
 
     Args:
-        labels: Its classes; by default 1 to `max_sources` different ones, every number as likely.
+        rng: Random generator; it determines the clip.
+        duration: Length in seconds.
+        rate: Sampling rate in Hz.
+        max_sources: Largest number of classes; 1 to `max_sources` are equally likely.
+        labels: Classes to use instead of drawing them.
 
     Returns:
-        float32 of shape `(duration * rate,)` and the events in order of onset.
+        The waveform, float32 of shape `(duration * rate,)`, and the events in order of onset.
     """
     n = round(duration * rate)
     if labels is None:
@@ -62,6 +71,53 @@ def soundscape(
         sound = sound * ramp * ramp[::-1]
         level = background_level * 10 ** (snr / 20)
         mixture[start : start + length] += sound * (level / np.sqrt(np.mean(sound**2)))
-        events.append(Event(str(label), round(start / rate, 4), round((start + length) / rate, 4), snr))
+        events.append(SceneEvent(str(label), round(start / rate, 4), round((start + length) / rate, 4), snr))
     peak = np.abs(mixture).max()
     return (mixture * min(1.0, PEAK / peak)).astype(np.float32), sorted(events, key=lambda event: event.onset)
+
+
+def columns(rate: int) -> datasets.Features:
+    """Return the columns of the data set for clips at a sampling rate in Hz."""
+    return datasets.Features(
+        {
+            "id": datasets.Value("string"),
+            "audio": datasets.Audio(sampling_rate=rate),
+            "labels": datasets.List(datasets.Value("string")),
+            "events": datasets.List(
+                {
+                    "label": datasets.Value("string"),
+                    "onset": datasets.Value("float64"),
+                    "offset": datasets.Value("float64"),
+                    "snr": datasets.Value("float64"),
+                }
+            ),
+            "num_sources": datasets.Value("int32"),
+        }
+    )
+
+
+def make_row(item: tuple[str, int], seed: int, duration: float, rate: int, max_sources: int) -> dict[str, Any]:
+    """Synthesise a clip and encode it as FLAC.
+
+    Args:
+        item: The split and the index of the clip in it. With `seed` they determine the clip.
+        seed: Seed of the data set.
+        duration: Length in seconds.
+        rate: Sampling rate in Hz.
+        max_sources: Largest number of classes in the clip.
+
+    Returns:
+        The row, in the columns of [`columns`].
+    """
+    split, index = item
+    waveform, events = soundscape(generator_for(seed, "soundscape", split, index), duration, rate, max_sources)
+    file = io.BytesIO()
+    soundfile.write(file, waveform, rate, format="FLAC", subtype="PCM_16")
+    id_ = f"{split}-{index:06d}"
+    return {
+        "id": id_,
+        "audio": {"bytes": file.getvalue(), "path": f"{id_}.flac"},
+        "labels": [event.label for event in events],
+        "events": [asdict(event) for event in events],
+        "num_sources": len(events),
+    }

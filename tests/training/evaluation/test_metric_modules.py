@@ -1,4 +1,4 @@
-"""The modules of `evaluate` in training/evaluation: what they compute, and how they are loaded."""
+"""The `evaluate` modules in training/evaluation: their values, and how they are loaded."""
 
 import itertools
 import math
@@ -24,9 +24,9 @@ def classify(found, true, num_classes):
 
 
 class TestAudioTagging:
-    def test_equals_scikit_learn_class_by_class_also_with_ties(self):
+    def test_classes_equal_scikit_learns_values_also_with_ties(self):
         rng = np.random.default_rng(0)
-        # Few values, so many ties, within and across positives and negatives.
+        # Four values for 60 clips: ties within and between positives and negatives.
         scores = rng.integers(0, 4, (60, 5)).astype(np.float32)
         targets = (rng.random((60, 5)) < 0.3).astype(np.int8)
         result = tag(scores, targets)
@@ -38,13 +38,13 @@ class TestAudioTagging:
         assert result["num_positives"] == targets.sum(axis=0).tolist()
 
     def test_by_hand(self):
-        # Positives at ranks 1 and 3 of 4: precisions 1/1 and 2/3; of the 4 pairs of a positive and a negative 3 agree.
+        # Positives have ranks 1 and 3 of 4, with precisions 1/1 and 2/3. Of 4 positive-negative pairs, 3 are ordered.
         result = tag([[4.0], [3.0], [2.0], [1.0]], [[1], [0], [1], [0]])
         assert result["map"] == pytest.approx((1 + 2 / 3) / 2)
         assert result["mean_auc"] == 0.75
         assert result["d_prime"] == pytest.approx(math.sqrt(2) * 0.6744897501960817)
 
-    def test_all_scores_equal_are_one_threshold(self):
+    def test_equal_scores_are_one_threshold(self):
         result = tag(np.zeros((8, 1)), [[1], [0], [0], [0], [0], [0], [0], [1]])
         assert result["map"] == 2 / 8
         assert result["mean_auc"] == 0.5
@@ -62,14 +62,14 @@ class TestAudioTagging:
         result = tag(scores, [[1, 0, 1], [0, 0, 1], [0, 0, 1]])
         assert result["average_precision"][0] == 1
         assert math.isnan(result["average_precision"][1])
-        # All positive: precision is 1 at any threshold, but there is no pair for an AUC.
+        # All clips are positive: the precision is 1 at any threshold, but the AUC has no pair.
         assert result["average_precision"][2] == 1
         assert math.isnan(result["auc"][2])
         assert result["map"] == 1
         assert (result["num_classes_left_out"], result["num_classes_left_out_of_auc"]) == (1, 2)
         assert result["d_prime"] == math.inf
 
-    def test_no_positives_at_all(self):
+    def test_targets_without_positives(self):
         result = tag(np.ones((3, 2)), np.zeros((3, 2)))
         assert all(math.isnan(result[name]) for name in ("map", "chance_map", "mean_auc", "d_prime"))
         assert result["num_classes_left_out"] == 2
@@ -85,7 +85,7 @@ class TestAudioTagging:
         assert (result["map"], result["mean_auc"], result["d_prime"]) == (0.5, 0, -math.inf)
 
     @pytest.mark.parametrize("num_positives", [1, 2, 5])
-    def test_map_by_chance_is_the_mean_over_all_orders(self, num_positives):
+    def test_chance_map_is_the_mean_over_all_orders(self, num_positives):
         targets = np.array([1] * num_positives + [0] * (5 - num_positives))
         orders = [average_precision_score(targets, order) for order in itertools.permutations(range(5))]
         assert tag(np.zeros((5, 1)), targets[:, None])["chance_map"] == pytest.approx(np.mean(orders))
@@ -100,7 +100,7 @@ class TestAudioTagging:
             ([[0.1]], [[2]], "0 or 1"),
         ],
     )
-    def test_what_cannot_be_measured(self, scores, targets, message):
+    def test_wrong_values_are_rejected(self, scores, targets, message):
         with pytest.raises(ValueError, match=message):
             tag(scores, targets)
 
@@ -123,15 +123,15 @@ class TestClipAccuracy:
         assert (result["accuracy"], result["balanced_accuracy"]) == (0, 0)
 
     @pytest.mark.parametrize(("found", "true"), [([3], [0]), ([0], [-1])])
-    def test_classes_there_are_not(self, found, true):
+    def test_classes_out_of_range_are_rejected(self, found, true):
         with pytest.raises(ValueError, match="must be 0 to 2"):
             classify(found, true, num_classes=3)
 
 
 def load_twice(folder, start, results):
-    """Loads a copy of a module of its own, as soon as all are ready, and once more when it was edited."""
+    """Load a private copy of a module when all processes are ready, then edit it and load it again."""
     for name in [name for name in sys.modules if name.startswith("evaluate_modules")]:
-        del sys.modules[name]  # of the tests before
+        del sys.modules[name]  # imported by earlier tests
     start.wait()
     values = []
     for replacement in ("_mean(precision)", "7.0"):
@@ -142,15 +142,15 @@ def load_twice(folder, start, results):
     results.put(values)
 
 
-def test_loading_needs_no_network_disturbs_no_other_process_and_takes_no_former_copy(tmp_path, monkeypatch):
+def test_modules_load_offline_in_parallel_and_anew_after_an_edit(tmp_path, monkeypatch):
     def refuse(*arguments):
-        raise AssertionError("asked the network")
+        raise AssertionError("network access")
 
     for name in ("connect", "connect_ex"):
         monkeypatch.setattr(socket.socket, name, refuse)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(evaluate.config.HF_MODULES_CACHE)])
     monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    # Forked, so that they need not import everything again.
+    # Forked processes need not import everything again.
     context, count = multiprocessing.get_context("fork"), 3
     start, results = context.Barrier(count), context.Queue()
     processes = []

@@ -1,4 +1,4 @@
-"""Every clip's logits once, sorted by id, and the metrics of them."""
+"""Predictions, one row for each clip sorted by id, and their metrics."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def test_predicts_every_clip_once_in_the_order_of_ids(model, loader_of, write_pa
     assert found.groups is None
     assert found.targets.argmax(axis=1).tolist() == [i % 3 for i in range(10)]
     assert found.targets.sum() == 10
-    # Each clip by itself.
+    # Batches do not matter: each clip alone gives the same logits.
     model.eval()
     for batch in loader_of(tmp_path / "data"):
         for id_, values in zip(batch["ids"], batch["input_values"], strict=True):
@@ -71,13 +71,13 @@ def test_leaves_every_module_in_the_mode_it_had(model, loader_of, write_parquet,
     assert not any(module.training for module in model.sslam.modules())
 
 
-def test_groups_go_along(model, loader_of, write_parquet, tmp_path):
+def test_groups_come_with_the_predictions(model, loader_of, write_parquet, tmp_path):
     write_parquet(tmp_path / "data", [5])
     loader = loader_of(tmp_path / "data", group_column="video_id")
     assert predict(model, loader, LabelSet(NAMES), Accelerator()).groups == [f"clip{i:03d}" for i in range(5)]
 
 
-def test_clips_that_cannot_count(model, loader_of, write_parquet, tmp_path):
+def test_unusable_clips_are_rejected(model, loader_of, write_parquet, tmp_path):
     write_parquet(tmp_path / "data" / "a", [4])
     write_parquet(tmp_path / "data" / "b", [2])
 
@@ -97,7 +97,7 @@ def test_clips_that_cannot_count(model, loader_of, write_parquet, tmp_path):
         predict(model, loader_of(tmp_path / "short"), LabelSet(NAMES), Accelerator())
 
 
-def test_metrics_are_what_json_takes():
+def test_metrics_can_be_written_as_json():
     metrics = compute_metrics(predictions_of([[3, 0], [1, 0], [2, 0]], [[1, 0], [0, 0], [1, 0]]), MULTI, ["a", "b"])
     assert next(iter(metrics)) == "map"
     assert (metrics["map"], metrics["mean_auc"], metrics["d_prime"]) == (1, 1, None)
@@ -119,7 +119,7 @@ def test_metrics_of_one_label():
 
 
 def test_large_logits_are_not_tied():
-    """Sigmoids of these are all 1."""
+    """The sigmoids of these logits all round to 1."""
     assert compute_metrics(predictions_of([[40], [50], [60]], [[0], [0], [1]]), MULTI, ["a"])["map"] == 1
 
 
@@ -129,26 +129,28 @@ def test_large_logits_are_not_tied():
         ([[0, 0], [0, 0]], MULTI, "None of the 2 clips has a label"),
         ([[1, 1], [1, 0]], SINGLE, "1 clips do not have one label each, such as clip0"),
         ([[1, 0], [0, 0]], SINGLE, "such as clip1"),
-        ([[1, 0], [0, 0]], "regression", "problem_type='regression'"),
     ],
 )
-def test_what_cannot_be_measured(targets, problem_type, message):
+def test_unmeasurable_predictions_are_rejected(targets, problem_type, message):
     with pytest.raises(DataError, match=message):
         compute_metrics(predictions_of([[1, 2], [3, 4]], targets), problem_type, ["a", "b"])
 
 
-def test_problem_type_is_the_models_or_follows_from_the_data():
+def test_the_problem_type_is_the_models_or_inferred_from_the_data():
     one, several = (predictions_of([[1, 2], [3, 4]], [[1, 0], row]) for row in ([0, 1], [0, 0]))
     assert problem_type_of(None, one) == SINGLE
     assert problem_type_of(None, several) == MULTI
     assert problem_type_of(MULTI, one) == MULTI
+    assert problem_type_of(SINGLE, several) == SINGLE
+    with pytest.raises(DataError, match="problem_type='regression' has no metric"):
+        problem_type_of("regression", one)
 
 
-def test_groups_are_measured_by_themselves():
+def test_each_group_is_measured_on_its_own():
     logits, targets = [[3, 1], [1, 2], [2, 2], [0, 1]], [[1, 0], [0, 1], [0, 0], [1, 0]]
     groups = metrics_by_group(predictions_of(logits, targets, [10, 2, 2, 10]), MULTI, ["a", "b"])
     assert list(groups) == [2, 10]
-    # Of classes with a positive in the group only.
+    # Means are over the classes with a positive clip in the group.
     assert groups[2]["num_clips"] == groups[10]["num_clips"] == 2
     assert groups[2]["per_class"][0]["average_precision"] is None
     assert groups[2]["map"] == groups[2]["per_class"][1]["average_precision"] == 0.5
@@ -170,13 +172,13 @@ def test_a_group_without_labels_has_clips_and_no_map():
         ([math.nan, 2.0, float("nan")], [2.0, None]),
     ],
 )
-def test_order_of_groups(groups, order):
+def test_groups_are_ordered(groups, order):
     logits = [[1]] * len(groups)
     assert list(metrics_by_group(predictions_of(logits, logits, groups), MULTI, ["a"])) == order
 
 
 @pytest.mark.parametrize(("groups", "message"), [([["a"]] * 101, "holds lists"), (list(range(101)), "101 values")])
-def test_groups_that_are_none(groups, message):
+def test_columns_that_are_not_groups_are_rejected(groups, message):
     logits = [[1]] * len(groups)
     with pytest.raises(DataError, match=message):
         metrics_by_group(predictions_of(logits, logits, groups), MULTI, ["a"])

@@ -1,4 +1,4 @@
-"""Every data set's preparation, on a miniature in its format on disk with the faults that downloads have."""
+"""Preparation of every data set, on a miniature in its format with the faults that downloads have."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from training.preparation.listing import PreparationError
 
 @pytest.fixture
 def put(tmp_path, encode):
-    """Writes files of a miniature: `put("audio/a.wav")` a sound, `put("meta.csv", text)` a text."""
+    """Write files of a miniature: `put("audio/a.wav")` for sound, `put("meta.csv", text)` for text."""
     seeds = iter(range(1000))
 
     def put(name, content=None, seconds=0.2):
@@ -38,7 +38,7 @@ def put(tmp_path, encode):
 
 @pytest.fixture
 def make(tmp_path):
-    """Prepares the miniature; gives the folder and the report."""
+    """Prepare the miniature, and return the folder and the report."""
 
     def make(name, source=None, **options):
         out = tmp_path / f"out-{name}"
@@ -52,13 +52,13 @@ def counts(report):
 
 
 def first_row(folder, split):
-    """Its columns but for the audio."""
+    """Return the first row of a split without its audio."""
     rows = datasets.load_dataset(str(folder), split=split, streaming=True).cast_column("audio", EncodedAudio())
     return {name: value for name, value in next(iter(rows)).items() if name != "audio"}
 
 
 def read(folder, split, extractor):
-    """Labels by id, as the training programs' loader gives them."""
+    """Return labels by id, as the loader of the training programs reads them."""
     config = DataConfig(str(folder), split=split, label_column="labels", num_workers=0)
     loader = make_loader(config, extractor, batch_size=2, seed=0, repeat=False)
     read = {id_: tuple(labels) for batch in loader for id_, labels in zip(batch["ids"], batch["labels"], strict=True)}
@@ -82,10 +82,10 @@ def esc50_miniature(put):
     ]
     faults = [
         "1-7-A-5.wav,1,5,cat,False,7,A",  # no file
-        "1-8-A-6.wav,1,6,hen,False,8,A",  # no header
-        "1-9-A-7.wav,1,7,unicorn,False,9,A",  # no class
-        rows[0],  # again
-        "2-3-A-1.wav,2,2,pig,True,3,A",  # again, otherwise
+        "1-8-A-6.wav,1,6,hen,False,8,A",  # broken header
+        "1-9-A-7.wav,1,7,unicorn,False,9,A",  # unknown class
+        rows[0],  # repeated
+        "2-3-A-1.wav,2,2,pig,True,3,A",  # repeated with another class
         "5-10-A-4.wav,5,8,frog,True,10,A",  # target of another class
     ]
     put("meta/esc50.csv", header + "\n".join(rows + faults) + "\n")
@@ -123,7 +123,10 @@ def test_esc50(make, extractor, tmp_path, capsys):
     assert report["splits"]["fold1"]["clips"] == 2
     assert report["splits"]["fold1"]["classes"]["hand_saw"] == 1
     assert json.loads((folder / "report.json").read_text()) == report
-    assert "missing files (listed, but not there; left out): 1, audio/1-7-A-5.wav" in capsys.readouterr().out
+    assert (
+        "missing files (listed, but the file does not exist; left out): 1, audio/1-7-A-5.wav"
+        in capsys.readouterr().out
+    )
     assert read_labels(folder / "labels.csv") == esc50.CLASSES
 
     loaded = datasets.load_dataset(str(folder), streaming=True)
@@ -145,7 +148,7 @@ def test_esc50_has_fifty_classes_in_the_published_order():
 
 @pytest.fixture
 def words(put):
-    """Lists, three words of which one is none of the data set's, noise, and the faults of lists."""
+    """Write a miniature: words, one of them unknown, noise, and lists with faults."""
     for name in (
         "yes/a_nohash_0",
         "yes/b_nohash_0",
@@ -157,7 +160,7 @@ def words(put):
         put(f"{name}.wav")
     put("go/d_nohash_0.wav", b"")
     put("_background_noise_/hum.wav", seconds=10.5)
-    put("_background_noise_/README.md", "where they are from")
+    put("_background_noise_/README.md", "origin of the noise")
     put("loose.wav")
     put("validation_list.txt", "yes/b_nohash_0.wav\nbed/gone_nohash_0.wav\nyes/b_nohash_0.wav\n")
     put("testing_list.txt", "no/c_nohash_0.wav\nbed/b_nohash_1.wav\n")
@@ -219,10 +222,10 @@ def test_speech_commands_v1(make, extractor, tmp_path):
 
 
 @pytest.mark.usefixtures("words")
-def test_silence_stands_in_the_folder_also_where_words_are_referred_to(make, extractor):
+def test_silence_is_stored_in_the_folder_even_if_words_are_referred_to_by_path(make, extractor):
     folder, _ = make("speech_commands_v1", by_path=True)
     assert read(folder, "validation", extractor) == {"yes/b_nohash_0": ("yes",), "_silence_/hum-008": ("_silence_",)}
-    assert "The sounds are elsewhere" in (folder / "README.md").read_text()
+    assert "Rows refer to sound files outside this folder" in (folder / "README.md").read_text()
 
 
 @pytest.mark.usefixtures("words")
@@ -247,7 +250,7 @@ def test_spass(make, put, extractor):
     table = "audio_filename,class,path\n"
     for i in range(1, 9):
         table += f"square{i:05d}.wav,talk,a{i}\nsquare{i:05d}.wav,dog,b{i}\nsquare{i:05d}.wav,dog,c{i}\n"
-    table += "square00001.wav,dog,b1\n"  # the same line again
+    table += "square00001.wav,dog,b1\n"  # repeated line
     table += "square00002.wav,unicorn,d\n"
     put("SPASS_META_DATA/3_MatrixLabelsSquare.csv", table)
     put("SPASS_META_DATA/2_MatrixLabelsPark.csv", "audio_filename,class\npark00001.wav,dog\n")
@@ -421,7 +424,7 @@ def test_idmt_desed_fl(make, put, extractor):
 
 
 def test_desed_does_not_take_a_sound_of_another_split(make, put, extractor):
-    """Synthetic clips are numbered in each split anew."""
+    """Numbers of synthetic clips start at 0 in each split."""
     for split in ("train", "validation"):
         put(f"metadata/{split}/synthetic21_{split}/soundscapes.tsv", f"{STRONG}0.wav\t0\t1\tDog\n")
     put("audio/validation/synthetic21_validation/soundscapes/0.wav")
@@ -498,7 +501,7 @@ def test_audioset(make, put, extractor, tmp_path):
         ("short", []),
     ],
 )
-def test_files_of_audioset_are_found_by_their_names(stem, ytids):
+def test_audioset_files_are_matched_by_name(stem, ytids):
     assert audioset.possible_ytids(stem) == ytids
 
 
@@ -528,7 +531,7 @@ def test_manifest(make, put, extractor, tmp_path):
     assert LabelSet.of_file(folder / "labels.csv").names == ["Dog, barking", "Rain", "Wind"]
 
     (tmp_path / "source/sounds").rename(tmp_path / "moved")
-    with pytest.raises(PreparationError, match="is no folder; say where it is by --root"):
+    with pytest.raises(PreparationError, match="does not exist; name it with --root"):
         prepare.prepare("manifest", tmp_path / "source", tmp_path / "other")
     prepare.prepare("manifest", tmp_path / "source", tmp_path / "other", root=tmp_path / "moved")
     assert read(tmp_path / "other", "eval", extractor) == {"d/e": ("Dog, barking",)}
@@ -550,12 +553,12 @@ def test_an_archive_is_unpacked(extractor, tmp_path, capsys):
         ]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["tar.gz", "zip"]
     assert "fold1: 2 clips" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="--by-path needs one"):
+    with pytest.raises(SystemExit, match="--by-path needs a folder"):
         prepare.main(["esc50", str(tmp_path / "ESC-50.zip"), str(tmp_path / "other"), "--by-path"])
 
 
 @pytest.mark.usefixtures("esc50_miniature")
-def test_what_cannot_be_prepared_leaves_nothing_behind(put, tmp_path):
+def test_a_failed_preparation_leaves_nothing_behind(put, tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
 
     def refused(match, *arguments):
@@ -563,7 +566,7 @@ def test_what_cannot_be_prepared_leaves_nothing_behind(put, tmp_path):
             prepare.main(["esc50", *map(str, arguments)])
 
     refused("neither a folder nor a zip or tar archive", tmp_path / "nowhere", out)
-    refused("source exists; name a folder", source, source)
+    refused("source exists already; name a new folder", source, source)
     put("meta/esc50.csv", "filename,fold,target,category\n1-1-A-0.wav,1,0,dog\n1-1-A-0.wav,2,0,dog\n")
     refused("1-1-A-0 is listed in the split fold1 and in fold2", source, out)
     put("meta/esc50.csv", "filename,fold,target,category\n1-8-A-6.wav,1,6,hen\n")
@@ -588,7 +591,7 @@ def test_formats_that_only_torchcodec_reads_are_kept_and_counted(put, make):
     assert report["clips"] == 2
 
 
-def test_rows_are_mixed_the_same_way_every_time(put, tmp_path, extractor):
+def test_rows_are_shuffled_in_the_same_order_every_time(put, tmp_path, extractor):
     put("validation_list.txt", "")
     put("testing_list.txt", "")
     for word in ("bed", "bird", "cat"):
@@ -604,11 +607,12 @@ def test_rows_are_mixed_the_same_way_every_time(put, tmp_path, extractor):
     assert len({id_.split("/")[0] for id_ in orders[0][:8]}) == 3
 
 
-def test_help_says_what_each_data_set_must_look_like(capsys):
-    for name, module in prepare.DATASETS.items():
+def test_help_describes_each_data_set(capsys):
+    for name in prepare.DATASETS:
         with pytest.raises(SystemExit):
             prepare.parse_arguments([name, "--help"])
         text = capsys.readouterr().out
-        assert module.__doc__.strip() in text
-        for option in getattr(module, "OPTIONS", {}):
+        assert len(prepare.guide(name).splitlines()) > 3
+        assert prepare.guide(name) in text
+        for option in prepare.options_of(name):
             assert f"--{option.replace('_', '-')}" in text

@@ -1,9 +1,10 @@
-"""The writer that all dataset folders share."""
+"""Writing of dataset folders."""
 
 import datasets
 import pyarrow.parquet as pq
 import pytest
 
+from modeling_sslam.common.files import temporary_path
 from training.preparation.shards import card_header, new_folder, write_labels, write_shards
 
 FEATURES = datasets.Features({"id": datasets.Value("string"), "value": datasets.Value("int64")})
@@ -38,30 +39,33 @@ def test_a_split_without_rows_has_no_shards(tmp_path):
     assert not list((tmp_path / "data").iterdir())
 
 
-def test_labels_with_and_without_machine_ids(tmp_path):
+def test_labels_are_written_with_and_without_machine_ids(tmp_path):
     write_labels(tmp_path, ["a, b", "c"])
     assert (tmp_path / "labels.csv").read_text() == 'index,label\n0,"a, b"\n1,c\n'
     write_labels(tmp_path, ["a", "c"], ["/m/0", None])
     assert (tmp_path / "labels.csv").read_text() == "index,mid,label\n0,/m/0,a\n1,,c\n"
 
 
-def test_a_folder_has_its_name_when_all_went_well(tmp_path):
+def test_a_folder_gets_its_name_on_success_only(tmp_path):
     out = tmp_path / "deeper" / "out"
 
     def write(text, error=None):
         with new_folder(out) as folder:
             (folder / "file").write_text(text)
-            assert not (out / "file").exists() or text == "other"
+            assert not out.exists()
             if error:
                 raise error
 
     with pytest.raises(RuntimeError, match="half way"):
         write("half", RuntimeError("half way"))
     assert not list(out.parent.iterdir())
-    out.with_name("out.unfinished").mkdir()  # as a process that was killed leaves it
+    leftover = temporary_path(out)  # of a process that was killed
+    leftover.mkdir()
+    (leftover / "half").touch()
     write("whole")
+    assert [path.name for path in out.iterdir()] == ["file"]
     assert (out / "file").read_text() == "whole"
     assert [path.name for path in out.parent.iterdir()] == ["out"]
-    with pytest.raises(OSError, match="out"):
+    with pytest.raises(FileExistsError, match="out"):
         write("other")
     assert (out / "file").read_text() == "whole"

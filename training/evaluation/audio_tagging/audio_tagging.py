@@ -1,12 +1,13 @@
-"""Mean average precision, AUC and d-prime of clips with any number of labels, as a module of `evaluate`:
+"""An `evaluate` module: mean average precision, AUC and d-prime for clips with any number of labels.
 
     metric = evaluate.load("training/evaluation/audio_tagging", keep_in_memory=True)
     metric.compute(predictions=scores, references=targets)["map"]
 
-The module stands by itself: `evaluate` imports a copy of this file, kept under the digest of its content.
+`evaluate` imports a copy of this file from its cache, so the file imports nothing from this repository.
 """
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -18,27 +19,29 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 DESCRIPTION = """
 Audio tagging: average precision and area under the ROC curve per class, their means over classes, and d-prime.
 
-A class without a positive clip has no average precision, one without a positive or without a negative no AUC. They are
-NaN, left out of the means and counted. Equal scores are one threshold, so their order does not matter.
-`chance_map` is the map that scores drawn at random have on average: it falls with the number of clips and rises with
-the share of positives, so maps of different sets of clips are to be read beside it.
-d-prime is sqrt(2) times the standard normal quantile of the mean AUC (Gemmeke et al., 2017): infinite where that is 1.
+The average precision of a class without a positive clip is undefined, and so is the AUC of a class without a positive
+or without a negative clip. Undefined values are NaN, are left out of the means and are counted. Equal scores form one
+threshold, so the order of the clips does not matter.
+`chance_map` is the expected map of random scores. It falls with the number of clips and rises with the share of
+positives, so compare maps of different sets of clips only beside their `chance_map`.
+d-prime is sqrt(2) times the standard normal quantile of the mean AUC (Gemmeke et al., 2017). It is infinite for an AUC
+of 1.
 """
 INPUTS = """
 Args:
-    predictions: Scores (N, K), the higher the likelier. Only their order counts: logits will do, and unlike
-        probabilities they do not round to ties.
+    predictions: Scores (N, K), higher for more likely classes. Only their order counts. Prefer logits: large logits
+        differ where their probabilities round to the same number.
     references: Targets (N, K), 1 where the clip has the class, else 0.
 
 Returns:
-    map, chance_map, mean_auc, d_prime: Floats; NaN if no class has them.
-    num_classes_left_out: Classes without a positive.
-    num_classes_left_out_of_auc: Classes without a positive or without a negative.
+    map, chance_map, mean_auc, d_prime: Floats; NaN if undefined for every class.
+    num_classes_left_out: Number of classes without a positive clip.
+    num_classes_left_out_of_auc: Number of classes without a positive or without a negative clip.
     average_precision, auc: Lists of K floats.
     num_positives: List of K integers.
 
 Raises:
-    ValueError: If the two differ in shape or are empty, a score is not finite, or a target is neither 0 nor 1.
+    ValueError: If scores and targets differ in shape or are empty, a score is not finite, or a target is not 0 or 1.
 """
 CITATION = """
 @inproceedings{gemmeke2017audioset,
@@ -52,6 +55,8 @@ CITATION = """
 
 
 class AudioTagging(evaluate.Metric):
+    """Mean average precision, AUC and d-prime; `DESCRIPTION` and `INPUTS` document the computation."""
+
     def _info(self) -> evaluate.MetricInfo:
         features = {
             "predictions": datasets.List(datasets.Value("float32")),
@@ -70,7 +75,9 @@ class AudioTagging(evaluate.Metric):
     def _compute(self, predictions: list[list[float]], references: list[list[int]]) -> dict[str, Any]:
         scores, targets = _matrix(predictions, np.float32), _matrix(references, np.int8)
         if scores.shape != targets.shape or not scores.size:
-            raise ValueError(f"scores {scores.shape} and targets {targets.shape} must be of one shape and not empty.")
+            raise ValueError(
+                f"scores {scores.shape} and targets {targets.shape} must have one shape and not be empty."
+            )
         if not np.isfinite(scores).all():
             raise ValueError(f"{(~np.isfinite(scores)).any(axis=1).sum()} clips have scores that are not finite.")
         if not np.isin(targets, (0, 1)).all():
@@ -97,23 +104,23 @@ class AudioTagging(evaluate.Metric):
         }
 
 
-def _matrix(rows: list[list[float]], dtype: type) -> np.ndarray:
+def _matrix(rows: Sequence[Sequence[float]], dtype: type) -> np.ndarray:
     if len({len(row) for row in rows}) > 1:
         raise ValueError("Clips differ in the number of classes.")
     return np.array(rows, dtype)
 
 
 def _mean(values: np.ndarray) -> float:
-    """Over the classes that have a value."""
+    """Return the mean over the classes with a defined value, or NaN if there are none."""
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if len(defined) else math.nan
 
 
 def _expected_precision(num_positives: np.ndarray, num_clips: int) -> np.ndarray:
-    """The average precision of a random order, by classes (P,); NaN without positives.
+    """Return the expected average precision of random scores for each class; NaN without positives.
 
-    The clip at rank i, if it is a positive, finds (i - 1)(P - 1) / (N - 1) others before it on average, and any rank
-    is as likely for a positive.
+    Of P positives among N clips in random order, each rank i is equally likely to hold a positive. Given that it does,
+    the ranks before it hold (i - 1)(P - 1) / (N - 1) positives on average.
     """
     harmonic = (1 / np.arange(1, num_clips + 1)).sum()
     others = (num_positives - 1) / max(1, num_clips - 1)

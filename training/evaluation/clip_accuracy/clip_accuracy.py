@@ -1,10 +1,9 @@
-"""Accuracy, recall and precision per class and the confusion matrix of clips with one label each, as a module of
-`evaluate`:
+"""An `evaluate` module: accuracy, recall, precision and confusion matrix for clips with one label each.
 
     metric = evaluate.load("training/evaluation/clip_accuracy", keep_in_memory=True)
     metric.compute(predictions=classes, references=true_classes, num_classes=50)["accuracy"]
 
-The module stands by itself: `evaluate` imports a copy of this file, kept under the digest of its content.
+`evaluate` imports a copy of this file from its cache, so the file imports nothing from this repository.
 """
 
 from typing import Any
@@ -15,23 +14,23 @@ import numpy as np
 from sklearn.metrics import accuracy_score, confusion_matrix
 
 DESCRIPTION = """
-Accuracy over clips; recall (the accuracy among the clips of a class) and precision per class; the confusion matrix.
+Accuracy over clips, recall (accuracy over the clips of a class) and precision per class, and the confusion matrix.
 
-A class without clips has no recall, one that is never predicted no precision. They are NaN; classes without clips are
-left out of the mean recall (the balanced accuracy) and counted.
+The recall of a class without clips is undefined, and so is the precision of a class that is never predicted. Undefined
+values are NaN. Classes without clips are left out of the mean recall (the balanced accuracy) and are counted.
 """
 INPUTS = """
 Args:
-    predictions: Class index of each clip, (N,).
-    references: Its true class, (N,).
-    num_classes: K, also of classes that do not occur.
+    predictions: Predicted class index of each clip, (N,).
+    references: True class index of each clip, (N,).
+    num_classes: Number of classes K, including those that do not occur.
 
 Returns:
     accuracy, balanced_accuracy: Floats.
-    num_classes_left_out: Classes without clips.
+    num_classes_left_out: Number of classes without clips.
     recall, precision: Lists of K floats.
-    num_clips: List of K integers, clips that truly are of each class.
-    confusion_matrix: K lists of K counts: true class by predicted class.
+    num_clips: List of K integers, clips whose true class it is.
+    confusion_matrix: K lists of K counts, true class by predicted class.
 
 Raises:
     ValueError: If there are no clips, or an index is not in [0, num_classes).
@@ -39,6 +38,8 @@ Raises:
 
 
 class ClipAccuracy(evaluate.Metric):
+    """Accuracy, recall, precision and confusion matrix; `DESCRIPTION` and `INPUTS` document the computation."""
+
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=DESCRIPTION,
@@ -56,7 +57,7 @@ class ClipAccuracy(evaluate.Metric):
             raise ValueError("There are no clips.")
         for name, classes in (("Predicted", found), ("True", true)):
             if classes.min() < 0 or classes.max() >= num_classes:
-                raise ValueError(f"{name} classes {classes.min()} to {classes.max()}: must be 0 to {num_classes - 1}.")
+                raise ValueError(f"{name} classes {classes.min()} to {classes.max()} must be 0 to {num_classes - 1}.")
         counts = confusion_matrix(true, found, labels=np.arange(num_classes))
         num_clips = counts.sum(axis=1)
         with np.errstate(invalid="ignore"):
