@@ -1,4 +1,4 @@
 """Embeddings of sounds."""
 
-# How the states of a window become its embedding. Here, because `sslam embed --help` needs them and must not load torch.
+# Ways to make one embedding of a window. They stand here because `sslam embed --help` must not import torch.
 EMBEDDING_POOLINGS = ("cls", "mean", "frame", "patch")
