@@ -3,9 +3,8 @@
 import hashlib
 from pathlib import Path
 
-from huggingface_hub import ModelCardData
-
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel, SSLAMPreTrainedModel
+from modeling_sslam.common.model_card import PAPER, render_card
 
 from .configuration import Settings, lookup
 from .reader import Checkpoint
@@ -16,25 +15,16 @@ RUN_FACTS = (
     ("Learning rate", "optimization.lr"),
     ("Gradient norm clipped to", "optimization.clip_norm"),
 )
-HEADS = {
-    "SSLAMModel": (
-        "feature-extraction",
-        "AutoModel",
-        "outputs = model(**inputs)\n"
-        "outputs.last_hidden_state  # (batch_size, 1 + patches, hidden_size), the CLS token first\n"
-        "outputs.pooler_output  # (batch_size, hidden_size): the clip's embedding",
-    ),
-    "SSLAMForAudioClassification": (
-        "audio-classification",
-        "AutoModelForAudioClassification",
-        "logits = model(**inputs).logits  # (batch_size, num_labels)",
-    ),
-    "SSLAMForPreTraining": (
-        "feature-extraction",
-        "AutoModelForPreTraining",
-        "loss = model(**inputs).loss  # of the masked clips; takes a batch of two or more",
-    ),
+
+CITATION = """\
+```bibtex
+@inproceedings{alex2025sslam,
+  title = {{SSLAM}: Enhancing Self-Supervised Models with Audio Mixtures for Polyphonic Soundscapes},
+  author = {Alex, Tony and Atito, Sara and Mustafa, Armin and Awais, Muhammad and Jackson, Philip J B},
+  booktitle = {International Conference on Learning Representations},
+  year = {2025},
 }
+```"""
 
 
 def model_card(
@@ -52,11 +42,6 @@ def model_card(
         notes: What was assumed.
     """
     config = model.config
-    task, auto_class, use = HEADS[type(model).__name__]
-    license_name = checkpoint.license
-    data = ModelCardData(
-        library_name="transformers", pipeline_tag=task, license=license_name, tags=["audio", "sslam", "eat"]
-    )
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     facts = provenance | {f"SHA-256 of {file.name}": f"`{_sha256(file)}`" for file in checkpoint.files}
     facts |= {
@@ -89,56 +74,26 @@ def model_card(
             for name, path in RUN_FACTS
             if (value := lookup(run, path)) is not None
         }
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    remarks = "\n".join(f"- {note}" for note in notes) or "- Nothing had to be assumed."
-    terms = (
-        f"`{license_name}`, as its source states."
-        if license_name
+    license_terms = (
+        f"`{checkpoint.license}`, as its source states."
+        if checkpoint.license
         else "The checkpoint states none; its authors' terms apply. Ask them before you publish it."
     )
-    return f"""---
-{data.to_yaml()}
----
-
-# SSLAM audio encoder
-
-Self-supervised audio model of the SSLAM and EAT architecture ([paper](https://arxiv.org/abs/2506.12222)), converted to
-transformers. What follows was read from the checkpoint or measured on it.
-
-| | |
-|---|---|
-{rows}
-
-## Use
-
-```python
-from transformers import AutoFeatureExtractor, {auto_class}
-
-extractor = AutoFeatureExtractor.from_pretrained(PATH_OR_NAME, trust_remote_code=True)
-model = {auto_class}.from_pretrained(PATH_OR_NAME, trust_remote_code=True)
-inputs = extractor(waveform, sampling_rate={extractor.sampling_rate}, return_tensors="pt")  # floats in [-1, 1]
-{use}
-```
-
-## Assumptions
-
-{remarks}
-
-## License
-
-{terms}
-
-## Citation
-
-```bibtex
-@inproceedings{{alex2025sslam,
-  title = {{{{SSLAM}}: Enhancing Self-Supervised Models with Audio Mixtures for Polyphonic Soundscapes}},
-  author = {{Alex, Tony and Atito, Sara and Mustafa, Armin and Awais, Muhammad and Jackson, Philip J B}},
-  booktitle = {{International Conference on Learning Representations}},
-  year = {{2025}},
-}}
-```
-"""
+    return render_card(
+        "SSLAM audio encoder",
+        f"A self-supervised audio model of the {PAPER} and EAT architecture, converted to\n"
+        "transformers. The facts below were read from the checkpoint or measured on it.",
+        facts,
+        model_class=type(model).__name__,
+        sampling_rate=extractor.sampling_rate,
+        sections={
+            "Assumptions": "\n".join(f"- {note}" for note in notes) or "- Nothing had to be assumed.",
+            "License": license_terms,
+            "Citation": CITATION,
+        },
+        tags=["eat"],
+        license_name=checkpoint.license,
+    )
 
 
 def _sha256(file: Path) -> str:

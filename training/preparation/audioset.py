@@ -14,8 +14,7 @@ import csv
 import re
 from pathlib import Path
 
-from conversion import ConversionError
-from modeling_sslam.common.labels import AUDIOSET_LABELS, read_label_table
+from modeling_sslam.common.labels import AUDIOSET_LABELS, LabelFileError, read_label_table
 from training.preparation.listing import Clip, Findings, Listing, PreparationError, read_lines, sound_files
 
 SEGMENTS = {
@@ -34,7 +33,7 @@ def list_clips(source: Path) -> Listing:
     tables = {path.name: path for path in sorted(source.rglob("*.csv"), reverse=True)}
     try:
         classes = read_label_table(tables.get(LABELS, AUDIOSET_LABELS))
-    except ConversionError as error:
+    except LabelFileError as error:
         raise PreparationError(str(error)) from error
     files = sound_files(source)
     by_ytid: dict[str, Path] = {}

@@ -10,8 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from conversion import ConversionError
-from modeling_sslam.common.labels import read_label_table
+from modeling_sslam.common.labels import LabelFileError, read_label_table
 from training.preparation.listing import Clip, Findings, Listing, PreparationError, read_lines, sound_files
 
 DESCRIPTORS = "label_descriptors.csv"
@@ -24,7 +23,7 @@ def list_clips(source: Path, root: Path | None = None) -> Listing:
     """See [`training.preparation.manifest`]."""
     try:
         names, ids = zip(*read_label_table(source / DESCRIPTORS), strict=True)
-    except ConversionError as error:
+    except LabelFileError as error:
         raise PreparationError(str(error)) from error
     clips, findings, roots = [], Findings(), set()
     for manifest in sorted(source.glob("*.tsv")):
