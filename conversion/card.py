@@ -1,4 +1,4 @@
-"""The model card: what a reader of the converted checkpoint wants to know, taken from it and from nowhere else."""
+"""Model card of a converted checkpoint: the facts that were read from the checkpoint or measured on the model."""
 
 import hashlib
 from pathlib import Path
@@ -9,13 +9,12 @@ from modeling_sslam.common.model_card import PAPER, render_card
 from .configuration import Settings, lookup
 from .reader import Checkpoint
 
-# Facts of the run that fairseq wrote down and no configuration here keeps.
+# Settings of fairseq's run that our configuration has no field for.
 RUN_FACTS = (
     ("Updates", "optimization.max_update"),
     ("Learning rate", "optimization.lr"),
     ("Gradient norm clipped to", "optimization.clip_norm"),
 )
-
 CITATION = """\
 ```bibtex
 @inproceedings{alex2025sslam,
@@ -34,46 +33,17 @@ def model_card(
     provenance: dict[str, str],
     notes: list[str],
 ) -> str:
-    """The README.md of a converted model, with its metadata for the Hub.
+    """Render the README.md of a converted model.
 
     Args:
-        checkpoint: What it was converted from.
-        provenance: Rows about where it comes from and what was kept of it.
-        notes: What was assumed.
+        model: The converted model.
+        extractor: Its feature extractor.
+        checkpoint: The source. The card states its files' SHA-256, its run's settings and its license.
+        provenance: The first rows of the table: the source and the parts kept of it.
+        notes: The assumptions that the conversion made.
     """
-    config = model.config
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     facts = provenance | {f"SHA-256 of {file.name}": f"`{_sha256(file)}`" for file in checkpoint.files}
-    facts |= {
-        "Model": f"{type(model).__name__}, {num_parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}",
-        "Encoder": f"{config.num_hidden_layers} blocks of {config.hidden_size} channels, {config.num_attention_heads} "
-        "heads",
-        "Input": f"{extractor.sampling_rate} Hz mono, {extractor.num_mel_bins} log-mel bins, "
-        f"{extractor.max_length} frames of 10 ms",
-        "Normalisation": f"(x - mean) / (2 * std) with mean {extractor.mean}, std {extractor.std}",
-        "Longest input": f"{config.max_position_embeddings * config.patch_size} frames",
-    }
-    if isinstance(model, SSLAMForAudioClassification):
-        facts |= {
-            "Classes": str(config.num_labels),
-            "Labels of a clip": (config.problem_type or "not stated").replace("_", " "),
-            "Classifier": f"pooling {config.classifier_pooling}, norm epsilon {config.classifier_norm_eps}",
-        }
-    elif not isinstance(model, SSLAMModel):
-        facts["Pre-training"] = (
-            f"{config.num_clones} clones, mask {config.mask_prob}, decoder of {config.decoder_num_layers} layers, EMA "
-            f"{config.ema_decay} to {config.ema_end_decay} over {config.ema_anneal_end_step} updates"
-        )
-    settings = Settings(checkpoint.settings)
-    if settings.is_fairseq:
-        facts |= {
-            f"{name} ({'fine-tuning' if run is settings.all and settings.is_fine_tuned else 'pre-training'})": str(
-                value
-            )
-            for run in (settings.pretraining, settings.all)
-            for name, path in RUN_FACTS
-            if (value := lookup(run, path)) is not None
-        }
+    facts |= _model_facts(model, extractor) | _run_facts(Settings(checkpoint.settings))
     license_terms = (
         f"`{checkpoint.license}`, as its source states."
         if checkpoint.license
@@ -94,6 +64,47 @@ def model_card(
         tags=["eat"],
         license_name=checkpoint.license,
     )
+
+
+def _model_facts(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor) -> dict[str, str]:
+    config = model.config
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    facts = {
+        "Model": f"{type(model).__name__}, {num_parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}",
+        "Encoder": f"{config.num_hidden_layers} blocks of {config.hidden_size} channels, {config.num_attention_heads} "
+        "heads",
+        "Input": f"{extractor.sampling_rate} Hz mono, {extractor.num_mel_bins} log-mel bins, "
+        f"{extractor.max_length} frames of 10 ms",
+        "Normalisation": f"(x - mean) / (2 * std) with mean {extractor.mean}, std {extractor.std}",
+        "Longest input": f"{config.max_position_embeddings * config.patch_size} frames",
+    }
+    if isinstance(model, SSLAMForAudioClassification):
+        facts |= {
+            "Classes": str(config.num_labels),
+            "Labels of a clip": (config.problem_type or "not stated").replace("_", " "),
+            "Classifier": f"pooling {config.classifier_pooling}, norm epsilon {config.classifier_norm_eps}",
+        }
+    elif not isinstance(model, SSLAMModel):
+        facts["Pre-training"] = (
+            f"{config.num_clones} clones, mask {config.mask_prob}, decoder of {config.decoder_num_layers} layers, EMA "
+            f"{config.ema_decay} to {config.ema_end_decay} over {config.ema_anneal_end_step} updates"
+        )
+    return facts
+
+
+def _run_facts(settings: Settings) -> dict[str, str]:
+    """Return the facts of the pre-training run and, for a fine-tuned checkpoint, of the fine-tuning run."""
+    if not settings.is_fairseq:
+        return {}
+    runs = {"pre-training": settings.pretraining}
+    if settings.is_fine_tuned:
+        runs["fine-tuning"] = settings.all
+    return {
+        f"{name} ({run})": str(value)
+        for run, run_settings in runs.items()
+        for name, path in RUN_FACTS
+        if (value := lookup(run_settings, path)) is not None
+    }
 
 
 def _sha256(file: Path) -> str:

@@ -318,7 +318,7 @@ def test_settings_of_another_objective_are_refused_for_pretraining_alone(pretrai
 def test_settings_that_contradict_the_weights_are_noted(pretrained, save, run, tmp_path):
     outcome = run(save(pretrained, settings={"model.depth": 12}), tmp_path / "out")
     assert outcome.code == 0
-    assert any("num_hidden_layers=12, the weights 3" in line for line in outcome.lines)
+    assert any("num_hidden_layers=12, but the weights have 3" in line for line in outcome.lines)
 
 
 def test_pooling_without_a_counterpart_is_refused(fine_tuned, save, run, tmp_path):

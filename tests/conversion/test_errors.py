@@ -150,7 +150,7 @@ def test_heads_that_no_one_knows_are_asked_for(pretrained, run, tmp_path):
 def test_source_that_is_not_there(run, tmp_path):
     outcome = run(tmp_path / "nowhere.pt", tmp_path / "out")
     assert outcome.code == 1
-    assert "nowhere.pt is not there" in outcome.error
+    assert "nowhere.pt does not exist" in outcome.error
     assert run(tmp_path / "nowhere.pt", tmp_path / "out", "--revision", "main").code == 1
 
 
@@ -214,7 +214,7 @@ def test_folder_of_something_else_is_never_replaced(golden_dir, run, tmp_path):
     (out / "thesis.txt").write_text("precious")
     outcome = run(golden_dir / "hub_pretrained", out, "--overwrite")
     assert outcome.code == 1
-    assert "not of a model" in outcome.error
+    assert "a folder without a model" in outcome.error
     assert snapshot(out) == {"thesis.txt": b"precious"}
 
 

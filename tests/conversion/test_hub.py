@@ -194,8 +194,8 @@ def test_down_and_up(hub, command, converted, tmp_path):
 
 SOURCES = {
     "them/fairseq": None,
-    "them/nothing": "cannot be had from the Hub",
-    "them/fine-tuned --revision v9": "cannot be had from the Hub",
+    "them/nothing": "cannot be downloaded from the Hub",
+    "them/fine-tuned --revision v9": "cannot be downloaded from the Hub",
     "them/code": "holds no weights",
 }
 
@@ -230,5 +230,5 @@ def test_refused_upload_leaves_the_folder(golden_dir, command, tmp_path):
 def test_hub_that_does_not_answer(command, tmp_path):
     result = command("-m", "conversion", "them/fine-tuned", tmp_path / "out", HF_ENDPOINT="http://127.0.0.1:9")
     assert result.returncode == 1
-    assert "is no path here and cannot be had from the Hub" in result.stderr
+    assert "is not a local path and cannot be downloaded from the Hub" in result.stderr
     assert result.stderr.count("\n") == 1

@@ -96,13 +96,13 @@ def test_own_folder_keeps_its_front_end(golden_dir, run, tmp_path):
 @pytest.mark.parametrize(
     ("source", "options", "reason"),
     [
-        ("sslam_pretrained.pt", ("--to", "fairseq", "--head", "encoder"), "no place for --head encoder"),
+        ("sslam_pretrained.pt", ("--to", "fairseq", "--head", "encoder"), "cannot hold --head encoder"),
         ("hub_pretrained", ("--to", "fairseq"), "no decoder and no teacher"),
-        ("sslam_pretrained.pt", ("--to", "hub-eat", "--head", "pretraining"), "no place for --head pretraining"),
+        ("sslam_pretrained.pt", ("--to", "hub-eat", "--head", "pretraining"), "cannot hold --head pretraining"),
         ("sslam_finetuned.pt", ("--to", "hub-eat", "--pooling", "mean"), "pools by the CLS token"),
         ("sslam_pretrained.pt", ("--head", "classification"), "no classifier"),
         ("sslam_finetuned.pt", ("--weights", "teacher"), "no teacher"),
-        ("sslam_pretrained.pt", ("--weights", "teacher", "--head", "pretraining"), "goes with --head encoder"),
+        ("sslam_pretrained.pt", ("--weights", "teacher", "--head", "pretraining"), "needs --head encoder"),
     ],
 )
 def test_what_a_layout_cannot_hold_is_refused(source, options, reason, golden_dir, run, tmp_path):
