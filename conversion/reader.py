@@ -183,11 +183,11 @@ def _read_file(path: Path) -> Checkpoint:
     if head == _LFS_POINTER:
         raise ConversionError(f"{path} is a git-lfs pointer in place of the file; fetch the file with `git lfs pull`.")
     # A safetensors file begins with the length of its header in eight bytes. The header is JSON.
-    payload = safetensors.torch.load_file(path) if head[8:9] == b"{" else _unpickle(path, head.startswith(_ZIP))
+    payload: Any = safetensors.torch.load_file(path) if head[8:9] == b"{" else _unpickle(path, head.startswith(_ZIP))
     if not isinstance(payload, dict):
         raise ConversionError(f"{path} holds a {type(payload).__name__}, not weights by name.")
     settings = _plain(payload.get("cfg"))
-    state: dict[Any, Any] = next((payload[key] for key in STATE_KEYS if isinstance(payload.get(key), dict)), payload)
+    state = next((found for key in STATE_KEYS if isinstance(found := payload.get(key), dict)), payload)
     return Checkpoint((path,), dict(_tensors(state)), settings if isinstance(settings, dict) else {})
 
 
