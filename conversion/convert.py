@@ -209,10 +209,12 @@ def _resolve_head(head: str, weights: str, to: str, found: Iterable[str]) -> str
         raise ConversionError(f"--weights teacher needs --head encoder, not {head}: the teacher is only an encoder.")
     lacking = [part for part in HEAD_PARTS[head] if part not in found]
     if lacking:
-        raise ConversionError(
-            f"The checkpoint has no {' and no '.join(lacking)}, which {head} needs. Use --head encoder"
-            + (", and transformers to add a new classifier to it." if head == "classification" else ".")
-        )
+        remedy = "Use --head encoder"
+        if "encoder" not in HEADS[to]:
+            remedy = f"--to {to} holds no encoder alone; use another layout"
+        elif head == "classification":
+            remedy += ", and transformers to add a new classifier to it"
+        raise ConversionError(f"The checkpoint has no {' and no '.join(lacking)}, which {head} needs. {remedy}.")
     if head not in HEADS[to]:
         raise ConversionError(f"--to {to} cannot hold --head {head}; use {' or '.join(HEADS[to])}.")
     return head

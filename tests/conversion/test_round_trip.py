@@ -97,7 +97,11 @@ def test_own_folder_keeps_its_feature_extractor(golden_dir, run, tmp_path):
     ("source", "options", "reason"),
     [
         ("sslam_pretrained.pt", ("--to", "fairseq", "--head", "encoder"), "cannot hold --head encoder"),
-        ("hub_pretrained", ("--to", "fairseq"), "no decoder and no teacher"),
+        (
+            "hub_pretrained",
+            ("--to", "fairseq"),
+            "no decoder and no teacher, which pretraining needs. --to fairseq holds",
+        ),
         ("sslam_pretrained.pt", ("--to", "hub-eat", "--head", "pretraining"), "cannot hold --head pretraining"),
         ("sslam_finetuned.pt", ("--to", "hub-eat", "--pooling", "mean"), "pools by the CLS token"),
         ("sslam_pretrained.pt", ("--head", "classification"), "no classifier"),
