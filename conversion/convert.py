@@ -27,7 +27,7 @@ from .onnx_export import write_onnx
 from .reader import read_checkpoint
 from .writer import Check, write_fairseq, write_hub, write_transformers
 
-# Parts of each model, which are the first parts of our parameter names.
+# Parts of each model: the first components of our parameter names.
 HEAD_PARTS = {
     "encoder": ("sslam",),
     "classification": ("sslam", "classifier"),
@@ -97,8 +97,8 @@ def convert(
     with replacing(out) as place, _errors_naming(out, place):
         # A function of its own: when it returns, the source's weights leave memory, before the check reads the result.
         check, summary = _convert(source, place, head, weights, to, choices, title or source.name, report)
-        account = check(place)
-    report(f"{out}: {summary}; {account}")
+        finding = check(place)
+    report(f"{out}: {summary}; {finding}")
 
 
 def check_place(out: Path, overwrite: bool) -> None:

@@ -110,8 +110,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0].strip()
         detail = f" ({reason})" if reason else ""
         raise ConversionError(
-            f"{path} cannot be read as plain data{detail}, so it was refused, and nothing in it was executed. Save its "
-            "weights again by a plain torch.save, or as safetensors."
+            f"{path} cannot be read as plain data{detail}, so it was refused, and nothing in it was executed. Save "
+            "its weights again by a plain torch.save, or as safetensors."
         ) from error
     # torch, zipfile and safetensors raise any of these on damaged files.
     except (

@@ -207,7 +207,7 @@ def check_transformers(
     Raises:
         ConversionError: If anything is missing or differs.
     """
-    account = check_tensors(path, digests)
+    finding = check_tensors(path, digests)
     SSLAMFeatureExtractor.from_pretrained(path)
     if not all(map(torch.equal, _probe(model_class.from_pretrained(path, dtype="auto")), outputs)):
         raise ConversionError(f"The model read back from {path.name} computes other numbers than the written one.")
@@ -215,7 +215,7 @@ def check_transformers(
         for reference in json.loads((path / name).read_text())["auto_map"].values():
             if not (path / f"{reference.partition('.')[0]}.py").is_file():
                 raise ConversionError(f"{name} refers to {reference}, but its source file was not written.")
-    return account
+    return finding
 
 
 def _digests(tensors: Tensors) -> dict[str, str]:

@@ -100,7 +100,7 @@ def test_own_folder_keeps_its_feature_extractor(golden_dir, run, tmp_path):
         (
             "hub_pretrained",
             ("--to", "fairseq"),
-            "no decoder and no teacher, which pretraining needs. --to fairseq holds",
+            "no teacher, which pretraining needs. --to fairseq holds no encoder alone",
         ),
         ("sslam_pretrained.pt", ("--to", "hub-eat", "--head", "pretraining"), "cannot hold --head pretraining"),
         ("sslam_finetuned.pt", ("--to", "hub-eat", "--pooling", "mean"), "pools by the CLS token"),
