@@ -1,10 +1,17 @@
 """Conversion of published SSLAM and EAT checkpoints to transformers and back: `python -m conversion --help`.
 
-In the order of the work: `reader` takes weights and settings out of a file and executes nothing of it, `layouts` holds
-the published names as tables, `configuration` tells from both what model it is, `writer` puts it down in the layout
-asked for, or `onnx_export` as a graph, checked, and all or nothing. `convert` is the whole of it in one function.
+The modules in the order of the work. Each uses only those above it:
+
+- `reader` reads weights and settings from a file and executes nothing in it.
+- `layouts` holds the published names as tables.
+- `configuration` derives the model's configuration from weights and settings.
+- `writer` writes a model in a layout and checks the result; `onnx_export` writes an ONNX graph.
+- `card` renders the model card.
+- `convert` runs one conversion from start to end.
+
+`hub` downloads sources from the Hub and uploads results.
 """
 
 
 class ConversionError(ValueError):
-    """A source that cannot be converted, or not as asked: the message says what is wrong with it and what to do."""
+    """A source cannot be converted, or not in the way asked for. The message names the fault and the remedy."""

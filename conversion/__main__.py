@@ -1,4 +1,4 @@
-"""`python -m conversion SOURCE OUT`: published SSLAM and EAT checkpoints to transformers and back."""
+"""Command line of the conversion: `python -m conversion SOURCE OUT`."""
 
 import argparse
 import sys
@@ -7,47 +7,48 @@ from pathlib import Path
 from . import ConversionError
 
 DESCRIPTION = """\
-Converts a checkpoint of SSLAM or EAT to a transformers folder, back to a published layout, or to an ONNX graph. What
-SOURCE is, is found out: a fairseq .pt (pre-trained or fine-tuned, base or large), a folder or repository in the Hub
-layout of EATModel, a bare state dict (.pt, .bin, .safetensors), or a folder that this program or save_pretrained
-wrote. Nothing in SOURCE is executed, and neither fairseq nor omegaconf is needed. The result is checked before it
+Convert an SSLAM or EAT checkpoint to a transformers folder, back to a published layout, or to an ONNX graph. The
+format of SOURCE is detected automatically: a fairseq .pt (pre-trained or fine-tuned, base or large), a folder or Hub
+repository in EATModel's layout, a bare state dict (.pt, .bin, .safetensors), or a folder written by this program or by
+save_pretrained. Nothing in SOURCE is executed. fairseq and omegaconf are not needed. The result is checked before it
 appears under its name.
 """
 EXAMPLES = """\
 examples:
-  Encoder of a pre-trained checkpoint, for features or fine-tuning:
+  The encoder of a pre-trained checkpoint, for features or fine-tuning:
     python -m conversion SSLAM_Pretrained.pt sslam-base
 
-  Classifier of a fine-tuned one; 527 classes get AudioSet's names, others may be named:
+  The classifier of a fine-tuned checkpoint. 527 classes get AudioSet's names; others are named by a file:
     python -m conversion SSLAM_AS2M_Finetuned.pt sslam-as2m
     python -m conversion esc50_fold1.pt sslam-esc50 --labels esc50_labels.csv
 
-  Everything that pre-training goes on from (student, decoder, teacher), or the teacher as encoder:
+  Student, decoder and teacher, to continue pre-training; or the teacher as an encoder:
     python -m conversion SSLAM_Pretrained.pt sslam-base-pretraining --head pretraining
     python -m conversion SSLAM_Pretrained.pt sslam-base-teacher --weights teacher
 
-  From the Hub, and to it:
+  From the Hub, with an upload of the result:
     python -m conversion ta012/SSLAM_pretrain sslam-base --push-to-hub me/sslam-base
 
-  Back to what published code reads:
+  Back to the layouts that the published code reads:
     python -m conversion sslam-as2m sslam-as2m.pt --to fairseq
     python -m conversion sslam-as2m sslam-as2m-hub --to hub-eat
 
-  For onnxruntime, with any batch size and length (pip install ".[onnx]"); the same with a second input,
-  attention_mask, under which a padded clip gets the result that it gets alone:
+  An ONNX graph for any batch size and length (pip install ".[onnx]"). onnx-masked adds the input attention_mask,
+  with which a padded clip gets the same result as alone:
     python -m conversion sslam-as2m sslam-as2m-onnx --to onnx
     python -m conversion sslam-as2m sslam-as2m-onnx --to onnx-masked
 """
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m conversion",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="SOURCE", help="a file, a folder, or OWNER/NAME of a repository on the Hub")
+    parser.add_argument("source", metavar="SOURCE", help="a file, a folder, or a Hub repository's OWNER/NAME")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; with --to fairseq, the .pt file")
     parser.add_argument(
         "--to",
@@ -59,48 +60,55 @@ def make_parser() -> argparse.ArgumentParser:
         "--head",
         choices=("auto", "encoder", "classification", "pretraining"),
         default="auto",
-        help="what to keep; auto: the classifier of a fine-tuned checkpoint, the encoder of a pre-trained one",
+        help="the part to keep; auto: the classifier of a fine-tuned checkpoint, the encoder of a pre-trained one",
     )
     parser.add_argument(
         "--weights",
         choices=("student", "teacher"),
         default="student",
-        help="of a pre-trained checkpoint, the student (as published results do) or its moving average",
+        help="the encoder of a pre-trained checkpoint: the student (used for the published results) or its moving "
+        "average, the teacher",
     )
     parser.add_argument(
-        "--labels", metavar="CSV", type=Path, help="class names: index,mid,name or index,name or name a line"
+        "--labels", metavar="CSV", type=Path, help="class names, one a line: index,mid,name or index,name or name"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
-    parser.add_argument("--quiet", action="store_true", help="print errors alone")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--quiet", action="store_true", help="print only errors")
 
-    said = parser.add_argument_group("where the checkpoint does not say, or says it wrong")
-    said.add_argument(
-        "--num-attention-heads", metavar="N", type=int, help="no shape shows them; 64 channels each if unknown"
+    overrides = parser.add_argument_group("settings that the checkpoint lacks or states wrongly")
+    overrides.add_argument(
+        "--num-attention-heads",
+        metavar="N",
+        type=int,
+        help="attention heads of a block (default: by the settings, else one per 64 channels)",
     )
-    said.add_argument("--pooling", choices=("cls", "mean", "lin_softmax"), help="what the classifier sees of a clip")
-    said.add_argument(
+    overrides.add_argument(
+        "--pooling", choices=("cls", "mean", "lin_softmax"), help="pooling of the states before the classifier"
+    )
+    overrides.add_argument(
         "--problem-type",
         choices=("single_label_classification", "multi_label_classification"),
         help="whether a clip has one label or several",
     )
-    said.add_argument(
+    overrides.add_argument(
         "--dataset-preset",
         choices=("audioset", "esc50", "speech_commands"),
-        help="dataset whose mean, deviation and clip length the model was trained with",
+        help="data set whose mean, standard deviation and clip length the model was trained with",
     )
     hub = parser.add_argument_group("Hub")
     hub.add_argument("--revision", help="branch, tag or commit of SOURCE")
-    hub.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the folder when it is written")
-    hub.add_argument("--private", action="store_true", help="make the repository private if it is new")
+    hub.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the written folder")
+    hub.add_argument("--private", action="store_true", help="create the repository as private")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit status: 0, or 1 after an error in one line on stderr."""
     parser = make_parser()
     options = parser.parse_args(arguments)
     if options.push_to_hub and options.to == "fairseq":
         parser.error("--push-to-hub uploads a folder; --to fairseq writes a file")
-    # After the arguments, so that --help does not wait for torch and transformers.
+    # Imported after the arguments are parsed: --help need not wait for torch and transformers.
     from transformers.utils import logging
 
     from modeling_sslam.common.labels import LabelFileError, read_labels

@@ -1,40 +1,29 @@
-"""The model card: what a reader of the converted checkpoint wants to know, taken from it and from nowhere else."""
+"""Model card of a converted checkpoint: the facts that were read from the checkpoint or measured on the model."""
 
 import hashlib
 from pathlib import Path
 
-from huggingface_hub import ModelCardData
-
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel, SSLAMPreTrainedModel
+from modeling_sslam.common.model_card import PAPER, render_card
 
 from .configuration import Settings, lookup
 from .reader import Checkpoint
 
-# Facts of the run that fairseq wrote down and no configuration here keeps.
+# Settings of fairseq's run that our configuration has no field for.
 RUN_FACTS = (
     ("Updates", "optimization.max_update"),
     ("Learning rate", "optimization.lr"),
     ("Gradient norm clipped to", "optimization.clip_norm"),
 )
-HEADS = {
-    "SSLAMModel": (
-        "feature-extraction",
-        "AutoModel",
-        "outputs = model(**inputs)\n"
-        "outputs.last_hidden_state  # (batch_size, 1 + patches, hidden_size), the CLS token first\n"
-        "outputs.pooler_output  # (batch_size, hidden_size): the clip's embedding",
-    ),
-    "SSLAMForAudioClassification": (
-        "audio-classification",
-        "AutoModelForAudioClassification",
-        "logits = model(**inputs).logits  # (batch_size, num_labels)",
-    ),
-    "SSLAMForPreTraining": (
-        "feature-extraction",
-        "AutoModelForPreTraining",
-        "loss = model(**inputs).loss  # of the masked clips; takes a batch of two or more",
-    ),
+CITATION = """\
+```bibtex
+@inproceedings{alex2025sslam,
+  title = {{SSLAM}: Enhancing Self-Supervised Models with Audio Mixtures for Polyphonic Soundscapes},
+  author = {Alex, Tony and Atito, Sara and Mustafa, Armin and Awais, Muhammad and Jackson, Philip J B},
+  booktitle = {International Conference on Learning Representations},
+  year = {2025},
 }
+```"""
 
 
 def model_card(
@@ -44,22 +33,43 @@ def model_card(
     provenance: dict[str, str],
     notes: list[str],
 ) -> str:
-    """The README.md of a converted model, with its metadata for the Hub.
+    """Render the README.md of a converted model.
 
     Args:
-        checkpoint: What it was converted from.
-        provenance: Rows about where it comes from and what was kept of it.
-        notes: What was assumed.
+        model: The converted model.
+        extractor: Its feature extractor.
+        checkpoint: The source. The card states its files' SHA-256, its run's settings and its license.
+        provenance: The first rows of the table: the source and the parts kept of it.
+        notes: The assumptions that the conversion made.
     """
-    config = model.config
-    task, auto_class, use = HEADS[type(model).__name__]
-    license_name = checkpoint.license
-    data = ModelCardData(
-        library_name="transformers", pipeline_tag=task, license=license_name, tags=["audio", "sslam", "eat"]
-    )
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     facts = provenance | {f"SHA-256 of {file.name}": f"`{_sha256(file)}`" for file in checkpoint.files}
-    facts |= {
+    facts |= _model_facts(model, extractor) | _run_facts(Settings(checkpoint.settings))
+    license_terms = (
+        f"`{checkpoint.license}`, as its source states."
+        if checkpoint.license
+        else "The checkpoint states none; its authors' terms apply. Ask them before you publish it."
+    )
+    return render_card(
+        "SSLAM audio encoder",
+        f"A self-supervised audio model of the {PAPER} and EAT architecture, converted to\n"
+        "transformers. The facts below were read from the checkpoint or measured on it.",
+        facts,
+        model_class=type(model).__name__,
+        sampling_rate=extractor.sampling_rate,
+        sections={
+            "Assumptions": "\n".join(f"- {note}" for note in notes) or "- Nothing had to be assumed.",
+            "License": license_terms,
+            "Citation": CITATION,
+        },
+        tags=["eat"],
+        license_name=checkpoint.license,
+    )
+
+
+def _model_facts(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor) -> dict[str, str]:
+    config = model.config
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    facts = {
         "Model": f"{type(model).__name__}, {num_parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}",
         "Encoder": f"{config.num_hidden_layers} blocks of {config.hidden_size} channels, {config.num_attention_heads} "
         "heads",
@@ -79,66 +89,22 @@ def model_card(
             f"{config.num_clones} clones, mask {config.mask_prob}, decoder of {config.decoder_num_layers} layers, EMA "
             f"{config.ema_decay} to {config.ema_end_decay} over {config.ema_anneal_end_step} updates"
         )
-    settings = Settings(checkpoint.settings)
-    if settings.is_fairseq:
-        facts |= {
-            f"{name} ({'fine-tuning' if run is settings.all and settings.is_fine_tuned else 'pre-training'})": str(
-                value
-            )
-            for run in (settings.pretraining, settings.all)
-            for name, path in RUN_FACTS
-            if (value := lookup(run, path)) is not None
-        }
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    remarks = "\n".join(f"- {note}" for note in notes) or "- Nothing had to be assumed."
-    terms = (
-        f"`{license_name}`, as its source states."
-        if license_name
-        else "The checkpoint states none; its authors' terms apply. Ask them before you publish it."
-    )
-    return f"""---
-{data.to_yaml()}
----
+    return facts
 
-# SSLAM audio encoder
 
-Self-supervised audio model of the SSLAM and EAT architecture ([paper](https://arxiv.org/abs/2506.12222)), converted to
-transformers. What follows was read from the checkpoint or measured on it.
-
-| | |
-|---|---|
-{rows}
-
-## Use
-
-```python
-from transformers import AutoFeatureExtractor, {auto_class}
-
-extractor = AutoFeatureExtractor.from_pretrained(PATH_OR_NAME, trust_remote_code=True)
-model = {auto_class}.from_pretrained(PATH_OR_NAME, trust_remote_code=True)
-inputs = extractor(waveform, sampling_rate={extractor.sampling_rate}, return_tensors="pt")  # floats in [-1, 1]
-{use}
-```
-
-## Assumptions
-
-{remarks}
-
-## License
-
-{terms}
-
-## Citation
-
-```bibtex
-@inproceedings{{alex2025sslam,
-  title = {{{{SSLAM}}: Enhancing Self-Supervised Models with Audio Mixtures for Polyphonic Soundscapes}},
-  author = {{Alex, Tony and Atito, Sara and Mustafa, Armin and Awais, Muhammad and Jackson, Philip J B}},
-  booktitle = {{International Conference on Learning Representations}},
-  year = {{2025}},
-}}
-```
-"""
+def _run_facts(settings: Settings) -> dict[str, str]:
+    """Return the facts of the pre-training run and, for a fine-tuned checkpoint, of the fine-tuning run."""
+    if not settings.is_fairseq:
+        return {}
+    runs = {"pre-training": settings.pretraining}
+    if settings.is_fine_tuned:
+        runs["fine-tuning"] = settings.all
+    return {
+        f"{name} ({run})": str(value)
+        for run, run_settings in runs.items()
+        for name, path in RUN_FACTS
+        if (value := lookup(run_settings, path)) is not None
+    }
 
 
 def _sha256(file: Path) -> str:

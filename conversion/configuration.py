@@ -1,7 +1,7 @@
-"""Tells from a checkpoint what model it is: the shapes of its weights first, then its settings, then convention.
+"""Configuration and feature extractor of a checkpoint, derived from its weights and settings.
 
-Three fields decide nothing about shapes and are easily got wrong in silence: the number of heads, the epsilon of the
-classifier's norm and its pooling. Where a checkpoint does not say, the assumption made is among the notes.
+Shapes of weights take precedence, then the user's choices, then the settings, then the convention of the published
+models. No shape shows the number of heads, the pooling of the classifier or the epsilon of its norm.
 """
 
 import re
@@ -28,11 +28,22 @@ from .layouts import (
 )
 from .reader import Checkpoint
 
+# Channels per attention head in the base and large models.
 HEAD_SIZE = 64
 
 
 class Settings:
-    """What the settings beside the weights say, whichever program wrote them."""
+    """Settings beside the weights, read alike whether fairseq, EATModel or this project wrote them.
+
+    Attributes:
+        all: The settings as they were read.
+        is_sslam: Whether they are an `SSLAMConfig`.
+        is_fairseq: Whether they are fairseq's.
+        is_hub: Whether they are EATModel's config.json.
+        is_fine_tuned: Whether fairseq fine-tuned the model.
+        pretraining: The settings of fairseq's pre-training run, which a fine-tuned checkpoint holds beside its own.
+            Otherwise `all`.
+    """
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.all = settings
@@ -45,17 +56,17 @@ class Settings:
 
     @cached_property
     def fields(self) -> dict[str, Any]:
-        """Our fields, as far as the settings name them."""
+        """The fields of `SSLAMConfig` that the settings state."""
         if self.is_sslam:
             return {name: value for name, value in self.all.items() if name in SSLAMConfig.__annotations__}
         pairs = FAIRSEQ_SETTINGS if self.is_fairseq else HUB_SETTINGS if self.is_hub else ()
-        # Of several places for one field the first has the say.
-        said = ((ours, lookup(self.pretraining, path)) for ours, path in reversed(pairs))
-        return {ours: value for ours, value in said if value is not None}
+        # Reversed: if several paths state a field, the first in the table takes precedence.
+        stated = ((ours, lookup(self.pretraining, path)) for ours, path in reversed(pairs))
+        return {ours: value for ours, value in stated if value is not None}
 
     @property
     def max_length(self) -> int | None:
-        """Frames of the clips that the model was trained on."""
+        """Frames of a training clip, if the settings state them."""
         if self.is_fairseq:
             paths = ("model.target_length", "model.modalities.image.target_length", "task.target_length")
             return next((value for path in paths if (value := lookup(self.all, path)) is not None), None)
@@ -65,7 +76,7 @@ class Settings:
 
     @property
     def dataset(self) -> str:
-        """The dataset whose statistics the inputs were normalised by."""
+        """The data set whose mean and standard deviation normalised the inputs."""
         if self.is_fine_tuned and lookup(self.all, "model.esc50_eval"):
             return "esc50"
         if self.is_fine_tuned and lookup(self.all, "model.spcv2_eval"):
@@ -74,6 +85,7 @@ class Settings:
 
     @property
     def problem_type(self) -> str | None:
+        """The classifier's `problem_type`, if the settings state it."""
         if self.is_sslam:
             return self.all.get("problem_type")
         if self.is_fine_tuned:
@@ -83,18 +95,30 @@ class Settings:
 
     @property
     def pooling(self) -> str | None:
+        """The classifier's pooling, if the settings state it.
+
+        Raises:
+            ConversionError: If fairseq pooled in a way that this model lacks.
+        """
         if not self.is_fine_tuned:
             return self.fields.get("classifier_pooling")
         mode = lookup(self.all, "model.prediction_mode")
         if mode is not None and mode not in FAIRSEQ_POOLINGS:
             raise ConversionError(
-                f"The checkpoint's prediction_mode is {mode!r}. Those that have a counterpart here are "
+                f"The checkpoint's prediction_mode {mode!r} is not supported; supported are "
                 f"{', '.join(name for name in FAIRSEQ_POOLINGS if isinstance(name, str))}."
             )
         return FAIRSEQ_POOLINGS.get(mode)
 
     def check_constants(self, pretraining: bool) -> None:
-        """Refuses a checkpoint of a model that computes something else than SSLAM."""
+        """Check the settings that have one value in all SSLAM and EAT models.
+
+        Args:
+            pretraining: Whether to check the settings of the pre-training objective too.
+
+        Raises:
+            ConversionError: If a setting has another value, so that the converted model would compute other numbers.
+        """
         constants = FAIRSEQ_ENCODER_CONSTANTS if self.is_fairseq else HUB_CONSTANTS if self.is_hub else {}
         if self.is_fairseq and pretraining:
             constants = constants | FAIRSEQ_PRETRAINING_CONSTANTS
@@ -102,15 +126,21 @@ class Settings:
             value = lookup(self.pretraining, path)
             if value is not None and value != expected:
                 raise ConversionError(
-                    f"The checkpoint's settings say {path}={value!r}; SSLAM and EAT have {expected!r} there, and "
-                    "this model would compute something else."
+                    f"The checkpoint's settings state {path}={value!r}. SSLAM and EAT have {expected!r}, so the "
+                    "converted model would compute other numbers."
                 )
         if self.is_hub and self.all.get("stride", self.all.get("patch_size")) != self.all.get("patch_size"):
-            raise ConversionError(f"The checkpoint's patches overlap (stride={self.all['stride']}); SSLAM's do not.")
+            raise ConversionError(
+                f"The checkpoint's patches overlap (stride={self.all['stride']}), but SSLAM's do not."
+            )
 
 
 def lookup(settings: dict[str, Any], path: str) -> Any:
-    """The value at a dotted path, None if there is none; omegaconf's `${other.path}` is followed."""
+    """Return the setting at a dotted path, or None if there is none. omegaconf's `${other.path}` is followed.
+
+    Raises:
+        ConversionError: If references form a circle.
+    """
     seen: list[str] = []
     while path not in seen:
         seen.append(path)
@@ -126,7 +156,16 @@ def lookup(settings: dict[str, Any], path: str) -> Any:
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user says of the model, where None leaves it to the checkpoint."""
+    """The user's settings for the model. None leaves a setting to the checkpoint.
+
+    Attributes:
+        num_attention_heads: Attention heads of a block.
+        pooling: "cls", "mean" or "lin_softmax".
+        problem_type: "single_label_classification" or "multi_label_classification".
+        dataset: The data set whose statistics and clip length the model was trained with, a key of
+            `DATASET_PRESETS`.
+        labels: Class names in the order of the classifier's outputs.
+    """
 
     num_attention_heads: int | None = None
     pooling: str | None = None
@@ -142,17 +181,30 @@ def describe(
     choices: Choices,
     pretraining: bool,
 ) -> tuple[SSLAMConfig, SSLAMFeatureExtractor, list[str]]:
-    """Configuration and feature extractor of the model that has `tensors` (the checkpoint's, or some of them, under
-    our names), and notes: what was assumed, and where the settings contradict the weights.
+    """Derive configuration and feature extractor of a model from its weights and settings.
+
+    Sources, in this order: the shapes of `tensors`, `choices`, the settings of `checkpoint`, the convention of the
+    published models.
+
+    Args:
+        tensors: The weights that the model will have, under our names.
+        checkpoint: The source, for its settings.
+        layout: The source's layout, which implies the epsilon of the classifier's norm.
+        choices: The user's settings.
+        pretraining: Whether the model will be an `SSLAMForPreTraining`.
+
+    Returns:
+        The configuration, the feature extractor, and notes: the assumptions, and the settings that contradict the
+        weights.
 
     Raises:
-        ConversionError: If weights and settings describe no model of SSLAM's, or not all of one.
+        ConversionError: If weights and settings describe no valid SSLAM model, or do not determine one.
     """
     try:
         return _describe(tensors, checkpoint, layout, choices, pretraining)
     except ConversionError:
         raise
-    # Settings are anyone's: where a number should be there may be a list.
+    # The settings come from a file, so that any type can stand where a number is expected.
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise ConversionError(f"The checkpoint's settings describe no valid model. {error}") from error
 
@@ -163,28 +215,29 @@ def _describe(
     settings = Settings(checkpoint.settings)
     settings.check_constants(pretraining)
     notes: list[str] = []
-    shown = _fields_from_shapes(tensors, settings.fields.get("num_mel_bins", SSLAMConfig.num_mel_bins))
-    for name, value in shown.items():
+    from_shapes = _fields_from_shapes(tensors, settings.fields.get("num_mel_bins", SSLAMConfig.num_mel_bins))
+    for name, value in from_shapes.items():
         if name in settings.fields and settings.fields[name] != value:
             notes.append(
-                f"The settings say {name}={settings.fields[name]}, the weights {value}; the weights are right."
+                f"The settings state {name}={settings.fields[name]}, but the weights have {value}, which is used."
             )
-    fields = settings.fields | shown
+    fields = settings.fields | from_shapes
 
     if choices.num_attention_heads is not None:
         fields["num_attention_heads"] = choices.num_attention_heads
     elif "num_attention_heads" not in fields:
         if fields["hidden_size"] % HEAD_SIZE:
             raise ConversionError(
-                "The number of attention heads is not in the checkpoint, and the convention of "
-                f"{HEAD_SIZE} channels per head does not fit hidden_size={fields['hidden_size']}; pass "
+                "The checkpoint does not state the number of attention heads, and hidden_size="
+                f"{fields['hidden_size']} is no multiple of the usual {HEAD_SIZE} channels per head; pass "
                 "--num-attention-heads."
             )
         fields["num_attention_heads"] = fields["hidden_size"] // HEAD_SIZE
         notes.append(
-            f"The checkpoint does not say how many attention heads it has; {fields['num_attention_heads']} of "
-            f"{HEAD_SIZE} channels are assumed, as in the base and large models."
+            f"The checkpoint does not state the number of attention heads; {fields['num_attention_heads']} of "
+            f"{HEAD_SIZE} channels are assumed, as in the base and large models (--num-attention-heads)."
         )
+    # None means all layers; it stays right if the number of layers is changed.
     for name in ("num_target_layers", "num_global_target_layers"):
         if fields.get(name) == fields["num_hidden_layers"]:
             fields[name] = None
@@ -192,19 +245,20 @@ def _describe(
     front_end = _front_end(checkpoint.preprocessor, settings, choices.dataset, notes)
     fields["max_length"] = front_end["max_length"]
 
-    if "num_labels" in shown:
+    if "num_labels" in from_shapes:
         num_labels = fields.pop("num_labels")
         fields |= _classification_fields(num_labels, settings, layout, choices, notes)
     elif choices.labels is not None:
         raise ConversionError("--labels names classes, but the checkpoint has no classifier.")
     config = SSLAMConfig(**fields)
     front_end |= {"num_mel_bins": config.num_mel_bins, "patch_size": config.patch_size}
-    return config, SSLAMFeatureExtractor.from_dict(front_end), notes
+    return config, SSLAMFeatureExtractor(**front_end), notes
 
 
 def _front_end(
     preprocessor: dict[str, Any], settings: Settings, dataset: str | None, notes: list[str]
 ) -> dict[str, Any]:
+    """Return the feature extractor's arguments, and append the assumptions to `notes`."""
     if dataset is not None:
         return dict(DATASET_PRESETS[dataset])
     if settings.is_sslam and "max_length" in preprocessor:
@@ -215,8 +269,8 @@ def _front_end(
     if not settings.is_fine_tuned:
         clips = "" if settings.max_length is not None else f" and clips of {front_end['max_length']} frames"
         notes.append(
-            f"The checkpoint does not say how its inputs were normalised; AudioSet's mean and deviation{clips} are "
-            "assumed (--dataset-preset)."
+            "The checkpoint does not state how its inputs were normalised; AudioSet's mean and standard deviation"
+            f"{clips} are assumed (--dataset-preset)."
         )
     return front_end
 
@@ -224,13 +278,14 @@ def _front_end(
 def _classification_fields(
     num_labels: int, settings: Settings, layout: Layout, choices: Choices, notes: list[str]
 ) -> dict[str, Any]:
+    """Return the classifier's fields of the configuration, and append the assumptions to `notes`."""
     problem_type = choices.problem_type or settings.problem_type
     if problem_type is None and num_labels == AUDIOSET_NUM_LABELS:
         problem_type = "multi_label_classification"
     if problem_type is None:
         notes.append(
-            "The checkpoint does not say whether a clip has one label or several; problem_type is left open, which "
-            "pipelines take for one (--problem-type)."
+            "The checkpoint does not state whether a clip has one label or several; problem_type is left unset, which "
+            "pipelines treat as one label (--problem-type)."
         )
     if choices.labels is not None:
         labels = choices.labels
@@ -255,8 +310,9 @@ def _classification_fields(
 
 
 def _fields_from_shapes(tensors: dict[str, torch.Tensor], num_mel_bins: int) -> dict[str, Any]:
+    """Return the fields of the configuration that shapes determine, and `num_labels`."""
     if "sslam.patch_embeddings.projection.weight" not in tensors:
-        raise ConversionError("The weights asked for have no patch projection; they are not a whole encoder's.")
+        raise ConversionError("The weights to convert have no patch projection, so they hold no complete encoder.")
     projection = tensors["sslam.patch_embeddings.projection.weight"].shape
     if len(projection) != 4 or projection[1] != 1 or projection[2] != projection[3]:
         raise ConversionError(

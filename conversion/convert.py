@@ -1,7 +1,8 @@
-"""One conversion from start to end."""
+"""Conversion of one checkpoint from start to end."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial, reduce
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from .onnx_export import write_onnx
 from .reader import read_checkpoint
 from .writer import Check, write_fairseq, write_hub, write_transformers
 
-# The parts of a model under our names, by head.
+# Parts of each model: the first components of our parameter names.
 HEAD_PARTS = {
     "encoder": ("sslam",),
     "classification": ("sslam", "classifier"),
@@ -37,7 +38,7 @@ MODEL_CLASSES = {
     "classification": SSLAMForAudioClassification,
     "pretraining": SSLAMForPreTraining,
 }
-# What the code that reads a layout can make something of.
+# Models that each layout can hold.
 HEADS = {
     "transformers": tuple(HEAD_PARTS),
     "fairseq": ("classification", "pretraining"),
@@ -53,7 +54,7 @@ WRITERS: dict[str, Writer] = {
     "onnx": partial(write_onnx, masked=False),
     "onnx-masked": partial(write_onnx, masked=True),
 }
-# The last bit of a sine may differ from one machine to another.
+# The last bit of a sine differs between machines.
 POSITION_TOLERANCE = 1e-6
 AS_THE_CHECKPOINT_SAYS = Choices()
 
@@ -72,30 +73,32 @@ def convert(
     title: str | None = None,
     report: Callable[[str], None] = print,
 ) -> None:
-    """Converts the checkpoint at `source` and puts the result at `out`, checked, or leaves `out` as it was.
+    """Convert a checkpoint, check the result, and put it at `out`. After an error `out` is as it was.
 
     Args:
         source: A file or folder; see [`read_checkpoint`].
-        out: The folder to write (with `to="fairseq"` the file).
-        head: "encoder", "classification", "pretraining", or "auto": the classifier of a fine-tuned checkpoint, else
-            the encoder; for fairseq, whose code needs them, its decoder and teacher too.
-        weights: "student", or "teacher" for the moving average that pre-training kept of it.
+        out: The folder to write, or with `to="fairseq"` the file.
+        head: The part to keep: "encoder", "classification" or "pretraining". "auto" keeps the classifier of a
+            fine-tuned checkpoint and otherwise the encoder; for fairseq, which needs them, decoder and teacher too.
+        weights: The encoder to keep of a pre-training checkpoint: "student", or "teacher", the moving average of it.
         to: The layout to write, a key of [`WRITERS`].
-        choices: What the user says of the model in the checkpoint's place.
+        choices: Settings that take precedence over the checkpoint's.
         overwrite: Whether `out` may be replaced.
-        title: What to call the source; its file name by default.
-        report: Takes each line of the account of what was found and done.
+        title: The source's name in messages and in the model card. Defaults to its file name.
+        report: Takes each line of the report: the layout found, the parts kept, assumptions, and the check.
 
     Raises:
-        ConversionError: If the checkpoint is not one of SSLAM or EAT, is damaged, or lacks what was asked for.
+        ConversionError: If the source is damaged or no SSLAM or EAT checkpoint, if it lacks the parts asked for, if
+            the layout cannot hold them, if the result differs when read back, or if `out` may not be overwritten.
+        OSError: If the folder of `out` is not writable, or writing fails.
     """
     out = out.resolve()
     check_place(out, overwrite)
-    with replacing(out) as place:
-        # In a function of its own, at whose end the source's weights leave memory before the result's come into it.
+    with replacing(out) as place, _errors_naming(out, place):
+        # A function of its own: when it returns, the source's weights leave memory, before the check reads the result.
         check, summary = _convert(source, place, head, weights, to, choices, title or source.name, report)
-        account = check(place)
-    report(f"{out}: {summary}; {account}")
+        finding = check(place)
+    report(f"{out}: {summary}; {finding}")
 
 
 def check_place(out: Path, overwrite: bool) -> None:
@@ -106,10 +109,23 @@ def check_place(out: Path, overwrite: bool) -> None:
     """
     occupied = out.is_file() or (out.is_dir() and any(out.iterdir()))
     if occupied and not overwrite:
-        raise ConversionError(f"{out} is there already; name another place, or replace it with --overwrite.")
+        raise ConversionError(f"{out} exists already; choose another path, or replace it with --overwrite.")
     if occupied and out.is_dir() and not (out / "config.json").is_file():
-        raise ConversionError(f"{out} is a folder, but not of a model; it is not overwritten. Name another place.")
+        raise ConversionError(f"{out} is a folder without a model, which is not overwritten; choose another path.")
     out.parent.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _errors_naming(out: Path, place: Path) -> Iterator[None]:
+    """Let errors name the result's path in place of the hidden path at which the result is prepared."""
+    try:
+        yield
+    except ConversionError as error:
+        raise ConversionError(str(error).replace(place.name, out.name)) from error
+    except OSError as error:
+        if isinstance(error.filename, str):
+            error.filename = error.filename.replace(place.name, out.name)
+        raise
 
 
 def _convert(
@@ -122,6 +138,7 @@ def _convert(
     title: str,
     report: Callable[[str], None],
 ) -> tuple[Check, str]:
+    """Write the result at `place`, and return its check and a summary of the model."""
     checkpoint = read_checkpoint(source)
     layout, tensors = _under_our_names(checkpoint.tensors, title)
     found = Counter(_part(name) for name in tensors)
@@ -135,7 +152,7 @@ def _convert(
     notes += _check_positions(tensors, config, layout)
 
     def theirs(name: str) -> str:
-        """The name in the source of a parameter of the model."""
+        """Return the source's name of one of the model's parameters."""
         name = f"sslam.{name}" if head == "encoder" else name
         return to_theirs(name.replace("sslam", "teacher", 1) if weights == "teacher" else name, layout)
 
@@ -145,7 +162,7 @@ def _convert(
     if head == "classification" and eps != config.classifier_norm_eps:
         notes.append(
             f"The classifier's norm has an epsilon of {config.classifier_norm_eps} here, but {eps} in the code that "
-            "reads this layout, so its logits will differ slightly."
+            "reads this layout, so that code's logits differ slightly."
         )
     kept = ", ".join([weights, *HEAD_PARTS[head][1:]] if "teacher" in found else map(_title, HEAD_PARTS[head]))
     report(f"kept: {kept}")
@@ -162,6 +179,7 @@ def _convert(
 
 
 def _under_our_names(tensors: Tensors, title: str) -> tuple[Layout, Tensors]:
+    """Return the layout of a checkpoint's weights, and the weights by our names."""
     layout, names = recognise(tensors)
     unknown = [key for key, name in names.items() if name is None]
     renamed = {name: tensors[key] for key, name in names.items() if name is not None}
@@ -170,16 +188,17 @@ def _under_our_names(tensors: Tensors, title: str) -> tuple[Layout, Tensors]:
     if unknown or missing:
         lacks = f" It lacks {', '.join(missing)}." if missing else ""
         raise ConversionError(
-            f"{title} is not a checkpoint of SSLAM or EAT: {len(unknown)} of its {len(names)} tensors have no place "
-            f"in one{': ' if unknown else ''}{_list(unknown)}.{lacks}"
+            f"{title} is not a checkpoint of SSLAM or EAT: {len(unknown)} of its {len(names)} tensors have unknown "
+            f"names{': ' if unknown else ''}{_list(unknown)}.{lacks}"
         )
     if len(renamed) < len(names):
-        twice = Counter(names.values())
-        raise ConversionError(f"{title} holds tensors twice: {_list(key for key in names if twice[names[key]] > 1)}.")
+        count = Counter(names.values())
+        raise ConversionError(f"{title} holds tensors twice: {_list(key for key in names if count[names[key]] > 1)}.")
     return layout, renamed
 
 
 def _resolve_head(head: str, weights: str, to: str, found: Iterable[str]) -> str:
+    """Return the head to keep, after checking that the checkpoint has it and the layout can hold it."""
     if head == "auto":
         head = "classification" if "classifier" in found else "pretraining" if to == "fairseq" else "encoder"
     if weights == "teacher" and "teacher" not in found:
@@ -187,24 +206,25 @@ def _resolve_head(head: str, weights: str, to: str, found: Iterable[str]) -> str
             "The checkpoint holds no teacher; only pre-training checkpoints do. Use --weights student."
         )
     if weights == "teacher" and head != "encoder":
-        raise ConversionError(
-            f"--weights teacher goes with --head encoder, not {head}: the teacher is an encoder alone."
-        )
+        raise ConversionError(f"--weights teacher needs --head encoder, not {head}: the teacher is only an encoder.")
     lacking = [part for part in HEAD_PARTS[head] if part not in found]
     if lacking:
-        raise ConversionError(
-            f"The checkpoint has no {' and no '.join(lacking)}, which {head} needs. Use --head encoder"
-            + (", and transformers to put a new classifier on it." if head == "classification" else ".")
-        )
+        remedy = "Use --head encoder"
+        if "encoder" not in HEADS[to]:
+            remedy = f"--to {to} holds no encoder alone; use another layout"
+        elif head == "classification":
+            remedy += ", and transformers to add a new classifier to it"
+        raise ConversionError(f"The checkpoint has no {' and no '.join(lacking)}, which {head} needs. {remedy}.")
     if head not in HEADS[to]:
-        raise ConversionError(f"--to {to} has no place for --head {head}; use {' or '.join(HEADS[to])}.")
+        raise ConversionError(f"--to {to} cannot hold --head {head}; use {' or '.join(HEADS[to])}.")
     return head
 
 
 def _check_positions(tensors: Tensors, config: SSLAMConfig, layout: Layout) -> list[str]:
+    """Compare the checkpoint's position tables with the fixed sines and cosines; return notes."""
     tables = {name: tensor for name, tensor in tensors.items() if name.endswith(POSITIONS)}
     if not tables and layout.family != "transformers":
-        return ["The checkpoint stores no position table; ours is assumed."]
+        return ["The checkpoint stores no position table; SSLAM's fixed sines and cosines are assumed."]
     expected = sincos_position_table(config)
     for name, table in tables.items():
         if table.squeeze(0).shape != expected.shape:
@@ -215,7 +235,7 @@ def _check_positions(tensors: Tensors, config: SSLAMConfig, layout: Layout) -> l
         if not error <= POSITION_TOLERANCE:
             raise ConversionError(
                 f"The position table {name} differs from the fixed sines and cosines of SSLAM by up to {error:.3g}; "
-                "the converted model would compute something else."
+                "the converted model would compute other numbers."
             )
     return []
 
@@ -223,7 +243,17 @@ def _check_positions(tensors: Tensors, config: SSLAMConfig, layout: Layout) -> l
 def _build(
     tensors: Tensors, config: SSLAMConfig, model_class: type[SSLAMPreTrainedModel], theirs: Callable[[str], str]
 ) -> SSLAMPreTrainedModel:
-    """The model with these weights, which are not copied; every one has its place, and every place has one."""
+    """Build a model from weights, without copying them.
+
+    Args:
+        tensors: The weights by our names.
+        config: The model's configuration.
+        model_class: The model's class.
+        theirs: Returns the source's name of a parameter, for messages.
+
+    Raises:
+        ConversionError: If a weight is missing, unexpected, of another shape, not floating-point or not finite.
+    """
     if model_class is SSLAMModel:
         tensors = {name.removeprefix("sslam."): tensor for name, tensor in tensors.items()}
     with torch.device("meta"):
@@ -231,12 +261,13 @@ def _build(
     if missing := expected.keys() - tensors.keys():
         raise ConversionError(f"The checkpoint lacks {_list(sorted(map(theirs, missing)))}.")
     if extra := tensors.keys() - expected.keys():
-        raise ConversionError(f"The checkpoint has more than its model: {_list(sorted(map(theirs, extra)))}.")
+        raise ConversionError(
+            f"The checkpoint holds weights that its model lacks: {_list(sorted(map(theirs, extra)))}."
+        )
     for name, tensor in tensors.items():
         if tensor.shape != expected[name]:
             raise ConversionError(
-                f"{theirs(name)} has shape {tuple(tensor.shape)}, but the rest of the weights makes it "
-                f"{tuple(expected[name])}."
+                f"{theirs(name)} has shape {tuple(tensor.shape)}, but the other weights imply {tuple(expected[name])}."
             )
         if not tensor.is_floating_point():
             raise ConversionError(f"{theirs(name)} holds {tensor.dtype} values; weights are floating-point.")
@@ -248,6 +279,7 @@ def _build(
 
 
 def _part(name: str) -> str:
+    """Return the part of the model that one of our names belongs to."""
     return name.partition(".")[0]
 
 
@@ -260,6 +292,7 @@ def _enumerate(counts: Counter) -> str:
 
 
 def _list(names: Iterable[str], at_most: int = 8) -> str:
+    """Join names with commas, and count those beyond `at_most`."""
     names = list(names)
     rest = len(names) - at_most
     return ", ".join(names[:at_most]) + (f" and {rest} more" if rest > 0 else "")

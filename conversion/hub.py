@@ -1,4 +1,4 @@
-"""Sources on the Hugging Face Hub, and results to it."""
+"""Download of sources from the Hugging Face Hub, and upload of results."""
 
 import re
 from collections.abc import Iterator
@@ -9,37 +9,46 @@ import huggingface_hub
 
 from . import ConversionError
 
-# Never a repository's own code.
+# The files downloaded beside the weights. A repository's own code is never among them.
 DESCRIPTIONS = ("config.json", "preprocessor_config.json", "README.md")
-# Of a repository that keeps its weights in several formats, the first is downloaded.
+# If a repository has its weights in several formats, only the first is downloaded.
 WEIGHT_FORMATS = ((".safetensors", ".safetensors.index.json"), (".bin", ".bin.index.json"), (".pt", ".pth"))
 
 
 def fetch(source: str, revision: str | None = None) -> tuple[Path, str]:
-    """Where SOURCE lies on this machine, downloaded if it is OWNER/NAME and no path, and what to call it.
+    """Return the local path of SOURCE and its title, after a download if SOURCE is a Hub repository.
+
+    Args:
+        source: A path, or OWNER/NAME of a repository. A path that exists takes precedence.
+        revision: The repository's branch, tag or commit.
 
     Raises:
-        ConversionError: If the repository cannot be read or has no weights.
+        ConversionError: If the repository cannot be read, or a path has a revision.
     """
     path = Path(source)
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
         if revision is not None:
-            raise ConversionError(f"--revision goes with a repository on the Hub; {source} is a path.")
+            raise ConversionError(f"--revision needs a repository on the Hub, but {source} is a path; leave it out.")
         return path, path.name
     api = huggingface_hub.HfApi()
-    with _explaining(f"{source} is no path here and cannot be had from the Hub"):
+    with _explaining(f"{source} is not a local path and cannot be downloaded from the Hub"):
         info = api.model_info(source, revision=revision)
-        files = [file.rfilename for file in info.siblings if "/" not in file.rfilename]
+        files = [file.rfilename for file in info.siblings or [] if "/" not in file.rfilename]
         weights = next((found for suffixes in WEIGHT_FORMATS if (found := _ending(files, suffixes))), [])
         folder = api.snapshot_download(source, revision=info.sha, allow_patterns=[*DESCRIPTIONS, *weights])
     return Path(folder), f"{source} (revision {info.sha})"
 
 
 def push(folder: Path, name: str, private: bool) -> str:
-    """Uploads a converted folder as the model repository `name`, which is made if it is new; returns its address.
+    """Upload a converted folder to the model repository `name` and return the repository's address.
+
+    Args:
+        folder: The converted folder.
+        name: OWNER/NAME. The repository is created if it does not exist.
+        private: Whether a new repository is private.
 
     Raises:
-        ConversionError: If the Hub does not take it.
+        ConversionError: If the Hub refuses the upload.
     """
     api = huggingface_hub.HfApi()
     with _explaining(f"{folder} is written, but was not uploaded to {name}"):
@@ -54,9 +63,10 @@ def _ending(files: list[str], suffixes: tuple[str, ...]) -> list[str]:
 
 @contextmanager
 def _explaining(failure: str) -> Iterator[None]:
+    """Turn the Hub client's errors into a ConversionError that begins with `failure`."""
     try:
         yield
-    # Not by type: with its version huggingface_hub lets through the errors of one HTTP library or another.
+    # Any type: depending on its version, huggingface_hub raises errors of requests or of httpx.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConversionError(f"{failure}: {reason}") from error

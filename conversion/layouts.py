@@ -1,8 +1,8 @@
-"""The published layouts as data: tables of names that are read in either direction, and no code for any one layout.
+"""Published layouts as data: tables of names that are read in both directions. No layout has code of its own.
 
-Our names stand on the left, the published ones on the right; `*` is a block's index. A name is that of a module (its
-weight and bias follow) or of a parameter. The first part of our names says what it belongs to: `sslam.` (the encoder,
-which in a pre-training checkpoint is the student), `decoder.`, `teacher.` and `classifier.`.
+In every table our name stands on the left and the published name on the right; `*` is a block's index. A name is that
+of a module, whose weight and bias follow, or that of a parameter. Our names begin with the part of the model: `sslam.`
+(the encoder; in a pre-training checkpoint, the student), `decoder.`, `teacher.` or `classifier.`.
 """
 
 import re
@@ -12,7 +12,8 @@ from typing import Any
 
 Names = tuple[tuple[str, str], ...]
 
-# A constant: published checkpoints store the table, we compute it. It is checked when read and written for others.
+# Published checkpoints store this constant table, and this project computes it. It is checked when read, and written
+# in the published layouts.
 POSITIONS = "patch_embeddings.position_embeddings"
 
 BLOCK_NAMES: Names = (
@@ -45,13 +46,19 @@ CLASSIFIER_NAMES: Names = (("layernorm", "fc_norm"), ("dense", "head"))
 
 
 def _own(names: Names) -> Names:
+    """Return the table of our own layout for the parts that another table names."""
     return tuple((ours, ours) for ours, _ in names if ours != POSITIONS)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a layout keeps each part of the model: (our prefix, its prefix, names). `family` is the code that reads
-    it, as the command names it."""
+    """Names of all parameters in one layout.
+
+    Attributes:
+        family: The code that reads the layout, as `--to` names it.
+        title: The layout's name in messages.
+        parts: For each part of the model our prefix, the layout's prefix, and the table of names after them.
+    """
 
     family: str
     title: str
@@ -92,19 +99,20 @@ TRANSFORMERS_ENCODER = Layout(
 )
 LAYOUTS = (FAIRSEQ_PRETRAINING, FAIRSEQ_CLASSIFICATION, HUB_EAT, TRANSFORMERS, TRANSFORMERS_ENCODER)
 
-# What wrapping a model (in another, in DistributedDataParallel, by torch.compile) puts before its names, and what
-# users cut off: neither tells one layout from another.
+# Prefixes that do not identify a layout. An outer module, DistributedDataParallel and torch.compile add them, and
+# users strip them.
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|model\.)+|modality_encoders\.IMAGE\.")
-_KEY = re.compile(r"(?P<stem>.*?)(?P<parameter>\.weight|\.bias)?")
 
 
 def _rename(key: str, names: Iterable[tuple[str, str]]) -> str | None:
-    stem, parameter = _KEY.fullmatch(key).group("stem", "parameter")
+    """Return the target name of a parameter in a table of pairs (source, target), or None if the table lacks it."""
+    parameter = next((ending for ending in (".weight", ".bias") if key.endswith(ending)), "")
+    stem = key.removesuffix(parameter)
     index = re.search(r"\.(\d+)(?=\.|$)", stem)
     pattern = stem if index is None else f"{stem[: index.start(1)]}*{stem[index.end(1) :]}"
     for source, target in names:
         if source == pattern:
-            return (target if index is None else target.replace("*", index[1])) + (parameter or "")
+            return (target if index is None else target.replace("*", index[1])) + parameter
     return None
 
 
@@ -113,7 +121,7 @@ def _core(name: str) -> str:
 
 
 def to_ours(keys: Iterable[str], layout: Layout) -> dict[str, str | None]:
-    """Our name of each key of a checkpoint, None for what the layout does not know."""
+    """Return our name of each of a checkpoint's keys, or None where the layout does not know the key."""
     names = [
         (_core(prefix + theirs), our_prefix + ours)
         for our_prefix, prefix, table in layout.parts
@@ -122,23 +130,38 @@ def to_ours(keys: Iterable[str], layout: Layout) -> dict[str, str | None]:
     return {key: _rename(_core(key), names) for key in keys}
 
 
-def to_theirs(key: str, layout: Layout) -> str | None:
-    """The layout's name of one of our keys, None where it has no place for it."""
+def to_theirs(key: str, layout: Layout) -> str:
+    """Return the layout's name of one of our keys.
+
+    Raises:
+        KeyError: If the layout has no place for it.
+    """
     names = [
         (our_prefix + ours, prefix + theirs) for our_prefix, prefix, table in layout.parts for ours, theirs in table
     ]
-    return _rename(key, names)
+    name = _rename(key, names)
+    if name is None:
+        raise KeyError(f"{layout.title} has no place for {key}")
+    return name
 
 
 def recognise(keys: Iterable[str]) -> tuple[Layout, dict[str, str | None]]:
-    """The layout that knows most of the keys, and our name of each."""
+    """Find the layout of a state dict by its keys.
+
+    Args:
+        keys: All keys of the state dict. Prefixes of wrappers such as `module.` are ignored.
+
+    Returns:
+        The layout in `LAYOUTS` that knows most of the keys, and our name of each key, or None where the layout does
+        not know it. It is for the caller to refuse a state dict with too many unknown keys.
+    """
     keys = list(keys)
     candidates = [(layout, to_ours(keys, layout)) for layout in LAYOUTS]
     return max(candidates, key=lambda candidate: sum(name is not None for name in candidate[1].values()))
 
 
-# Settings: our field on the left, its path in the published settings on the right. fairseq writes down the
-# whole run; these are paths in the pre-training run's, which a fine-tuned checkpoint carries along.
+# Our field on the left, its path in the published settings on the right. fairseq stores the settings of the whole run.
+# The paths are those of a pre-training run, whose settings a fine-tuned checkpoint holds too.
 FAIRSEQ_SETTINGS: Names = (
     ("hidden_size", "model.embed_dim"),
     ("hidden_size", "model.modalities.image.embed_dim"),
@@ -174,8 +197,8 @@ HUB_SETTINGS: Names = (
     ("qkv_bias", "qkv_bias"),
 )
 
-# What the published code could do otherwise and no SSLAM or EAT model does. A checkpoint that differs computes
-# something else, and is refused.
+# Settings of the published code that have one value in all SSLAM and EAT models. A checkpoint with another value
+# computes other numbers and is refused.
 FAIRSEQ_ENCODER_CONSTANTS: dict[str, Any] = {
     "model.layer_norm_first": False,
     "model.norm_affine": True,
@@ -211,7 +234,7 @@ HUB_CONSTANTS: dict[str, Any] = {
     "fixed_positions": True,
 }
 
-# Written for the code that reads the layout; it changes no number of a model at inference.
+# Settings that the published code requires. They change no number at inference.
 FAIRSEQ_PRETRAINING_EXTRAS: dict[str, Any] = {
     "task._name": "mae_image_pretraining",
     "task.data": "",
@@ -244,7 +267,7 @@ HUB_EXTRAS: dict[str, Any] = {
     "end_drop_path_rate": 0.0,
 }
 
-# fairseq's names of the poolings. A pickled enumeration keeps its number alone.
+# fairseq's names of the poolings, and the numbers of its enumeration: a pickle holds the number only.
 FAIRSEQ_POOLINGS = {
     "MEAN_POOLING": "mean",
     "CLS_TOKEN": "cls",
@@ -253,5 +276,5 @@ FAIRSEQ_POOLINGS = {
     2: "cls",
     3: "lin_softmax",
 }
-# The epsilon of the classifier's LayerNorm is in no settings, but in the code that reads the layout.
+# Epsilon of the classifier's LayerNorm. The code that reads the layout fixes it; no settings state it.
 CLASSIFIER_NORM_EPS = {"fairseq": 1e-6, "hub-eat": 1e-5}

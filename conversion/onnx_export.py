@@ -1,6 +1,6 @@
-"""ONNX graphs of encoder and classifier, and the check that they compute the same.
+"""Export of encoder and classifier as ONNX graphs, and the check that a graph computes the model's numbers.
 
-Their input is the model's, `input_values`: the filter bank stays with the feature extractor.
+A graph's input is the model's, `input_values`. The feature extractor computes them outside the graph.
 """
 
 import copy
@@ -21,18 +21,18 @@ from .writer import Check
 
 GRAPH = "model.onnx"
 REQUIRED = ("onnx", "onnxruntime", "onnxscript")
-# The first with LayerNormalization (17) and the exact GELU (20) as single operators.
+# The first opset with LayerNormalization (17) and exact GELU (20) as single operators.
 OPSET = 20
-# What a graph may differ by from the model it was made of.
+# The largest difference of a graph's outputs from the model's.
 TOLERANCE = 1e-4
-# The size that T and the number of tokens are given by.
+# Name of the graph's dynamic size, of which T and the number of tokens are multiples.
 TIME_PATCHES = "time_patches"
 
 Inputs = dict[str, torch.Tensor]
 
 
 class ExportedForward(nn.Module):
-    """What a graph computes: tensors in, a tuple of tensors out."""
+    """Forward pass of a graph: takes tensors, returns a tuple of tensors."""
 
     def __init__(self, model: SSLAMPreTrainedModel) -> None:
         super().__init__()
@@ -41,39 +41,52 @@ class ExportedForward(nn.Module):
     def forward(
         self, input_values: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
-        # Outside torch nothing checks the length, and a convolution drops frames that make no whole patch. This fails.
+        """Compute the model's outputs.
+
+        Args:
+            input_values: `(batch_size, T, num_mel_bins)`.
+            attention_mask: `(batch_size, T)`, 0 on padding.
+        """
+        # Outside torch nothing checks T, and the convolution would drop the frames of a partial patch. This reshaping
+        # fails on them.
         patch_size = self.model.config.patch_size
         input_values = input_values.unflatten(1, (-1, patch_size)).flatten(1, 2)
         return self.model(input_values, attention_mask=attention_mask).to_tuple()
 
 
 def output_names(model: SSLAMPreTrainedModel) -> list[str]:
-    """Of a graph's outputs, in their order: those of the model."""
+    """Return the names of a graph's outputs in their order, which are the model's."""
     return ["logits"] if isinstance(model, SSLAMForAudioClassification) else ["last_hidden_state", "pooler_output"]
 
 
 def export_graph(model: SSLAMPreTrainedModel, file: Path, masked: bool) -> None:
-    """Writes the graph of an encoder or classifier in eval mode, in float32.
+    """Write the float32 graph of an encoder or classifier.
 
     Its inputs are `input_values`, float32 of shape `(batch_size, T, num_mel_bins)`, and, if `masked`,
-    `attention_mask`, int64 of shape `(batch_size, T)`. The batch size is any, T any multiple of `patch_size` up to the
-    position table; running it with another T fails. Outputs: [`output_names`].
+    `attention_mask`, int64 of shape `(batch_size, T)`. Any batch size is valid, and any T that is a multiple of
+    `patch_size` within the position table. Running the graph on another T fails. The outputs are those of
+    [`output_names`].
+
+    Args:
+        model: A float32 model in eval mode.
+        file: The file to write.
+        masked: Whether the graph takes an `attention_mask`.
 
     Raises:
-        ConversionError: If packages are missing, or torch makes no graph of the model.
+        ConversionError: If packages are missing, or torch cannot export the model.
     """
     if missing := [name for name in REQUIRED if importlib.util.find_spec(name) is None]:
         raise ConversionError(f'ONNX needs {", ".join(missing)}, which is not installed: pip install ".[onnx]".')
     config = model.config
     batch = torch.export.Dim("batch_size")
     frames = config.patch_size * torch.export.Dim(TIME_PATCHES, max=config.max_position_embeddings)
-    # Neither size may be 1, which torch takes for a constant.
+    # torch exports a size of 1 as a constant.
     inputs = _inputs(config, batch_size=2, num_patches=2, masked=masked)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about names of sizes that agree, and about what torch itself calls
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # that torchvision is not there
+        warnings.simplefilter("ignore")  # about sizes with equal names, and about torch's own deprecated calls
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # no warning that torchvision is missing
         implementation = config._attn_implementation
-        # The model's own attention: that of transformers 4 cuts the mask to a size that torch cannot express.
+        # Eager attention: sdpa in transformers 4 slices the mask to a size that torch cannot express in a graph.
         model.set_attn_implementation("eager")
         try:
             program = torch.onnx.export(
@@ -88,22 +101,35 @@ def export_graph(model: SSLAMPreTrainedModel, file: Path, masked: bool) -> None:
             )
         except torch.onnx.OnnxExporterError as error:
             raise ConversionError(
-                f"torch makes no ONNX graph of this model: {_first_line(error.__cause__ or error)}"
+                f"torch cannot export this model as an ONNX graph: {_first_line(error.__cause__ or error)}"
             ) from error
         finally:
             model.set_attn_implementation(implementation)
+    assert program is not None  # an export with dynamo returns a program
     if not isinstance(model, SSLAMForAudioClassification):
-        # torch calls this size after a symbol of its own.
-        program.model.graph.outputs[0].shape[1] = f"{config.num_mel_patches}*{TIME_PATCHES} + 1"
-    # One file, but for graphs beyond the 2 GB that a protobuf message may have.
+        # torch names this size by an internal symbol.
+        shape = program.model.graph.outputs[0].shape
+        assert shape is not None
+        shape[1] = f"{config.num_mel_patches}*{TIME_PATCHES} + 1"
+    # One file, except for graphs above 2 GB, the limit of a protobuf message.
     program.save(file)
 
 
 def write_onnx(
     model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, folder: Path, masked: bool = False
 ) -> Check:
-    """A folder with `model.onnx`, the model's configuration (its labels) and that of the feature extractor."""
-    # Made anew, as from_pretrained would: the position table of a model in half precision is rounded.
+    """Write a folder with `model.onnx` and the configurations of model and feature extractor.
+
+    Args:
+        model: An encoder or a classifier.
+        extractor: Its feature extractor.
+        folder: The folder, which must not exist.
+        masked: Whether the graph takes an `attention_mask`.
+
+    Raises:
+        ConversionError: If packages are missing, or torch cannot export the model.
+    """
+    # Built anew in float32: the position table of a model in half precision is rounded.
     model = type(model).from_pretrained(
         None, config=model.config, state_dict=model.float().state_dict(), dtype=torch.float32
     )
@@ -111,7 +137,7 @@ def write_onnx(
     export_graph(model, folder / GRAPH, masked)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    # The folder has no source of a model that this could refer to; saving puts in what it has.
+    # The folder has no source files of a model. Saving adds the references to the configuration's.
     config.auto_map = {}
     config.dtype = torch.float32
     config.save_pretrained(folder)
@@ -123,15 +149,15 @@ def write_onnx(
 
 
 def check_onnx(path: Path, probes: list[Inputs], expected: list[tuple[torch.Tensor, ...]]) -> str:
-    """Runs the graph in onnxruntime on what the model was run on.
+    """Run a written graph in onnxruntime and compare its outputs with the model's.
 
     Args:
         path: The folder.
         probes: Inputs of several batch sizes and lengths.
-        expected: What the model made of each.
+        expected: The model's outputs for each.
 
     Raises:
-        ConversionError: If onnxruntime cannot run it, or it computes something else.
+        ConversionError: If onnxruntime cannot run the graph, or its outputs differ by more than `TOLERANCE`.
     """
     import onnxruntime
 
@@ -139,7 +165,7 @@ def check_onnx(path: Path, probes: list[Inputs], expected: list[tuple[torch.Tens
     try:
         session = onnxruntime.InferenceSession(path / GRAPH, providers=["CPUExecutionProvider"])
         found = [session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()}) for inputs in probes]
-    # Not by type: onnxruntime's errors have no class in common.
+    # Any type: onnxruntime's errors have no common base class.
     except Exception as error:
         raise ConversionError(f"onnxruntime cannot run the graph: {_first_line(error)}") from error
     difference = max(
@@ -149,7 +175,7 @@ def check_onnx(path: Path, probes: list[Inputs], expected: list[tuple[torch.Tens
     )
     if not difference <= TOLERANCE:
         raise ConversionError(
-            f"The graph computes something else than the model: they differ by up to {difference:.3g}, more than "
+            f"The graph computes other numbers than the model: they differ by up to {difference:.3g}, more than "
             f"{TOLERANCE:g}."
         )
     shapes = ", ".join(" x ".join(map(str, inputs["input_values"].shape[:2])) for inputs in probes)
@@ -157,7 +183,7 @@ def check_onnx(path: Path, probes: list[Inputs], expected: list[tuple[torch.Tens
 
 
 def _probes(config: SSLAMConfig, extractor: SSLAMFeatureExtractor, masked: bool) -> list[Inputs]:
-    """Other batch sizes and lengths than those of the export: the shortest clip, an odd batch, a clip as trained."""
+    """Return inputs of other sizes than the export's: the shortest clip, an odd batch, and a training clip."""
     longest = config.max_position_embeddings
     as_trained = min(extractor.max_length // config.patch_size, longest)
     shapes = ((1, 1), (3, min(5, longest)), (1, as_trained))
@@ -165,7 +191,7 @@ def _probes(config: SSLAMConfig, extractor: SSLAMFeatureExtractor, masked: bool)
 
 
 def _inputs(config: SSLAMConfig, batch_size: int, num_patches: int, masked: bool) -> Inputs:
-    """Noise in `num_patches` patches of time; if `masked`, all but the first clip end a patch early."""
+    """Return noise of `num_patches` patches in time. If `masked`, all clips but the first end one patch earlier."""
     frames = num_patches * config.patch_size
     generator = torch.Generator().manual_seed(0)
     inputs = {"input_values": torch.randn(batch_size, frames, config.num_mel_bins, generator=generator)}
@@ -176,5 +202,5 @@ def _inputs(config: SSLAMConfig, batch_size: int, num_patches: int, masked: bool
     return inputs
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]

@@ -1,4 +1,4 @@
-"""Writes a model in each layout, and checks what was written."""
+"""Writing of a model in each layout, and the check of what was written."""
 
 import hashlib
 import json
@@ -41,17 +41,16 @@ from .layouts import (
 from .reader import read_checkpoint
 
 Tensors = dict[str, torch.Tensor]
-# Bytes that torch aligns the tensors to that it allocates.
+# Alignment in bytes of the tensors that torch allocates.
 ALIGNMENT = 64
 
-
-# Checks what a writer put at a path: says what was found, or raises ConversionError. It holds none of the weights, so
-# that they need not be in memory twice.
+# Checks what a writer wrote at a path: returns its finding as text or raises ConversionError. It holds no weights, so
+# that they are not in memory twice.
 Check = Callable[[Path], str]
 
 
 def write_transformers(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, folder: Path) -> Check:
-    """A folder for `from_pretrained`: weights, configurations, and the source files that they need."""
+    """Write a folder for `from_pretrained`: weights, configurations and the model's source files."""
     model.save_pretrained(folder)
     extractor.save_pretrained(folder)
     return partial(
@@ -60,10 +59,16 @@ def write_transformers(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtra
 
 
 def write_hub(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, folder: Path) -> Check:
-    """A folder in the layout of the published EATModel. The class itself is not among the files."""
+    """Write a folder in the layout of the published EATModel, without EATModel's source files.
+
+    Raises:
+        ConversionError: If EATModel cannot pool as the classifier does.
+    """
     config = model.config
     if config.classifier_pooling != "cls":
-        raise ConversionError(f"EATModel pools by the CLS token; it cannot pool by {config.classifier_pooling!r}.")
+        raise ConversionError(
+            f"EATModel pools by the CLS token, not by {config.classifier_pooling!r}; use --to fairseq."
+        )
     settings = HUB_EXTRAS | HUB_CONSTANTS | {theirs: getattr(config, ours) for ours, theirs in HUB_SETTINGS}
     settings |= {
         "stride": config.patch_size,
@@ -81,8 +86,10 @@ def write_hub(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, fol
 
 
 def write_fairseq(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, file: Path) -> Check:
-    """A `.pt` file as fairseq keeps it, without the state of an optimiser: for fine-tuning, inference and evaluation
-    by the published code. Its settings are a plain dict, of which fairseq makes its own kind."""
+    """Write a `.pt` file for fine-tuning, inference and evaluation by the published fairseq code.
+
+    It holds no optimizer state. Its settings are a plain dict, which fairseq converts to its own type.
+    """
     fine_tuned = isinstance(model, SSLAMForAudioClassification)
     settings = _fairseq_pretraining_settings(model.config, extractor)
     if fine_tuned:
@@ -102,11 +109,14 @@ def write_fairseq(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor,
         "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0, "shuffle": True, "version": 2}},
         "last_optimizer_state": None,
     }
-    torch.save(checkpoint, file)
+    # Through a stream: given a path, torch would store the name of the hidden file in the archive.
+    with file.open("wb") as stream:
+        torch.save(checkpoint, stream)
     return partial(check_tensors, digests=_digests(tensors))
 
 
-def _published_tensors(model: SSLAMPreTrainedModel, layout: Layout) -> dict[str, torch.Tensor]:
+def _published_tensors(model: SSLAMPreTrainedModel, layout: Layout) -> Tensors:
+    """Return the weights by the layout's names, with the position table of each encoder."""
     prefix = "sslam." if isinstance(model, SSLAMModel) else ""
     tensors = {prefix + name: tensor for name, tensor in model.state_dict().items()}
     positions = sincos_position_table(model.config).to(model.dtype)[None]
@@ -117,6 +127,7 @@ def _published_tensors(model: SSLAMPreTrainedModel, layout: Layout) -> dict[str,
 
 
 def _nested(settings: dict[str, Any]) -> dict[str, Any]:
+    """Turn settings by dotted path into nested dicts."""
     nested: dict[str, Any] = {}
     for path, value in settings.items():
         *groups, name = path.split(".")
@@ -166,10 +177,14 @@ def _fairseq_classification_settings(
 
 
 def check_tensors(path: Path, digests: dict[str, str]) -> str:
-    """Reads back what a writer put at `path` and compares the tensors' digests.
+    """Read back what a writer wrote and compare the tensors' digests.
+
+    Args:
+        path: The file or folder.
+        digests: The digest of each written tensor by its name.
 
     Raises:
-        ConversionError: If anything is missing or differs.
+        ConversionError: If a tensor is missing or differs.
     """
     found = _digests(read_checkpoint(path).tensors)
     if differing := found.items() ^ digests.items():
@@ -181,23 +196,33 @@ def check_tensors(path: Path, digests: dict[str, str]) -> str:
 def check_transformers(
     path: Path, model_class: type[SSLAMPreTrainedModel], digests: dict[str, str], outputs: tuple[torch.Tensor, ...]
 ) -> str:
-    """The same, and that the folder's model computes the same numbers and has the source files that it refers to."""
-    account = check_tensors(path, digests)
+    """Check the tensors, that the loaded model computes the same numbers, and that its source files are there.
+
+    Args:
+        path: The folder.
+        model_class: The class of the written model.
+        digests: The digest of each written tensor by its name.
+        outputs: The written model's result for the probe.
+
+    Raises:
+        ConversionError: If anything is missing or differs.
+    """
+    finding = check_tensors(path, digests)
     SSLAMFeatureExtractor.from_pretrained(path)
     if not all(map(torch.equal, _probe(model_class.from_pretrained(path, dtype="auto")), outputs)):
-        raise ConversionError(f"The model read back from {path.name} computes something else than the one written.")
+        raise ConversionError(f"The model read back from {path.name} computes other numbers than the written one.")
     for name in ("config.json", "preprocessor_config.json"):
         for reference in json.loads((path / name).read_text())["auto_map"].values():
             if not (path / f"{reference.partition('.')[0]}.py").is_file():
-                raise ConversionError(f"{name} refers to {reference}, whose source file was not written.")
-    return account
+                raise ConversionError(f"{name} refers to {reference}, but its source file was not written.")
+    return finding
 
 
 def _digests(tensors: Tensors) -> dict[str, str]:
-    """Of dtype, shape and values."""
+    """Return a digest of dtype, shape and values of each tensor."""
 
     def digest(tensor: torch.Tensor) -> str:
-        values = tensor.contiguous().view(torch.uint8).numpy()
+        values = tensor.contiguous().view(torch.uint8).numpy().data
         return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(values).hexdigest()}"
 
     return {name: digest(tensor) for name, tensor in tensors.items()}
@@ -205,13 +230,17 @@ def _digests(tensors: Tensors) -> dict[str, str]:
 
 @torch.inference_mode()
 def _probe(model: SSLAMPreTrainedModel) -> tuple[torch.Tensor, ...]:
-    """What the model, and in pre-training its teacher, makes of a fixed input: the same bits for the same weights."""
+    """Return the states or logits for a fixed input, in pre-training of student and teacher.
+
+    Equal weights give equal bits.
+    """
     config = model.config
     for parameter in model.parameters():
-        # Some processors' matrix products round by where the weights lie, and in a mapped file they lie anywhere.
+        # On some processors the rounding of matrix products depends on the weights' alignment, and a mapped file
+        # guarantees none.
         if parameter.data_ptr() % ALIGNMENT:
             parameter.data = parameter.data.clone()
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(1, 4 * config.patch_size, config.num_mel_bins, generator=generator)
-    probed = (model.sslam, model.teacher) if isinstance(model, SSLAMForPreTraining) else (model,)
-    return tuple(module.eval()(inputs)[0] for module in probed)
+    modules = (model.sslam, model.teacher) if isinstance(model, SSLAMForPreTraining) else (model,)
+    return tuple(module.eval()(inputs)[0] for module in modules)

@@ -20,9 +20,9 @@ import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from conversion.card import HEADS
-from modeling_sslam import SSLAMConfig
+from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor
 from modeling_sslam.common.files import replacing
+from modeling_sslam.common.model_card import PAPER, render_card
 from training.run.checkpointing import BEST, copy_model, latest_checkpoint
 from training.run.metrics_log import read_metrics
 
@@ -116,40 +116,17 @@ def model_card(run_dir: Path, weights: Path, rows: list[dict[str, Any]]) -> str:
         weights_hold = ""
     else:
         what = "A self-supervised audio encoder, pre-trained"
-        weights_hold = "The weights hold the student, which the lines below read, the decoder and the teacher.\n"
-    task, auto_class, use = HEADS["SSLAMModel" if model_class == "SSLAMForPreTraining" else model_class]
-    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    return f"""---
-library_name: transformers
-pipeline_tag: {task}
-tags: [audio, self-supervised, sslam, eat]
----
-
-# {run_dir.name}
-
-{what} as in SSLAM (Alex et al., ICLR 2025, [arXiv 2506.12222](https://arxiv.org/abs/2506.12222)).
-{weights_hold}
-```python
-from transformers import AutoFeatureExtractor, {auto_class}
-
-extractor = AutoFeatureExtractor.from_pretrained(FOLDER, trust_remote_code=True)
-model = {auto_class}.from_pretrained(FOLDER, trust_remote_code=True).eval()
-inputs = extractor(waveform, sampling_rate=16000, return_tensors="pt")  # mono, 16 kHz
-{use}
-```
-
-| | |
-|---|---|
-{table}
-
-![Curves](curves.png)
-
-The run's settings:
-
-```yaml
-{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip()}
-```
-"""
+        weights_hold = "\nThe weights hold student, decoder and teacher; the example below loads the student."
+    run_settings = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip()
+    return render_card(
+        run_dir.name,
+        f"{what} as in {PAPER} (Alex et al., ICLR 2025).{weights_hold}",
+        facts,
+        model_class="SSLAMModel" if model_class == "SSLAMForPreTraining" else model_class,
+        sampling_rate=SSLAMFeatureExtractor.from_pretrained(weights).sampling_rate,
+        sections={"Curves": "![Curves](curves.png)", "Settings of the run": f"```yaml\n{run_settings}\n```"},
+        tags=["self-supervised", "eat"],
+    )
 
 
 def write_report(run_dir: Path) -> None:

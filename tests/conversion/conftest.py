@@ -1,4 +1,4 @@
-"""Golden checkpoints converted once a session, checkpoints made to order, and the command line in this process."""
+"""Converted golden checkpoints, modified checkpoints, and the command line in this process."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +14,8 @@ from conversion.reader import Checkpoint, read_checkpoint
 
 @dataclass(frozen=True)
 class Outcome:
+    """Exit status, lines on stdout and text on stderr of the command."""
+
     code: int
     lines: list[str]
     error: str
@@ -21,7 +23,7 @@ class Outcome:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """`run(source, out, *options)` is the command line."""
+    """`run(source, out, *options)` runs the command line and returns its outcome."""
 
     def command(*arguments: Any) -> Outcome:
         capsys.readouterr()
@@ -34,7 +36,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 
 @pytest.fixture(scope="session")
 def converted(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`converted(name, *options)` is a golden checkpoint's result."""
+    """`converted(name, *options)` is the path of a converted golden checkpoint. Each is converted once a session."""
     results: dict[tuple[str, ...], Path] = {}
 
     def get(name: str, *options: str) -> Path:
@@ -60,8 +62,10 @@ def fine_tuned(golden_dir: Path) -> Checkpoint:
 
 @pytest.fixture
 def save(tmp_path: Path) -> Callable[..., Path]:
-    """`save(checkpoint)` writes tensors and settings as fairseq does, with some of either replaced; None leaves a
-    tensor out."""
+    """`save(checkpoint, tensors, settings)` writes a file in fairseq's layout with some tensors and settings replaced.
+
+    None in place of a tensor leaves it out. The settings are given by dotted path.
+    """
 
     def write(
         checkpoint: Checkpoint,

@@ -1,7 +1,8 @@
-"""What cannot be converted is refused by a line that names it, and leaves nothing behind."""
+"""Sources that cannot be converted are refused in one line that names the fault. They leave nothing behind."""
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -60,14 +61,14 @@ def test_weights_that_do_not_fit_are_named(tensors, options, named, pretrained, 
         {"model.ema_decay": 7.0},
     ],
 )
-def test_settings_that_make_no_sense_are_refused(settings, pretrained, save, run, tmp_path):
+def test_invalid_settings_are_refused(settings, pretrained, save, run, tmp_path):
     outcome = run(save(pretrained, settings=settings), tmp_path / "out")
     assert outcome.code == 1
     assert outcome.error.startswith("error: The checkpoint's settings describe no valid model.")
     assert outcome.error.count("\n") == 1
 
 
-def test_settings_that_refer_in_a_circle_are_refused(pretrained, save, run, tmp_path):
+def test_circular_references_in_settings_are_refused(pretrained, save, run, tmp_path):
     circle = {"model.norm_eps": "${model.num_heads}", "model.num_heads": "${model.norm_eps}"}
     outcome = run(save(pretrained, settings=circle), tmp_path / "out")
     assert outcome.code == 1
@@ -84,7 +85,7 @@ def test_settings_that_refer_in_a_circle_are_refused(pretrained, save, run, tmp_
         ({"layer_norm_first": True}, "layer_norm_first=True"),
     ],
 )
-def test_hub_settings_that_make_no_sense_are_refused(changes, named, golden_dir, run, tmp_path):
+def test_invalid_hub_settings_are_refused(changes, named, golden_dir, run, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(golden_dir / "hub_pretrained", source)
     settings = json.loads((source / "config.json").read_text())
@@ -94,7 +95,7 @@ def test_hub_settings_that_make_no_sense_are_refused(changes, named, golden_dir,
     assert named in outcome.error
 
 
-def test_block_that_is_missing_is_named(pretrained, save, run, tmp_path):
+def test_missing_block_is_named(pretrained, save, run, tmp_path):
     block = {name: None for name in pretrained.tensors if name.startswith("blocks.1.")}
     outcome = run(save(pretrained, block), tmp_path / "out")
     assert outcome.code == 1
@@ -128,7 +129,7 @@ OTHER_MODELS = {
 
 
 @pytest.mark.parametrize(("state", "named"), OTHER_MODELS.values(), ids=OTHER_MODELS)
-def test_checkpoint_of_another_model_is_told(state, named, run, tmp_path):
+def test_checkpoint_of_another_model_is_refused(state, named, run, tmp_path):
     torch.save(state(), tmp_path / "other.pt")
     outcome = run(tmp_path / "other.pt", tmp_path / "out")
     assert outcome.code == 1
@@ -137,7 +138,7 @@ def test_checkpoint_of_another_model_is_told(state, named, run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_heads_that_no_one_knows_are_asked_for(pretrained, run, tmp_path):
+def test_unknown_number_of_heads_is_refused_with_the_remedy(pretrained, run, tmp_path):
     torch.save(pretrained.tensors, tmp_path / "bare.pt")
     outcome = run(tmp_path / "bare.pt", tmp_path / "out")
     assert outcome.code == 1
@@ -147,14 +148,16 @@ def test_heads_that_no_one_knows_are_asked_for(pretrained, run, tmp_path):
     assert "num_attention_heads" in outcome.error
 
 
-def test_source_that_is_not_there(run, tmp_path):
+def test_missing_source_is_refused(run, tmp_path):
     outcome = run(tmp_path / "nowhere.pt", tmp_path / "out")
     assert outcome.code == 1
-    assert "nowhere.pt is not there" in outcome.error
-    assert run(tmp_path / "nowhere.pt", tmp_path / "out", "--revision", "main").code == 1
+    assert "nowhere.pt does not exist" in outcome.error
+    outcome = run(tmp_path / "nowhere.pt", tmp_path / "out", "--revision", "main")
+    assert outcome.code == 1
+    assert "--revision needs a repository on the Hub" in outcome.error
 
 
-def test_error_is_one_line_and_code_1(tmp_path):
+def test_error_is_one_line_and_exit_status_1(tmp_path):
     (tmp_path / "file.pt").write_text("nothing")
     result = subprocess.run(
         [sys.executable, "-m", "conversion", tmp_path / "file.pt", tmp_path / "out"],
@@ -168,14 +171,14 @@ def test_error_is_one_line_and_code_1(tmp_path):
     assert result.stderr.count("\n") == 1
 
 
-# The place of the result
+# Replacing an earlier result
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_existing_result_is_replaced_only_when_asked(golden_dir, run, tmp_path):
+def test_existing_result_is_replaced_only_on_request(golden_dir, run, tmp_path):
     out = tmp_path / "out"
     assert run(golden_dir / "sslam_pretrained.pt", out).code == 0
     before = snapshot(out)
@@ -188,7 +191,7 @@ def test_existing_result_is_replaced_only_when_asked(golden_dir, run, tmp_path):
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_existing_file_is_replaced_only_when_asked(golden_dir, run, tmp_path):
+def test_existing_file_is_replaced_only_on_request(golden_dir, run, tmp_path):
     out = tmp_path / "out.pt"
     out.write_text("mine")
     assert run(golden_dir / "sslam_finetuned.pt", out, "--to", "fairseq").code == 1
@@ -197,7 +200,7 @@ def test_existing_file_is_replaced_only_when_asked(golden_dir, run, tmp_path):
     assert run(out, tmp_path / "back").code == 0
 
 
-def test_checkpoint_may_take_the_place_of_its_source(golden_dir, run, tmp_path):
+def test_result_may_replace_its_source(golden_dir, run, tmp_path):
     shutil.copy(golden_dir / "sslam_finetuned.pt", tmp_path / "same.pt")
     assert run(tmp_path / "same.pt", tmp_path / "same.pt", "--to", "fairseq", "--overwrite").code == 0
     assert run(tmp_path / "same.pt", tmp_path / "back").code == 0
@@ -208,13 +211,13 @@ def test_empty_folder_is_filled(golden_dir, run, tmp_path):
     assert run(golden_dir / "hub_pretrained", tmp_path / "out").code == 0
 
 
-def test_folder_of_something_else_is_never_replaced(golden_dir, run, tmp_path):
+def test_folder_without_a_model_is_never_replaced(golden_dir, run, tmp_path):
     out = tmp_path / "home"
     out.mkdir()
     (out / "thesis.txt").write_text("precious")
     outcome = run(golden_dir / "hub_pretrained", out, "--overwrite")
     assert outcome.code == 1
-    assert "not of a model" in outcome.error
+    assert "a folder without a model" in outcome.error
     assert snapshot(out) == {"thesis.txt": b"precious"}
 
 
@@ -226,7 +229,7 @@ def break_with(error: Exception):
 
 
 @pytest.mark.parametrize("when", ["writing", "reading back"])
-def test_failure_leaves_what_was_there(when, golden_dir, run, tmp_path, monkeypatch):
+def test_failure_keeps_the_earlier_result(when, golden_dir, run, tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert run(golden_dir / "sslam_pretrained.pt", out).code == 0
     before = snapshot(tmp_path)
@@ -242,7 +245,7 @@ def test_failure_leaves_what_was_there(when, golden_dir, run, tmp_path, monkeypa
     assert snapshot(tmp_path) == before
 
 
-def test_result_that_reads_back_otherwise_is_not_kept(golden_dir, run, tmp_path, monkeypatch):
+def test_result_that_differs_when_read_back_is_not_kept(golden_dir, run, tmp_path, monkeypatch):
     save = SSLAMModel.save_pretrained
 
     def save_wrong(self: SSLAMModel, folder: Path, **kwargs) -> None:
@@ -255,5 +258,53 @@ def test_result_that_reads_back_otherwise_is_not_kept(golden_dir, run, tmp_path,
     monkeypatch.setattr(SSLAMModel, "save_pretrained", save_wrong)
     outcome = run(golden_dir / "sslam_pretrained.pt", tmp_path / "out")
     assert outcome.code == 1
-    assert "encoder.layers.0.mlp.fc1.bias" in outcome.error
+    assert outcome.error == ("error: out, read back, differs from what was written: encoder.layers.0.mlp.fc1.bias.\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_name_the_result_and_not_the_hidden_path(golden_dir, run, tmp_path, monkeypatch):
+    def write_damaged(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"damaged")
+
+    monkeypatch.setattr(SSLAMModel, "save_pretrained", lambda self, folder: write_damaged(folder))
+    outcome = run(golden_dir / "sslam_pretrained.pt", tmp_path / "out")
+    assert outcome.error.startswith(f"error: {tmp_path / 'out' / 'model.safetensors'} ")
+    monkeypatch.setattr(SSLAMModel, "save_pretrained", lambda self, folder: (folder / "missing" / "x").touch())
+    outcome = run(golden_dir / "sslam_pretrained.pt", tmp_path / "out")
+    assert str(tmp_path / "out" / "missing" / "x") in outcome.error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["transformers", "fairseq", "hub-eat", "onnx"])
+def test_results_do_not_hold_the_name_of_the_hidden_path(to, golden_dir, run, tmp_path):
+    lines = run(golden_dir / "sslam_finetuned.pt", tmp_path / "result", "--to", to).lines
+    assert "tmp-" not in "".join(lines)
+    content = snapshot(tmp_path)
+    assert content
+    assert not any(b"tmp-result" in name.encode() + data for name, data in content.items())
+
+
+KILLED = """
+import os, signal, sys
+from conversion.__main__ import main
+from modeling_sslam import SSLAMFeatureExtractor
+SSLAMFeatureExtractor.save_pretrained = lambda self, folder: os.kill(os.getpid(), signal.SIGKILL)
+main(sys.argv[1:])
+"""
+
+
+def test_killed_conversion_is_cleaned_up_by_the_next(golden_dir, run, tmp_path):
+    out = tmp_path / "out"
+    assert run(golden_dir / "sslam_pretrained.pt", out).code == 0
+    before = snapshot(out)
+    arguments = [golden_dir / "sslam_finetuned.pt", out, "--overwrite"]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=Path(__file__).parents[2])
+    assert killed.returncode == -signal.SIGKILL
+    assert snapshot(out) == before
+    (hidden,) = (path for path in tmp_path.iterdir() if path != out)
+    (hidden / "left behind").touch()
+    assert run(*arguments).code == 0
+    assert SSLAMConfig.from_pretrained(out).architectures == ["SSLAMForAudioClassification"]
+    assert "left behind" not in snapshot(out)
+    assert list(tmp_path.iterdir()) == [out]

@@ -1,4 +1,4 @@
-"""Down from the Hub and up to it, against a stand-in on loopback that speaks as much of its protocol as is used."""
+"""Download from the Hub and upload to it, against a local server for the parts of its protocol that are used."""
 
 import base64
 import hashlib
@@ -19,7 +19,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """Repositories by name, and the requests that came."""
+    """Repositories by name, and the requests received."""
 
     repositories: dict[str, dict[str, bytes]]
     requests: list[str] = field(default_factory=list)
@@ -162,7 +162,7 @@ def command(hub: Hub, tmp_path: Path) -> Callable[..., subprocess.CompletedProce
     return run
 
 
-def test_down_and_up(hub, command, converted, tmp_path):
+def test_download_and_upload(hub, command, converted, tmp_path):
     result = command(
         "-m",
         "conversion",
@@ -194,14 +194,14 @@ def test_down_and_up(hub, command, converted, tmp_path):
 
 SOURCES = {
     "them/fairseq": None,
-    "them/nothing": "cannot be had from the Hub",
-    "them/fine-tuned --revision v9": "cannot be had from the Hub",
+    "them/nothing": "cannot be downloaded from the Hub",
+    "them/fine-tuned --revision v9": "cannot be downloaded from the Hub",
     "them/code": "holds no weights",
 }
 
 
-def test_what_repositories_hold(command, tmp_path):
-    # One process for all: most of the time goes into importing torch.
+def test_repositories_of_other_content(command, tmp_path):
+    # One process for all, since importing torch takes most of the time.
     lines = [[*line.split(), str(tmp_path / f"out{i}"), "--quiet"] for i, line in enumerate(SOURCES)]
     result = command("-c", f"from conversion.__main__ import main; print([main(line) for line in {lines}])")
     assert result.stdout == "[0, 1, 1, 1]\n", result.stderr
@@ -212,7 +212,7 @@ def test_what_repositories_hold(command, tmp_path):
         assert reason in error
 
 
-def test_refused_upload_leaves_the_folder(golden_dir, command, tmp_path):
+def test_refused_upload_keeps_the_folder(golden_dir, command, tmp_path):
     result = command(
         "-m",
         "conversion",
@@ -227,8 +227,8 @@ def test_refused_upload_leaves_the_folder(golden_dir, command, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_hub_that_does_not_answer(command, tmp_path):
+def test_unreachable_hub_is_an_error(command, tmp_path):
     result = command("-m", "conversion", "them/fine-tuned", tmp_path / "out", HF_ENDPOINT="http://127.0.0.1:9")
     assert result.returncode == 1
-    assert "is no path here and cannot be had from the Hub" in result.stderr
+    assert "is not a local path and cannot be downloaded from the Hub" in result.stderr
     assert result.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Graphs compute in onnxruntime what the model computes, for any batch size and length, or are not there."""
+"""ONNX graphs compute the model's numbers for any batch size and length. Others are not written."""
 
 import importlib.util
 import json
@@ -13,9 +13,12 @@ from transformers import AutoConfig, AutoFeatureExtractor
 from conversion import onnx_export
 from modeling_sslam import SSLAMConfig, SSLAMForAudioClassification, SSLAMModel
 
-TOLERANCE = 1e-5
-# The logit of linear softmax has a logarithm that magnifies rounding where a probability is near 1.
-TOLERANCES = {"lin_softmax": 5e-5}
+# Eight units in the last place of float32 values between 4 and 8, the largest states and logits: two runtimes sum in
+# different orders in each of the three blocks.
+TOLERANCE = 8 * 2.0**-21
+# onnxruntime sums the mean over up to 1032 patches in one sequence, which rounds more often. In linear softmax the
+# logarithm magnifies the rounding of that sum where a probability is near 0 or 1.
+TOLERANCES = {"mean": 1e-5, "lin_softmax": 5e-5}
 MODELS = {
     "encoder": ("sslam_pretrained.pt", (), SSLAMModel),
     "encoder of a classifier": ("sslam_finetuned.pt", ("--head", "encoder"), SSLAMModel),
@@ -27,8 +30,7 @@ MODELS = {
 
 @pytest.fixture
 def session(converted):
-    """`session(name, *options)` is the graph of a golden checkpoint in onnxruntime, written by `--to onnx` or as the
-    options say."""
+    """`session(name, *options)` is a golden checkpoint's graph in onnxruntime, by default written by `--to onnx`."""
 
     def start(name: str, *options: str) -> onnxruntime.InferenceSession:
         to = () if "--to" in options else ("--to", "onnx")
@@ -62,7 +64,8 @@ def test_encoder_computes_the_published_states(length, golden_dir, session, pari
 def test_classifier_computes_the_published_logits(pooling, vector, length, golden_dir, session, parity):
     vectors = load_file(golden_dir / "classifier.safetensors")
     (logits,) = run_graph(session(*flat(pooling)), input_values=vectors[f"input_{length}"][:, 0].float())
-    parity(f"ONNX, {pooling}: logits T={length}", max_error(logits, vectors[f"{vector}_{length}"]), TOLERANCE)
+    error = max_error(logits, vectors[f"{vector}_{length}"])
+    parity(f"ONNX, {pooling}: logits T={length}", error, TOLERANCES.get(pooling, TOLERANCE))
 
 
 def flat(model: str) -> tuple[str, ...]:
@@ -95,7 +98,7 @@ def test_longest_clip_fills_the_position_table(make_config, run, tmp_path):
 
 @pytest.mark.parametrize("frames", [0, 8, 24, 1000, 12_304])
 @pytest.mark.parametrize("to", ["onnx", "onnx-masked"])
-def test_lengths_that_the_model_refuses_fail(to, frames, session):
+def test_invalid_lengths_fail(to, frames, session):
     graph = session("sslam_finetuned.pt", "--to", to)
     inputs = {"input_values": torch.zeros(1, frames, 128), "attention_mask": torch.ones(1, frames, dtype=torch.int64)}
     with pytest.raises(Exception, match="Non-zero status code"):
@@ -110,7 +113,7 @@ def test_mask_of_another_length_fails(frames, session):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_padded_clip_gets_the_result_that_it_gets_alone(model, session):
+def test_padded_clip_gets_the_same_result_as_alone(model, session):
     masked, plain = session(*flat(model), "--to", "onnx-masked"), session(*flat(model))
     lengths = [96, 16, 304]
     clips = [torch.randn(1, length, 128) for length in lengths]
@@ -123,13 +126,13 @@ def test_padded_clip_gets_the_result_that_it_gets_alone(model, session):
     for row, (clip, length) in enumerate(zip(clips, lengths, strict=True)):
         alone = run_graph(plain, input_values=clip)[0][0]
         together = found[row] if found.ndim == 2 else found[row, : 1 + length // 2]
-        assert max_error(together, alone) <= TOLERANCES.get(model, TOLERANCE)
+        assert max_error(together, alone) <= TOLERANCE
     unmasked = run_graph(masked, input_values=batch, attention_mask=torch.ones_like(mask))[0]
-    assert max_error(unmasked, run_graph(plain, input_values=batch)[0]) <= TOLERANCES.get(model, TOLERANCE)
+    assert max_error(unmasked, run_graph(plain, input_values=batch)[0]) <= TOLERANCE
     assert max_error(unmasked, found) > 100 * TOLERANCE
 
 
-def test_folder_has_what_inference_needs(converted, session):
+def test_folder_suffices_for_inference(converted, session):
     folder = converted("sslam_finetuned.pt", "--to", "onnx")
     assert sorted(path.name for path in folder.iterdir()) == [
         "config.json",
@@ -146,7 +149,7 @@ def test_folder_has_what_inference_needs(converted, session):
     assert isinstance(config, SSLAMConfig)
     assert len(config.id2label) == 12
     extractor = AutoFeatureExtractor.from_pretrained(folder)
-    # As they come, by the extractor's defaults; with padding="longest" a mask is among them.
+    # By default the extractor returns no mask; with padding="longest" it does.
     waveforms = [np.sin(np.arange(length) / 9).astype(np.float32) for length in (16_000, 40_000)]
     inputs = extractor(waveforms, sampling_rate=16_000, return_tensors="np")
     assert session("sslam_finetuned.pt").run(["logits"], dict(inputs))[0].shape == (2, 12)
@@ -181,7 +184,7 @@ def test_half_precision_is_exported_in_float32(converted, run, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
 
 
-# What goes wrong
+# Errors
 
 
 @pytest.mark.parametrize("package", onnx_export.REQUIRED)
@@ -194,20 +197,20 @@ def test_missing_package_is_named_with_its_extra(package, golden_dir, run, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_source_that_is_not_there(run, tmp_path):
+def test_missing_source_is_refused(run, tmp_path):
     outcome = run(tmp_path / "nowhere", tmp_path / "out", "--to", "onnx")
     assert outcome.code == 1
-    assert "nowhere is not there" in outcome.error
+    assert "nowhere does not exist" in outcome.error
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pretraining_has_no_graph(golden_dir, run, tmp_path):
+def test_pretraining_model_has_no_graph(golden_dir, run, tmp_path):
     outcome = run(golden_dir / "sslam_pretrained.pt", tmp_path / "out", "--to", "onnx", "--head", "pretraining")
     assert outcome.code == 1
-    assert "--to onnx has no place for --head pretraining" in outcome.error
+    assert "--to onnx cannot hold --head pretraining" in outcome.error
 
 
-def test_existing_result_is_replaced_only_when_asked(converted, run, tmp_path):
+def test_existing_result_is_replaced_only_on_request(converted, run, tmp_path):
     source, out = converted("sslam_pretrained.pt"), tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("{}")
@@ -218,7 +221,7 @@ def test_existing_result_is_replaced_only_when_asked(converted, run, tmp_path):
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_graph_that_computes_something_else_is_not_kept(converted, run, tmp_path, monkeypatch):
+def test_graph_with_other_numbers_is_not_kept(converted, run, tmp_path, monkeypatch):
     export = onnx_export.export_graph
 
     def export_wrong(model: SSLAMModel, *arguments) -> None:
@@ -232,7 +235,7 @@ def test_graph_that_computes_something_else_is_not_kept(converted, run, tmp_path
     monkeypatch.setattr(onnx_export, "export_graph", export_wrong)
     outcome = run(converted("sslam_pretrained.pt"), tmp_path / "out", "--to", "onnx")
     assert outcome.code == 1
-    assert "The graph computes something else than the model: they differ by up to" in outcome.error
+    assert "The graph computes other numbers than the model: they differ by up to" in outcome.error
     assert outcome.error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 

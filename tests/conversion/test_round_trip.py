@@ -1,4 +1,4 @@
-"""What came from a published layout goes back to it with the same names and the same bits."""
+"""Checkpoints go from a published layout to transformers and back with the same names and bits."""
 
 import json
 
@@ -23,15 +23,15 @@ def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torc
 @pytest.mark.parametrize(
     ("source", "options"), [("sslam_pretrained.pt", ("--head", "pretraining")), ("sslam_finetuned.pt", ())]
 )
-def test_fairseq(source, options, golden_dir, converted, run, tmp_path):
+def test_fairseq_and_back(source, options, golden_dir, converted, run, tmp_path):
     outcome = run(converted(source, *options), tmp_path / "back.pt", "--to", "fairseq")
     assert outcome.code == 0, outcome.error
     assert_same_tensors(read_checkpoint(tmp_path / "back.pt").tensors, read_checkpoint(golden_dir / source).tensors)
 
 
-def test_fairseq_file_is_as_fairseq_reads_it(pretrained, converted, run, tmp_path):
+def test_fairseq_file_has_what_fairseq_reads(pretrained, converted, run, tmp_path):
     run(converted("sslam_pretrained.pt", "--head", "pretraining"), tmp_path / "back.pt", "--to", "fairseq")
-    # Nothing but tensors and plain containers: weights_only without any allowance.
+    # Only tensors and plain containers: weights_only accepts them without stand-ins.
     state = torch.load(tmp_path / "back.pt", weights_only=True)
     assert state["args"] is None
     assert state["last_optimizer_state"] is None
@@ -45,7 +45,7 @@ def test_fairseq_file_is_as_fairseq_reads_it(pretrained, converted, run, tmp_pat
 
 
 @pytest.mark.parametrize("source", ["hub_pretrained", "hub_finetuned"])
-def test_hub(source, golden_dir, converted, run, tmp_path):
+def test_hub_and_back(source, golden_dir, converted, run, tmp_path):
     outcome = run(converted(source), tmp_path / "back", "--to", "hub-eat")
     assert outcome.code == 0, outcome.error
     assert_same_tensors(read_checkpoint(tmp_path / "back").tensors, read_checkpoint(golden_dir / source).tensors)
@@ -55,11 +55,11 @@ def test_hub(source, golden_dir, converted, run, tmp_path):
     )
     del expected["transformers_version"]
     if source == "hub_pretrained":
-        del expected["num_classes"], found["num_classes"]  # of a head that it does not have
+        del expected["num_classes"], found["num_classes"]  # the number of classes of a missing head
     assert found == expected
 
 
-def test_one_published_layout_to_the_other_in_one_step(golden_dir, run, tmp_path):
+def test_published_layout_to_the_other_in_one_step(golden_dir, run, tmp_path):
     assert run(golden_dir / "sslam_finetuned.pt", tmp_path / "hub", "--to", "hub-eat").code == 0
     assert run(golden_dir / "hub_finetuned", tmp_path / "file.pt", "--to", "fairseq").code == 0
     for path, source in ((tmp_path / "hub", "hub_finetuned"), (tmp_path / "file.pt", "sslam_finetuned.pt")):
@@ -85,7 +85,7 @@ def test_task_survives_fairseq(options, golden_dir, run, tmp_path):
     assert there == back
 
 
-def test_own_folder_keeps_its_front_end(golden_dir, run, tmp_path):
+def test_own_folder_keeps_its_feature_extractor(golden_dir, run, tmp_path):
     run(golden_dir / "sslam_finetuned.pt", tmp_path / "one")
     extractor = SSLAMFeatureExtractor(mean=-1.0, std=2.0, max_length=512)
     extractor.save_pretrained(tmp_path / "one")
@@ -96,22 +96,26 @@ def test_own_folder_keeps_its_front_end(golden_dir, run, tmp_path):
 @pytest.mark.parametrize(
     ("source", "options", "reason"),
     [
-        ("sslam_pretrained.pt", ("--to", "fairseq", "--head", "encoder"), "no place for --head encoder"),
-        ("hub_pretrained", ("--to", "fairseq"), "no decoder and no teacher"),
-        ("sslam_pretrained.pt", ("--to", "hub-eat", "--head", "pretraining"), "no place for --head pretraining"),
+        ("sslam_pretrained.pt", ("--to", "fairseq", "--head", "encoder"), "cannot hold --head encoder"),
+        (
+            "hub_pretrained",
+            ("--to", "fairseq"),
+            "no teacher, which pretraining needs. --to fairseq holds no encoder alone",
+        ),
+        ("sslam_pretrained.pt", ("--to", "hub-eat", "--head", "pretraining"), "cannot hold --head pretraining"),
         ("sslam_finetuned.pt", ("--to", "hub-eat", "--pooling", "mean"), "pools by the CLS token"),
         ("sslam_pretrained.pt", ("--head", "classification"), "no classifier"),
         ("sslam_finetuned.pt", ("--weights", "teacher"), "no teacher"),
-        ("sslam_pretrained.pt", ("--weights", "teacher", "--head", "pretraining"), "goes with --head encoder"),
+        ("sslam_pretrained.pt", ("--weights", "teacher", "--head", "pretraining"), "needs --head encoder"),
     ],
 )
-def test_what_a_layout_cannot_hold_is_refused(source, options, reason, golden_dir, run, tmp_path):
+def test_head_that_a_layout_cannot_hold_is_refused(source, options, reason, golden_dir, run, tmp_path):
     outcome = run(golden_dir / source, tmp_path / "out", *options)
     assert outcome.code == 1
     assert reason in outcome.error
     assert list(tmp_path.iterdir()) == []
 
 
-def test_classifier_whose_epsilon_differs_is_noted(golden_dir, run, tmp_path):
+def test_other_norm_epsilon_of_the_layout_is_noted(golden_dir, run, tmp_path):
     lines = run(golden_dir / "sslam_finetuned.pt", tmp_path / "out", "--to", "hub-eat").lines
     assert any("epsilon of 1e-06 here, but 1e-05" in line for line in lines)

@@ -13,21 +13,11 @@ from matplotlib.figure import Figure
 
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMPreTrainedModel
 from modeling_sslam.common.files import replacing, write_text
+from modeling_sslam.common.model_card import render_card
 from modeling_sslam.configuration_sslam import POOLINGS as MODEL_POOLINGS
 from training.linear.heads import Head
 
 SWEEP_FILES = ("sweep.csv", "sweep.png")
-CARD = """---
-library_name: transformers
-pipeline_tag: audio-classification
-tags: [audio, sslam]
----
-
-# {title}
-
-The frozen encoder `{encoder}` up to {head}, with a linear head on it, the best by validation. Made by a linear
-evaluation, {protocol}: it measures the encoder. A fine-tuned model classifies better.
-"""
 
 
 class HeadResult(NamedTuple):
@@ -211,8 +201,14 @@ def write_model(
     weights = model.sslam.state_dict()
     classifier.sslam.load_state_dict({name: weights[name] for name in classifier.sslam.state_dict()})
     classifier.classifier.load_state_dict(result.state)
-    title = f"{Path(encoder_name).name}, linear head"
-    card = CARD.format(title=title, encoder=encoder_name, head=head, protocol=protocol)
+    card = render_card(
+        f"{Path(encoder_name).name}, linear head",
+        "A frozen encoder with a linear head on it, the best by validation.",
+        {"encoder": f"`{encoder_name}`", "head": head, "made by": f"a linear evaluation, {protocol}"},
+        model_class="SSLAMForAudioClassification",
+        sampling_rate=feature_extractor.sampling_rate,
+        sections={"Notes": "The head measures the encoder. A fine-tuned model classifies better."},
+    )
     save_folder(folder, classifier, feature_extractor, card)
 
 
