@@ -24,6 +24,8 @@ RECORDINGS = Path("tests/fixtures/audio")
 # What can be heard in the recordings, in words; the classifier knows other ones.
 HEARD = {"drum_cowbell.flac": "a cowbell", "guit_e_slide.flac": "an electric guitar, sliding"}
 NUM_SOURCES = 3
+# The held-out mixture that is left as a sound file: applause, a mosquito and a siren.
+EXAMPLE_CLIP = 8
 
 
 def run(*arguments: str | Path) -> None:
@@ -53,7 +55,7 @@ def main() -> None:
     print("\nWhat it hears:")
     tagger = pipeline("audio-classification", str(classifier / "model"), trust_remote_code=True)
     test = datasets.load_dataset(str(data), split="test").cast_column("audio", EncodedAudio())
-    clip = next(row for row in test if row["num_sources"] == NUM_SOURCES)
+    clip = test[EXAMPLE_CLIP]
     true = {clip["id"]: (clip["audio"]["bytes"], ", ".join(sorted(clip["labels"])))}
     true |= {name: (str(RECORDINGS / name), words) for name, words in HEARD.items()}
     extractor = tagger.feature_extractor

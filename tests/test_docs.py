@@ -127,6 +127,8 @@ def test_python_blocks_run_as_printed(clone: Path, page: str):
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    if page == "README.md":
+        assert re.match(r"(?:\d\.\d\d  LABEL_\d+\n){3}0\.0 \d\.\d+ \(32,\)\n", done.stdout), done.stdout
 
 
 # ----------------------------------------------------------------------------------------------------------- commands
