@@ -34,8 +34,8 @@ FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 INLINE_CODE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # Folders that the repository has; a path in backticks that starts with one of them must exist.
-ROOMS = ("modeling_sslam", "conversion", "training", "benchmarks", "examples", "tests", "docs", ".github", ".ci")
-REPOSITORY_FILE = re.compile(rf"(?:{'|'.join(map(re.escape, ROOMS))})/[\w./-]*|[A-Z]+\.(?:md|cff)|\w+\.toml")
+FOLDERS = ("modeling_sslam", "conversion", "training", "benchmarks", "examples", "tests", "docs", ".github", ".ci")
+REPOSITORY_FILE = re.compile(rf"(?:{'|'.join(map(re.escape, FOLDERS))})/[\w./-]*|[A-Z]+\.(?:md|cff)|\w+\.toml")
 TREE_LINE = re.compile(r"(?P<indent> *)(?P<names>\S+(?: \S+)*)(?: {2,}.*)?")
 
 # Shell programs that pages use beside those of this repository.
@@ -89,6 +89,11 @@ def test_readme_shows_code_on_its_first_screen():
 
 # ------------------------------------------------------------------------------------------------------------- Python
 
+# Held-out clips that the quickstart leaves beside its models.
+QUICKSTART_RECORDINGS = {
+    name for page in PAGES for name in re.findall(r"outputs/quickstart/([\w-]+\.flac)", read(page))
+}
+
 
 @pytest.fixture(scope="session")
 def clone(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -102,18 +107,13 @@ def clone(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         convert(golden_dir / source, out, report=lambda line: None)
     shutil.copytree(quickstart / "classifier" / "model", folder / "sslam-as2m")
     shutil.copytree(quickstart / "stage2" / "model", folder / "sslam-base")
-    for name in RECORDINGS_OF_QUICKSTART:
+    for name in QUICKSTART_RECORDINGS:
         shutil.copy(ROOT / "tests" / "fixtures" / "audio" / "misc_crow.flac", quickstart / name)
     (folder / "tests").symlink_to(ROOT / "tests")
     return folder
 
 
-# Held-out clips that the quickstart leaves beside its models.
-RECORDINGS_OF_QUICKSTART = sorted(
-    set(re.findall(r"outputs/quickstart/([\w-]+\.flac)", "".join(read(page) for page in PAGES)))
-)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_python_blocks_run_as_printed(clone: Path, page: str):
     """Blocks of a page run one after the other as one program."""
@@ -194,6 +194,7 @@ def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) ->
     return check
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if any(shell_commands(page))])
 def test_commands_are_accepted_by_their_parsers(page: str, complaint: Callable[[list[str]], str | None]):
     refused = {shlex.join(words): found for words in shell_commands(page) if (found := complaint(words))}
