@@ -54,3 +54,20 @@ def transformers_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCap
     transformers.utils.logging.enable_propagation()
     yield caplog
     transformers.utils.logging.disable_propagation()
+
+
+@pytest.fixture
+def assert_rounds_like() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
+    """`assert_rounds_like(found, plain, exact)` for float32 results of the same computation in another order.
+
+    How far torch's own float32 result `plain` lies from `exact`, the float64 one, is the size of the rounding that the
+    computation has. `found` may lie twice as far from it, by Euclidean distance.
+    """
+
+    def check(found: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
+        assert found.dtype == plain.dtype == torch.float32
+        assert exact.dtype == torch.float64
+        error, rounding = (found.double() - exact).norm().item(), (plain.double() - exact).norm().item()
+        assert error <= 2 * rounding, f"{error:.3g} from the exact result; plain torch's is {rounding:.3g} from it"
+
+    return check
