@@ -17,8 +17,7 @@ from modeling_sslam import (
     SSLAMForPreTraining,
     SSLAMModel,
 )
-from modeling_sslam.inference import Embedder, InferenceError, SSLAMTagger, optimize_for_cpu
-from modeling_sslam.inference import packed_blocks
+from modeling_sslam.inference import Embedder, InferenceError, SSLAMTagger, optimize_for_cpu, packed_blocks
 from modeling_sslam.inference.packed_blocks import PRECISIONS, Model, PackedLayer, can_optimize, precision_of
 
 # The least cosine between an optimised model's embeddings and the float32 ones that the README promises.
