@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from torch import nn
 
 from modeling_sslam import SSLAMConfig, SSLAMForAudioClassification
 
@@ -71,3 +72,20 @@ def assert_rounds_like() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor],
         assert error <= 2 * rounding, f"{error:.3g} from the exact result; plain torch's is {rounding:.3g} from it"
 
     return check
+
+
+@pytest.fixture
+def results_and_gradients() -> Callable[..., list[torch.Tensor]]:
+    """`results_and_gradients(function, module, *inputs)`: the result for the inputs, then the gradients of
+    the inputs and of the module's parameters."""
+
+    def compute(function: Callable, module: nn.Module, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        inputs = tuple(x.detach().clone().requires_grad_() for x in inputs)
+        module.zero_grad()
+        output = function(*inputs)
+        # Drawn in float32, so that every dtype gets the same gradient.
+        gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
+        output.backward(gradient.to(output.dtype))
+        return [output.detach(), *(x.grad for x in (*inputs, *module.parameters()))]
+
+    return compute
