@@ -1,3 +1,5 @@
+"""Fixtures of the models' tests."""
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from torch import nn
 
 from modeling_sslam import SSLAMConfig, SSLAMForAudioClassification
 
-# From the published names to this package's, a substring at a time.
+# Substrings of published names, and what replaces them in this package.
 RENAMED = {
     "model.": "sslam.",
     "local_encoder.proj.": "patch_embeddings.projection.",
@@ -28,7 +30,7 @@ PUBLISHED_POSITIONS = "model.fixed_positional_encoder.positions"
 
 @pytest.fixture(scope="session")
 def load_published(golden_dir: Path) -> Callable[..., tuple[SSLAMForAudioClassification, torch.Tensor]]:
-    """`load_published("hub_finetuned", **config)`: a model with the weights of a published checkpoint, in eval mode,
+    """`load_published("hub_finetuned", **config)` returns a model with a published checkpoint's weights, in eval mode,
     and that checkpoint's own position table."""
 
     def load(name: str, **config) -> tuple[SSLAMForAudioClassification, torch.Tensor]:
@@ -51,7 +53,7 @@ def load_published(golden_dir: Path) -> Callable[..., tuple[SSLAMForAudioClassif
 
 @pytest.fixture
 def transformers_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What transformers logs, which it hides from the root logger otherwise."""
+    """Records that transformers logs. It hides them from the root logger otherwise."""
     transformers.utils.logging.enable_propagation()
     yield caplog
     transformers.utils.logging.disable_propagation()
