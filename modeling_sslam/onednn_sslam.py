@@ -3,7 +3,7 @@
 On x86 CPUs torch hands float32 matrix products to MKL and convolutions to oneDNN. On the Intel processor that was
 measured MKL is the faster of the two; on the AMD ones oneDNN is up to twice as fast (benchmarks/NOTES.md). A linear
 layer is a 1x1 convolution and attention is two grouped ones, so asking for convolutions reaches oneDNN through torch's
-public interface.
+public interface. (Torch runs small convolutions, and on a single thread all 1x1 convolutions, by MKL after all.)
 
     model = use_onednn(SSLAMModel.from_pretrained(folder))
 
