@@ -1,7 +1,7 @@
 """SSLAM for transformers: importing this package registers its classes with transformers' Auto classes.
 
-Feature extractor and models are imported when they are first used: they stand on parts of transformers that import
-whatever optional packages are installed, scipy and torchaudio among them.
+Feature extractor and models are imported when they are first used. They need parts of transformers that import many
+optional packages where those are installed, such as scipy and torchaudio.
 """
 
 from importlib import import_module
@@ -45,14 +45,16 @@ _MODULES = {
 }
 
 AutoConfig.register(SSLAMConfig.model_type, SSLAMConfig)
-# The tables of AutoFeatureExtractor, AutoModel and so on.
+# Register placeholders in the tables of AutoFeatureExtractor, AutoModel and so on.
 for _mapping, _name in (
     (FEATURE_EXTRACTOR_MAPPING, "SSLAMFeatureExtractor"),
     (MODEL_MAPPING, "SSLAMModel"),
     (MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING, "SSLAMForAudioClassification"),
     (MODEL_FOR_PRETRAINING_MAPPING, "SSLAMForPreTraining"),
 ):
-    _mapping.register(SSLAMConfig, LazyClass(f"{__name__}.{_MODULES[_name]}", _name, _mapping, SSLAMConfig))
+    # The tables are annotated as holding tuples of classes, but hold a class.
+    _placeholder: Any = LazyClass(f"{__name__}.{_MODULES[_name]}", _name, _mapping, SSLAMConfig)
+    _mapping.register(SSLAMConfig, _placeholder)
 
 
 def __getattr__(name: str) -> Any:

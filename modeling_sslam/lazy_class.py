@@ -1,18 +1,20 @@
-"""Classes that transformers' Auto classes know of before they are imported."""
+"""Registration of classes with transformers' Auto classes before the classes are imported."""
 
 from importlib import import_module
 from typing import Any
 
 
 class LazyClass:
-    """Stands for a class in one of the tables of transformers' Auto classes until it is first used: then the class is
-    imported and takes its place there, unless another has been registered meanwhile.
+    """Placeholder for a class in a table of transformers' Auto classes.
+
+    The first use imports the class and puts it in the placeholder's place, unless another class has been registered
+    there in the meantime.
 
     Args:
-        module: Where the class is defined.
-        name: Its name, which transformers reads without using the class.
+        module: Module that defines the class.
+        name: Name of the class. Transformers reads it without using the class.
         mapping: The table.
-        config_class: The key in the table.
+        config_class: Key in the table.
     """
 
     def __init__(self, module: str, name: str, mapping: Any, config_class: type) -> None:
@@ -22,19 +24,20 @@ class LazyClass:
         self.config_class = config_class
 
     def load(self) -> type:
-        """The class itself."""
+        """Import the class, put it in the table, and return it."""
         loaded = imported(self.__module__, self.__name__)
         if self._mapping.get(self.config_class, None) is self:
             self._mapping.register(self.config_class, loaded, exist_ok=True)
         return loaded
 
     def __getattr__(self, name: str) -> Any:
-        # Python itself asks for special names, for example to learn whether this can be copied.
+        # Python asks for special names, for example to find out whether an object can be copied.
         if name.startswith("__"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.load(), name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Make an instance of the class."""
         return self.load()(*args, **kwargs)
 
     def __instancecheck__(self, instance: object) -> bool:
@@ -48,4 +51,5 @@ class LazyClass:
 
 
 def imported(module: str, name: str) -> type:
+    """Import a class by its name. Unpickling calls this, too."""
     return getattr(import_module(module), name)

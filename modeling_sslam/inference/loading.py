@@ -1,18 +1,16 @@
-"""Models from folders and from the Hub, and what is there instead of them."""
+"""Loading of models from folders and from the Hub, with errors that say what was found instead."""
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 
 from ..common.errors import InferenceError
 from ..configuration_sslam import SSLAMConfig
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
-from ..modeling_sslam import SSLAMPreTrainedModel
+from ..onednn_sslam import is_allowed
 from .devices import resolve_device, resolve_dtype
-from .packed_blocks import PRECISIONS, can_optimize, optimize_for_cpu
-
-Model = TypeVar("Model", bound=SSLAMPreTrainedModel)
+from .packed_blocks import PRECISIONS, Model, can_optimize, optimize_for_cpu
 
 
 def load_pretrained(
@@ -23,19 +21,22 @@ def load_pretrained(
     revision: str | None,
     remedy: str = "",
 ) -> tuple[Model, SSLAMFeatureExtractor]:
-    """A model on its device, with its feature extractor. No code from the folder or repository is run.
+    """Load a model to a device, with its feature extractor. No code from the folder or repository is run.
 
     Args:
+        model_class: Class of the model.
         model: Folder, or OWNER/NAME on the Hub.
-        device, dtype: See [`resolve_device`] and [`resolve_dtype`].
-        remedy: What to do where weights of this class are missing.
+        device: See [`resolve_device`].
+        dtype: See [`resolve_dtype`].
+        revision: Branch, tag or commit on the Hub.
+        remedy: Sentence that the error ends with if weights of this class are missing.
 
     Raises:
-        InferenceError: If there is no SSLAM model there, or not all of this class, or no such device.
+        InferenceError: If there is no SSLAM model, if it lacks weights of this class, or if there is no such device.
     """
     device = resolve_device(device)
     try:
-        # Transformers would take any model for this class, and make up weights that are not there.
+        # Transformers loads any model into this class, and initialises missing weights at random.
         settings, _ = SSLAMConfig.get_config_dict(model, revision=revision)
         if not settings:
             raise InferenceError(f"{model} has no config.json: it is no folder of a model.")
@@ -44,10 +45,11 @@ def load_pretrained(
                 f"{model} holds a model of type {settings.get('model_type')!r}, not 'sslam'. Published checkpoints of "
                 "SSLAM and EAT are converted first: python -m conversion."
             )
-        extractor = SSLAMFeatureExtractor.from_pretrained(model, revision=revision)
-        loaded, loading = model_class.from_pretrained(
-            model, revision=revision, dtype=resolve_dtype(dtype), output_loading_info=True
+        extractor = SSLAMFeatureExtractor.from_pretrained(model, revision=revision or "main")
+        model_and_info: Any = model_class.from_pretrained(
+            model, revision=revision or "main", dtype=resolve_dtype(dtype), output_loading_info=True
         )
+        loaded, loading = model_and_info
     except (OSError, ValueError) as error:
         where = "" if Path(model).is_dir() else " (no such folder here, so it was looked for on the Hub)"
         raise InferenceError(f"{model} cannot be loaded{where}: {error}") from error
@@ -57,13 +59,16 @@ def load_pretrained(
 
 
 def speed_up(model: Model, dtype: str | torch.dtype) -> Model:
-    """The loaded model with faster blocks where its device and the processor have them: see [`optimize_for_cpu`].
+    """Optimise a loaded model by [`optimize_for_cpu`], if it is on a CPU that has kernels for its precision.
+
+    With `SSLAM_ONEDNN=0` in the environment only "int8", which is asked for by name, is optimised.
 
     Args:
-        dtype: As it was given to [`load_pretrained`].
+        model: Encoder or classifier.
+        dtype: The dtype given to [`load_pretrained`].
 
     Raises:
-        InferenceError: If "int8" is asked for and cannot be had.
+        InferenceError: If "int8" is asked for, and the device or the processor cannot do it.
     """
     precision = "int8" if dtype == "int8" else str(model.dtype).removeprefix("torch.")
     on_cpu = model.device.type == "cpu"
@@ -73,5 +78,5 @@ def speed_up(model: Model, dtype: str | torch.dtype) -> Model:
 
 
 def _has_kernels(precision: str) -> bool:
-    # What was asked for by name is tried, so that the error says what is missing.
-    return precision == "int8" or (precision in PRECISIONS and can_optimize(precision))
+    # int8 was asked for by name. Try it even without kernels: the error says what is missing.
+    return precision == "int8" or (precision in PRECISIONS and is_allowed() and can_optimize(precision))
