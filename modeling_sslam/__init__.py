@@ -1,24 +1,17 @@
 """SSLAM for transformers: importing this package registers its classes with transformers' Auto classes.
 
-Feature extractor and models are imported when they are first used. They need parts of transformers that import many
-optional packages where those are installed, such as scipy and torchaudio.
+The import itself loads neither torch nor transformers. The classes are imported when they are first used, and they are
+registered when transformers imports its Auto classes.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from transformers import (
-    FEATURE_EXTRACTOR_MAPPING,
-    MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING,
-    MODEL_FOR_PRETRAINING_MAPPING,
-    MODEL_MAPPING,
-    AutoConfig,
-)
-
-from .configuration_sslam import SSLAMConfig
+from .after_import import after_import
 from .lazy_class import LazyClass
 
 if TYPE_CHECKING:
+    from .configuration_sslam import SSLAMConfig
     from .feature_extraction_sslam import DATASET_PRESETS, SSLAMFeatureExtractor
     from .modeling_sslam import SSLAMForAudioClassification, SSLAMModel, SSLAMPreTrainedModel
     from .modeling_sslam_pretraining import SSLAMForPreTraining, SSLAMForPreTrainingOutput
@@ -36,6 +29,7 @@ __all__ = [
 
 _MODULES = {
     "DATASET_PRESETS": "feature_extraction_sslam",
+    "SSLAMConfig": "configuration_sslam",
     "SSLAMFeatureExtractor": "feature_extraction_sslam",
     "SSLAMForAudioClassification": "modeling_sslam",
     "SSLAMForPreTraining": "modeling_sslam_pretraining",
@@ -44,17 +38,47 @@ _MODULES = {
     "SSLAMPreTrainedModel": "modeling_sslam",
 }
 
-AutoConfig.register(SSLAMConfig.model_type, SSLAMConfig)
-# Register placeholders in the tables of AutoFeatureExtractor, AutoModel and so on.
-for _mapping, _name in (
-    (FEATURE_EXTRACTOR_MAPPING, "SSLAMFeatureExtractor"),
-    (MODEL_MAPPING, "SSLAMModel"),
-    (MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING, "SSLAMForAudioClassification"),
-    (MODEL_FOR_PRETRAINING_MAPPING, "SSLAMForPreTraining"),
+
+def _register_config() -> None:
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    config = _load("SSLAMConfig")
+    AutoConfig.register(config.model_type, config)
+
+
+def _register(mapping: Any, name: str) -> None:
+    """Register a placeholder in the table of AutoFeatureExtractor, AutoModel and so on."""
+    config = _load("SSLAMConfig")
+    mapping.register(config, LazyClass(f"{__name__}.{_MODULES[name]}", name, mapping, config))
+
+
+def _register_feature_extractor() -> None:
+    from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
+
+    _register(FEATURE_EXTRACTOR_MAPPING, "SSLAMFeatureExtractor")
+
+
+def _register_models() -> None:
+    from transformers.models.auto import modeling_auto
+
+    _register(modeling_auto.MODEL_MAPPING, "SSLAMModel")
+    _register(modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING, "SSLAMForAudioClassification")
+    _register(modeling_auto.MODEL_FOR_PRETRAINING_MAPPING, "SSLAMForPreTraining")
+
+
+# Importing the tables here would take seconds, also for `sslam --help`.
+for _table, _callback in (
+    ("configuration_auto", _register_config),
+    ("feature_extraction_auto", _register_feature_extractor),
+    ("modeling_auto", _register_models),
 ):
-    # The tables are annotated as holding tuples of classes, but hold a class.
-    _placeholder: Any = LazyClass(f"{__name__}.{_MODULES[_name]}", _name, _mapping, SSLAMConfig)
-    _mapping.register(SSLAMConfig, _placeholder)
+    after_import(f"transformers.models.auto.{_table}", _callback)
+
+
+def _load(name: str) -> Any:
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
 
 
 def __getattr__(name: str) -> Any:
@@ -62,9 +86,7 @@ def __getattr__(name: str) -> Any:
         return import_module(f".{name}", __name__)
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
-    globals()[name] = value
-    return value
+    return _load(name)
 
 
 def __dir__() -> list[str]:
