@@ -36,7 +36,7 @@ from training.arguments import parse
 from training.data.config import DataError, EvaluationDataConfig
 from training.data.labels import LabelSet, find_label_set
 from training.data.loader import make_loader
-from training.data.sources import Source
+from training.data.sources import Source, open_source
 from training.evaluation.card import read_card, write_results_to_card
 from training.evaluation.facts import PACKAGES, card_results, dataset_facts, dataset_name, describe, split_name
 from training.evaluation.metrics import problem_type_of
@@ -116,8 +116,9 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
     model, feature_extractor = load_classifier(config.model)
     try:
+        source = open_source(config.data)
         loader = make_loader(
-            config.data,
+            source,
             feature_extractor,
             batch_size=config.batch_size,
             seed=0,
@@ -125,7 +126,6 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             world_size=accelerator.num_processes,
             repeat=False,
         )
-        source = loader.stream.source
         labels = find_labels(config, model.config, source)
     except (ValueError, OSError) as error:
         raise EvaluationError(f"data.source={config.data.source!r}: {error}") from error
@@ -137,7 +137,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     if model.config.problem_type is None:
         reason = "Every clip has" if problem_type == "single_label_classification" else "Not every clip has"
         logger.info("The model has no problem_type. %s one label: taken for %s.", reason, problem_type)
-    group_column = source.group_column if config.data.group_column == "auto" else config.data.group_column
+    group_column = source.columns.group if config.data.group_column == "auto" else config.data.group_column
     evaluation = Evaluation.of(predictions, problem_type, labels.names, group_column)
     if accelerator.is_main_process:
         title = f"{'/'.join(Path(config.model).parts[-2:])} on {describe(config.data)}"
@@ -181,7 +181,7 @@ def find_labels(config: EvaluateConfig, model_config: Any, source: Source) -> La
         ValueError: If the label file cannot be read.
     """
     labels = LabelSet.of_model(model_config)
-    table = find_label_set(config.data, source, config.label_file)
+    table = find_label_set(source, config.label_file)
     if table is None:
         return labels
     is_unnamed = all(re.fullmatch(r"LABEL_\d+", name) for name in labels.names)
@@ -196,9 +196,8 @@ def find_labels(config: EvaluateConfig, model_config: Any, source: Source) -> La
 
 
 def results_dir(config: EvaluateConfig, model_dir: Path | None) -> Path:
-    """
-    Raises:
-        EvaluationError: If the model is not a folder.
+    """Raises:
+    EvaluationError: If the model is not a folder.
     """
     if model_dir is None:
         raise EvaluationError(
@@ -210,10 +209,9 @@ def results_dir(config: EvaluateConfig, model_dir: Path | None) -> Path:
 
 
 def check_results_dir(folder: Path, config: EvaluateConfig) -> None:
-    """
-    Raises:
-        OSError: If it cannot be made or written to.
-        ValueError: If it holds other things than results on these data.
+    """Raises:
+    OSError: If it cannot be made or written to.
+    ValueError: If it holds other things than results on these data.
     """
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not (place.is_dir() and os.access(place, os.W_OK)):

@@ -41,7 +41,6 @@ from training.data.augmentation import AugmentationConfig, augment_batch, roll_a
 from training.data.config import EvaluationDataConfig, LabelledDataConfig
 from training.data.labels import LabelSet, Survey, find_label_set, survey
 from training.data.loader import make_loader
-from training.data.selection import selections_of
 from training.data.sources import is_one_split, open_source
 from training.evaluate import EvaluateConfig, EvaluationError, evaluate
 from training.evaluation.metrics import compute_metrics
@@ -228,7 +227,7 @@ def train(config: FinetuneConfig, stop: StopRequest) -> dict[str, Evaluation]:
     augment = roll_and_gain if config.augmentation.roll_and_gain else None
     try:
         loader = make_loader(
-            config.data,
+            open_source(config.data),
             feature_extractor,
             batch_size=config.batch_size,
             seed=config.seed,
@@ -236,7 +235,12 @@ def train(config: FinetuneConfig, stop: StopRequest) -> dict[str, Evaluation]:
             **distributed,
         )
         validation_loader = make_loader(
-            validation_data, feature_extractor, batch_size=config.batch_size, seed=0, repeat=False, **distributed
+            open_source(validation_data),
+            feature_extractor,
+            batch_size=config.batch_size,
+            seed=0,
+            repeat=False,
+            **distributed,
         )
     except (ValueError, FileNotFoundError) as error:
         raise TrainingError(f"data.source={config.data.source!r}: {error}") from error
@@ -293,12 +297,12 @@ def settle(config: FinetuneConfig) -> tuple[FinetuneConfig, LabelSet]:
     """
     where = f"data.source={config.data.source!r}"
     try:
-        source = open_source(config.data, num_readers=1, seed=config.seed)
-        labels = find_label_set(config.data, source, config.label_file)
+        source = open_source(config.data)
+        labels = find_label_set(source, config.label_file)
         found: Survey | None = None
         if labels is None or config.epochs is not None or config.problem_type == "auto":
             state = join_processes()
-            found = survey(source, selections_of(config.data, config.seed)) if state.is_main_process else None
+            found = survey(source, config.seed) if state.is_main_process else None
             (found,) = broadcast_object_list([found])
     except (ValueError, FileNotFoundError) as error:
         raise TrainingError(f"{where}: {error}") from error
@@ -332,9 +336,8 @@ def settle(config: FinetuneConfig) -> tuple[FinetuneConfig, LabelSet]:
 
 
 def check_splits(config: FinetuneConfig) -> None:
-    """
-    Raises:
-        TrainingError: If clips that are trained on would be evaluated on.
+    """Raises:
+    TrainingError: If clips that are trained on would be evaluated on.
     """
     if config.validation_source not in (None, config.data.source):
         return
@@ -350,7 +353,8 @@ def check_splits(config: FinetuneConfig) -> None:
 
 def evaluation_data(config: FinetuneConfig, split: str) -> EvaluationDataConfig:
     """A split that is evaluated: where and how the training data are read, but in order and each clip from its
-    start."""
+    start.
+    """
     return EvaluationDataConfig(
         **asdict(config.data)
         | {

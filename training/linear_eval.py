@@ -45,6 +45,7 @@ from modeling_sslam.common.signals import StopRequest
 from training.arguments import flatten
 from training.data.config import DataConfig, DataError
 from training.data.labels import LabelSet
+from training.data.sources import open_source
 from training.evaluation.card import write_results_to_card
 from training.evaluation.facts import PACKAGES, card_results, dataset_facts
 from training.evaluation.prediction import Predictions
@@ -52,7 +53,7 @@ from training.evaluation.results import MAIN_METRICS, Evaluation, write_results
 from training.finetune import FinetuneConfig, evaluation_data, finetune, make_classifier, settle
 from training.linear.clips import Round, make_rounds
 from training.linear.config import ALL_POOLINGS, PROTOCOLS, LinearEvalConfig
-from training.linear.features import POOLINGS, FeatureSet, cached_features
+from training.linear.features import FEATURE_POOLINGS, FeatureSet, cached_features
 from training.linear.heads import DEFAULT_LOSS, METRICS, Head, fit_heads, head_logits
 from training.linear.results import (
     HeadResult,
@@ -154,7 +155,7 @@ def evaluate_cached(config: LinearEvalConfig) -> None:
                 sets[part] = cached_features(
                     model.sslam,
                     feature_extractor,
-                    data,
+                    open_source(data),
                     config.cache_dir,
                     accelerator,
                     batch_size=config.batch_size,
@@ -172,9 +173,8 @@ def evaluate_cached(config: LinearEvalConfig) -> None:
 
 
 def check_apart(sets: dict[str, FeatureSet]) -> None:
-    """
-    Raises:
-        TrainingError: If a part has clips of the first, as the splits of a folder that has none do.
+    """Raises:
+    TrainingError: If a part has clips of the first, as the splits of a folder that has none do.
     """
     (_, train), *others = sets.items()
     rows = {id_: row for row, id_ in enumerate(train.ids)}
@@ -231,9 +231,8 @@ def common_facts(config: LinearEvalConfig, encoder_name: str) -> dict[str, Any]:
 
 
 def check_results_dir(config: LinearEvalConfig) -> None:
-    """
-    Raises:
-        TrainingError: If the folder holds another evaluation's results, which this one would mix with its own.
+    """Raises:
+    TrainingError: If the folder holds another evaluation's results, which this one would mix with its own.
     """
     path = config.output_dir / "results.json"
     if not path.exists():
@@ -260,9 +259,9 @@ def chosen_heads(config: LinearEvalConfig, encoder: SSLAMConfig) -> list[Head]:
             raise TrainingError(f"layers: {name!r} is not one of 0 to {last}, last, all.")
         layers += range(last + 1) if name == "all" else [last if name == "last" else int(name)]
     for name in config.poolings or [encoder.classifier_pooling]:
-        if name != "all" and not set(name.split("+")) <= set(POOLINGS):
+        if name != "all" and not set(name.split("+")) <= set(FEATURE_POOLINGS):
             raise TrainingError(
-                f"poolings: {name!r} is not one of {', '.join(POOLINGS)}, all, nor some of them joined by +."
+                f"poolings: {name!r} is not one of {', '.join(FEATURE_POOLINGS)}, all, nor some of them joined by +."
             )
         poolings += ALL_POOLINGS if name == "all" else [name]
     heads = [Head(layer, pooling) for layer in dict.fromkeys(layers) for pooling in dict.fromkeys(poolings)]
@@ -397,9 +396,8 @@ def evaluate_round(
 
 
 def check_targets(targets: Sequence[torch.Tensor], problem_type: str) -> None:
-    """
-    Raises:
-        DataError: If training, validation or test clips have no label, or not one each where they should.
+    """Raises:
+    DataError: If training, validation or test clips have no label, or not one each where they should.
     """
     for name, part in zip(Round._fields, targets, strict=True):
         if len(part) and not part.any():

@@ -34,6 +34,7 @@ from modeling_sslam.common.signals import StopRequest
 from modeling_sslam.feature_extraction_sslam import DATASET_PRESETS
 from training.arguments import optional_section
 from training.data.loader import make_loader
+from training.data.sources import open_source
 from training.report import write_report
 from training.run.config import RunConfig, TrainingError, WatchConfig
 from training.run.progress import Progress
@@ -122,7 +123,7 @@ def pretrain(config: PretrainConfig, stop: StopRequest) -> None:
     )
     try:
         loader = make_loader(
-            config.data,
+            open_source(config.data),
             feature_extractor,
             batch_size=config.batch_size,
             seed=config.seed,
@@ -181,9 +182,8 @@ def accumulate_gradients(
 
 
 def check_collapse(config: PretrainWatchConfig, update: int, pred_var: float, target_var: float) -> None:
-    """
-    Raises:
-        TrainingError: If student or teacher says the same of all patches, which nothing mends.
+    """Raises:
+    TrainingError: If student or teacher says the same of all patches, which nothing mends.
     """
     if update <= config.collapse_after:
         return

@@ -13,6 +13,7 @@ from .errors import InferenceError
 # What torchcodec and FFmpeg add to libsndfile's formats, and file names that its formats also go by.
 OTHER_SUFFIXES = {"aac", "ac3", "aif", "aifc", "amr", "m4a", "m4b", "mka", "mkv", "mov", "mp4", "oga", "opus"}
 OTHER_SUFFIXES |= {"snd", "weba", "webm", "wma", "wave"}
+OTHER_SUFFIXES |= {"3g2", "3gp", "asf", "avi", "f4v", "flv", "m4v", "mpg", "mxf", "nut", "ogm", "wmv"}
 # Headerless samples: nobody can say what rate and format they have.
 UNREADABLE_SUFFIXES = {"raw"}
 
@@ -21,6 +22,9 @@ def audio_suffixes() -> set[str]:
     """File name suffixes, with their dot, that folders are searched for."""
     known = {name.lower() for name in soundfile.available_formats()} | OTHER_SUFFIXES
     return {f".{name}" for name in known - UNREADABLE_SUFFIXES}
+
+
+AUDIO_SUFFIXES = frozenset(audio_suffixes())
 
 
 def find_recordings(sources: Iterable[str]) -> list[str]:

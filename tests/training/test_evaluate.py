@@ -20,6 +20,7 @@ from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, S
 from training.data.config import EvaluationDataConfig
 from training.data.labels import LabelSet
 from training.data.loader import make_loader
+from training.data.sources import open_source
 from training.evaluate import EvaluateConfig, evaluate, load_classifier, main
 from training.evaluation.card import write_results_to_card
 from training.evaluation.metrics import compute_metrics
@@ -148,7 +149,7 @@ def test_two_processes_find_what_one_finds(make_model, soundscapes, launch, tmp_
     model, extractor = load_classifier(str(model_dir))
     for split, shares in (("test", [7, 6]), ("lone", [1, 0])):
         data = EvaluationDataConfig(str(soundscapes), split=split, num_workers=0)
-        loader = make_loader(data, extractor, batch_size=4, seed=0, repeat=False)
+        loader = make_loader(open_source(data), extractor, batch_size=4, seed=0, repeat=False)
         alone = predict(model, loader, LabelSet(NAMES), Accelerator())
         both = [np.load(out / f"{split}-{rank}.npz") for rank in range(2)]
         assert [int(found["own"]) for found in both] == shares

@@ -12,6 +12,7 @@ from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
 from training.data.config import LabelledDataConfig
 from training.data.labels import LabelSet
 from training.data.loader import make_loader
+from training.data.sources import open_source
 from training.run.checkpointing import list_checkpoints
 from training.run.losses import loss_sum, loss_weight
 from training.run.metrics_log import read_metrics
@@ -60,7 +61,7 @@ def test_two_processes_give_the_gradient_of_one_batch_and_count_every_clip_once(
     batches = []
     for rank in range(2):
         config = LabelledDataConfig(str(table), num_workers=0)
-        loader = make_loader(config, extractor, batch_size=2, seed=0, rank=rank, world_size=2)
+        loader = make_loader(open_source(config), extractor, batch_size=2, seed=0, rank=rank, world_size=2)
         iterator = iter(loader)
         batches += [next(iterator) for _ in range(2)]
     targets = labels.encode([names for batch in batches for names in batch["labels"]])

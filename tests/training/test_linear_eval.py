@@ -17,7 +17,7 @@ from transformers import pipeline
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMForPreTraining
 from training import linear_eval
 from training.linear import features as features_module
-from training.linear.features import POOLINGS, read_features
+from training.linear.features import FEATURE_POOLINGS, read_features
 from training.soundscapes import __main__ as soundscapes
 
 NUM_LAYERS = 2
@@ -144,9 +144,9 @@ def test_a_head_becomes_a_model_that_the_pipeline_runs(run, scapes, capsys, laye
 def test_a_sweep_over_layers_and_poolings(run, monkeypatch):
     out, results = run(layers="all", poolings="all")
     rows = list(csv.DictReader((out / "sweep.csv").open()))
-    assert len(rows) == (NUM_LAYERS + 1) * (len(POOLINGS) + 1)
+    assert len(rows) == (NUM_LAYERS + 1) * (len(FEATURE_POOLINGS) + 1)
     assert {row["layer"] for row in rows} == {"0", "1", "2"}
-    assert {row["pooling"] for row in rows} == {*POOLINGS, "cls+mean"}
+    assert {row["pooling"] for row in rows} == {*FEATURE_POOLINGS, "cls+mean"}
     assert (out / "sweep.png").stat().st_size > 10_000
     best = max(rows, key=lambda row: float(row["validation_map"]))
     assert results["best_head"]["layer"] == int(best["layer"])

@@ -1,5 +1,6 @@
 """What fine-tuning does to clips and targets: on the waveform, clip by clip in the data's own random order; on the
-log-mel frames, a batch at a time on its device, drawn from torch's global generators."""
+log-mel frames, a batch at a time on its device, drawn from torch's global generators.
+"""
 
 from dataclasses import dataclass, field
 
@@ -91,7 +92,8 @@ def mix(values: torch.Tensor, weight: float) -> torch.Tensor:
 
 def mask_spectrogram(input_values: torch.Tensor, ratio: float) -> torch.Tensor:
     """SpecAugment (Park et al., 2019) on `(B, T, F)`: in each clip 0 over at most `ratio` of the mel bins and of the
-    frames, the widths and places drawn for each clip."""
+    frames, the widths and places drawn for each clip.
+    """
     length, num_mel_bins = input_values.shape[1:]
     widths = int(num_mel_bins * ratio), int(length * ratio)
     # torchaudio draws for each of a batch of images only if there is an axis of channels.

@@ -13,7 +13,7 @@ from training.evaluation.prediction import Predictions, _some
 ProblemType = Literal["multi_label_classification", "single_label_classification"]
 
 
-METRICS_FOLDER = Path(__file__).parent / "evaluation"
+METRICS_FOLDER = Path(__file__).parent
 
 
 # More would be names of clips, and a picture that cannot be drawn.

@@ -6,7 +6,7 @@ from typing import Literal
 
 from modeling_sslam.configuration_sslam import POOLINGS as MODEL_POOLINGS
 from training.finetune import FinetuneConfig
-from training.linear.features import POOLINGS
+from training.linear.features import FEATURE_POOLINGS
 from training.linear.heads import FINAL_LEARNING_RATE, HeadConfig
 
 PROTOCOLS = {
@@ -16,7 +16,7 @@ PROTOCOLS = {
 }
 
 
-ALL_POOLINGS = (*POOLINGS, "cls+mean")
+ALL_POOLINGS = (*FEATURE_POOLINGS, "cls+mean")
 
 
 @dataclass(kw_only=True)
@@ -40,7 +40,7 @@ class LinearEvalConfig(FinetuneConfig):
     poolings: list[str] | None = field(
         default=None,
         metadata={
-            "help": f"Poolings to fit heads on: {', '.join(POOLINGS)}, concatenations such as cls+mean, or all.",
+            "help": f"Poolings to fit heads on: {', '.join(FEATURE_POOLINGS)}, concatenations such as cls+mean, or all.",
             "default": "the model's own",
         },
     )

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from training.evaluation.metrics import ProblemType
-from training.linear.features import POOLINGS
+from training.linear.features import FEATURE_POOLINGS
 from training.run.losses import Loss, loss_sum, loss_weight
 from training.run.optimization import OptimizerConfig, learning_rate
 
@@ -59,7 +59,7 @@ class Head(NamedTuple):
 
     @property
     def columns(self) -> list[int]:
-        return [POOLINGS.index(name) for name in self.pooling.split("+")]
+        return [FEATURE_POOLINGS.index(name) for name in self.pooling.split("+")]
 
     def __str__(self) -> str:
         return f"layer {self.layer}, {self.pooling}"

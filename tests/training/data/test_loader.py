@@ -17,6 +17,7 @@ from modeling_sslam import SSLAMFeatureExtractor
 from training.data import stream
 from training.data.config import DataConfig
 from training.data.loader import make_loader
+from training.data.sources import open_source
 
 
 @pytest.fixture
@@ -35,7 +36,13 @@ def open_loader(tmp_path, write_parquet, make_folder, extractor):
         loader_kwargs = {name: kwargs.pop(name) for name in ("repeat", "drop_last") if name in kwargs}
         config = DataConfig(sources[kind, sizes], **({"num_workers": 0, "shuffle_buffer": 4} | kwargs))
         return make_loader(
-            config, extractor, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, **loader_kwargs
+            open_source(config),
+            extractor,
+            batch_size=batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            **loader_kwargs,
         )
 
     return open_loader
@@ -194,7 +201,8 @@ def test_a_moved_folder_resumes(make_folder, extractor):
     folder = make_folder(9)
 
     def open_loader():
-        return make_loader(DataConfig(str(folder), num_workers=0, shuffle_buffer=4), extractor, batch_size=2, seed=0)
+        source = open_source(DataConfig(str(folder), num_workers=0, shuffle_buffer=4))
+        return make_loader(source, extractor, batch_size=2, seed=0)
 
     loader = open_loader()
     state, expected = None, []
@@ -251,7 +259,7 @@ def test_clips_of_different_lengths(tmp_path, encode, extractor):
     values = {}
     for front_end in ("worker", "device"):
         config = DataConfig(str(tmp_path), num_workers=0, shuffle_buffer=0, crop="head", front_end=front_end)
-        loader = make_loader(config, extractor, batch_size=3, seed=0)
+        loader = make_loader(open_source(config), extractor, batch_size=3, seed=0)
         batch = next(iter(loader))
         values[front_end] = loader.input_values(batch, "cpu")
     assert batch["num_samples"].tolist() == [3200, 4800, 31 * 160 + 400]
@@ -261,7 +269,7 @@ def test_clips_of_different_lengths(tmp_path, encode, extractor):
 
 def crops(tmp_path, extractor, num_batches=12, **kwargs):
     config = DataConfig(str(tmp_path), **({"shuffle_buffer": 2, "front_end": "device"} | kwargs))
-    loader = make_loader(config, extractor, batch_size=1, seed=0)
+    loader = make_loader(open_source(config), extractor, batch_size=1, seed=0)
     return {
         (batch["epochs"][0], batch["ids"][0]): batch["waveforms"][0] for batch in itertools.islice(loader, num_batches)
     }
@@ -306,7 +314,7 @@ def damaged_folder(make_folder, encode):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_unusable_clips_are_skipped_counted_and_named(damaged_folder, extractor, caplog, num_workers):
     config = DataConfig(str(damaged_folder), num_workers=num_workers, shuffle_buffer=4, max_skipped_fraction=0.5)
-    loader = make_loader(config, extractor, batch_size=3, seed=0, repeat=False)
+    loader = make_loader(open_source(config), extractor, batch_size=3, seed=0, repeat=False)
     with caplog.at_level(logging.WARNING):
         assert sum(len(batch["ids"]) for batch in loader) == 20
     assert loader.skipped == {"empty": 1, "undecodable": 2, "too_short": 1}
@@ -321,7 +329,7 @@ def test_counts_of_skipped_clips_survive_a_resume(damaged_folder, extractor, mon
     config = DataConfig(str(damaged_folder), num_workers=num_workers, shuffle_buffer=4, max_skipped_fraction=0.5)
 
     def open_loader():
-        return make_loader(config, extractor, batch_size=3, seed=0)
+        return make_loader(open_source(config), extractor, batch_size=3, seed=0)
 
     loader = open_loader()
     expected, states = [], []
@@ -339,7 +347,7 @@ def test_counts_of_skipped_clips_survive_a_resume(damaged_folder, extractor, mon
 
 def test_too_many_unusable_clips_stop_the_run(damaged_folder, extractor):
     config = DataConfig(str(damaged_folder), num_workers=0, shuffle_buffer=4, max_skipped_fraction=0.1)
-    loader = make_loader(config, extractor, batch_size=3, seed=0)
+    loader = make_loader(open_source(config), extractor, batch_size=3, seed=0)
     with pytest.raises(
         RuntimeError, match=r"of 10\d clips of .* are unusable \(\d+ undecodable, .*max_skipped_fraction"
     ):
@@ -350,9 +358,8 @@ def test_too_many_unusable_clips_stop_the_run(damaged_folder, extractor):
 def test_a_source_of_nothing_but_unusable_clips_stops_the_run(tmp_path, extractor):
     for i in range(5):
         (tmp_path / f"{i}.wav").write_bytes(b"")
-    loader = make_loader(
-        DataConfig(str(tmp_path), num_workers=0, max_skipped_fraction=0.9), extractor, batch_size=2, seed=0
-    )
+    source = open_source(DataConfig(str(tmp_path), num_workers=0, max_skipped_fraction=0.9))
+    loader = make_loader(source, extractor, batch_size=2, seed=0)
     with pytest.raises(RuntimeError, match=r"\d+ of \d+ clips of .* are unusable \(\d+ empty\)"):
         take(loader, 1)
 
@@ -365,7 +372,7 @@ def test_memory_stays_flat_over_many_epochs(tmp_path, write_parquet):
     write_parquet(tmp_path / "data", [20, 20, 20, 20], seconds=10.0)
     size = sum(path.stat().st_size for path in (tmp_path / "data").iterdir())
     config = DataConfig(str(tmp_path / "data"), num_workers=0, shuffle_buffer=8)
-    loader = make_loader(config, SSLAMFeatureExtractor(max_length=32), batch_size=8, seed=0)
+    loader = make_loader(open_source(config), SSLAMFeatureExtractor(max_length=32), batch_size=8, seed=0)
     process, peaks = psutil.Process(), []
     for i, _ in enumerate(itertools.islice(loader, 400)):
         if i % 100 == 0:

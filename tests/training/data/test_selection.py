@@ -7,6 +7,7 @@ import pytest
 from training.data.config import DataConfig
 from training.data.loader import make_loader
 from training.data.selection import WeightedDraw, selections_of
+from training.data.sources import open_source
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_all_ranks_together_see_each_drawn_clip_once_an_epoch(
     )
     seen = Counter()
     for rank in range(world_size):
-        loader = make_loader(config, extractor, batch_size=1, seed=7, rank=rank, world_size=world_size)
+        loader = make_loader(open_source(config), extractor, batch_size=1, seed=7, rank=rank, world_size=world_size)
         for batch in loader:
             seen.update(zip(batch["ids"], batch["epochs"], strict=True))
             if loader.epoch > 2 + num_workers:
@@ -82,10 +83,10 @@ def test_a_run_with_draws_resumes_exactly(make_folder, write_weights, extractor)
         batches = iter(loader)
         return [next(batches)["ids"] for _ in range(count)]
 
-    straight = ids_of(make_loader(config, extractor, batch_size=2, seed=0), 12)
-    first = make_loader(config, extractor, batch_size=2, seed=0)
+    straight = ids_of(make_loader(open_source(config), extractor, batch_size=2, seed=0), 12)
+    first = make_loader(open_source(config), extractor, batch_size=2, seed=0)
     assert ids_of(first, 5) == straight[:5]
-    second = make_loader(config, extractor, batch_size=2, seed=0)
+    second = make_loader(open_source(config), extractor, batch_size=2, seed=0)
     second.load_state_dict(first.state_dict())
     assert ids_of(second, 7) == straight[5:]
 
@@ -95,7 +96,7 @@ def test_held_out_clips_and_the_others_are_the_source(make_folder, extractor):
     sides = []
     for held_out in (False, True):
         config = DataConfig(str(folder), hold_out=0.3, held_out=held_out, num_workers=0)
-        loader = make_loader(config, extractor, batch_size=4, seed=int(held_out), repeat=False)
+        loader = make_loader(open_source(config), extractor, batch_size=4, seed=int(held_out), repeat=False)
         sides.append([id_ for batch in loader for id_ in batch["ids"]])
     assert len(sides[0]) + len(sides[1]) == 40
     assert not set(sides[0]) & set(sides[1])

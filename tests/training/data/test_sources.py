@@ -15,7 +15,7 @@ from training.data.sources import open_source
 
 def read_all(config, extractor, **kwargs):
     """Clips of one pass as {id: (labels, input_values)}."""
-    loader = make_loader(config, extractor, batch_size=3, seed=0, repeat=False, **kwargs)
+    loader = make_loader(open_source(config), extractor, batch_size=3, seed=0, repeat=False, **kwargs)
     clips = {}
     for batch in loader:
         labels = batch.get("labels", [None] * len(batch["ids"]))
@@ -187,8 +187,12 @@ def test_a_table_gives_paths_labels_groups_and_splits(make_folder, extractor):
         paths[2]: [],
         paths[3]: ["a", "b"],
     }
-    source = open_source(config, num_readers=1, seed=0)
-    assert {row["id"]: row["num_sources"] for row in source.dataset} == {paths[1]: "1", paths[2]: "0", paths[3]: "1"}
+    source = open_source(config)
+    assert {row["id"]: row["num_sources"] for row in source.rows(["id", "num_sources"])} == {
+        paths[1]: "1",
+        paths[2]: "0",
+        paths[3]: "1",
+    }
     whole = read_all(config_for(table, split="train+test"), extractor)
     assert sorted(whole) == paths
     with pytest.raises(ValueError, match="has no split 'validation'; it has test, train"):
@@ -197,7 +201,7 @@ def test_a_table_gives_paths_labels_groups_and_splits(make_folder, extractor):
     with pytest.raises(
         ValueError, match="no column of the usual names; set audio_column to one of those it has: sound"
     ):
-        open_source(config_for(table), num_readers=1, seed=0)
+        open_source(config_for(table))
 
 
 def test_splits_are_joined_and_shared_out(tmp_path, write_parquet, extractor):
@@ -206,15 +210,15 @@ def test_splits_are_joined_and_shared_out(tmp_path, write_parquet, extractor):
             (tmp_path / "data").mkdir(exist_ok=True)
             path.rename(tmp_path / "data" / path.name.replace("train", split))
     counts = {
-        split: len(list(open_source(config_for(tmp_path / "data", split=split), 1, 0).dataset))
+        split: len(list(open_source(config_for(tmp_path / "data", split=split)).rows(["video_id"])))
         for split in ("train", "test", "train+test")
     }
     assert counts == {"train": 6, "test": 4, "train+test": 10}
-    config = config_for(tmp_path / "data", split="train+test", num_workers=2)
+    source = open_source(config_for(tmp_path / "data", split="train+test", num_workers=2))
     per_rank = [
         sum(
             len(batch["ids"])
-            for batch in make_loader(config, extractor, batch_size=3, seed=0, rank=rank, world_size=2, repeat=False)
+            for batch in make_loader(source, extractor, batch_size=3, seed=0, rank=rank, world_size=2, repeat=False)
         )
         for rank in range(2)
     ]

@@ -13,8 +13,9 @@ from accelerate import Accelerator
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
 from modeling_sslam.common.audio import read_waveform
 from training.data.config import DataConfig, DataError
+from training.data.sources import open_source
 from training.linear import features as features_module
-from training.linear.features import POOLINGS, cached_features, pooled_states, read_features
+from training.linear.features import FEATURE_POOLINGS, cached_features, pooled_states, read_features
 
 SIZES, MAX_LENGTH = (5, 4), 48
 
@@ -52,11 +53,11 @@ def data(tmp_path, encode):
 def cache(tmp_path, encoder, feature_extractor, data):
     """Features of the encoder and data, or of others."""
 
-    def cache(**changes):
+    def cache(data=data, **changes):
         arguments = {
             "encoder": encoder,
             "feature_extractor": feature_extractor,
-            "data": data,
+            "source": open_source(data),
             "cache_dir": tmp_path / "cache",
             "accelerator": Accelerator(),
         }
@@ -77,7 +78,7 @@ def no_extraction(monkeypatch):
 def test_features_are_the_models_own_clip_by_clip(cache, data, encoder, feature_extractor, batch_size):
     features = cache(batch_size=batch_size)
 
-    assert features.pooled.shape == (sum(SIZES), 4, len(POOLINGS), 32)
+    assert features.pooled.shape == (sum(SIZES), 4, len(FEATURE_POOLINGS), 32)
     assert features.pooled.dtype == np.float32
     assert features.ids == sorted(features.ids)
     tables = [pq.read_table(path).to_pylist() for path in sorted((features.folder.parents[1] / "data").iterdir())]
@@ -93,7 +94,7 @@ def test_features_are_the_models_own_clip_by_clip(cache, data, encoder, feature_
         with torch.no_grad():
             states = encoder(**inputs, output_hidden_states=True).hidden_states
         expected = np.stack([[s[0, 0], s[0, 1:].mean(0), s[0, 1:].amax(0)] for s in states])
-        own = pooled[:, [POOLINGS.index(name) for name in ("cls", "mean", "max")]]
+        own = pooled[:, [FEATURE_POOLINGS.index(name) for name in ("cls", "mean", "max")]]
         np.testing.assert_allclose(own, expected, rtol=0, atol=1e-5)
 
 
@@ -103,7 +104,7 @@ def test_last_layer_is_what_the_classifier_pools(make_config, pooling):
     model = SSLAMForAudioClassification(make_config(classifier_pooling=pooling, num_labels=5)).eval()
     inputs = torch.randn(3, 64, 32)
     with torch.no_grad():
-        pooled = pooled_states(model.sslam, inputs)[:, -1, POOLINGS.index(pooling)]
+        pooled = pooled_states(model.sslam, inputs)[:, -1, FEATURE_POOLINGS.index(pooling)]
         logits = model.classifier.dense(model.classifier.layernorm(pooled))
         torch.testing.assert_close(logits, model(inputs).logits, rtol=0, atol=1e-5)
 
