@@ -4,7 +4,7 @@ from typing import Literal
 
 import pytest
 
-from training.arguments import flatten, optional_section, parse, settings, to_yaml
+from training.arguments import flatten, parse, settings, to_yaml, with_optional_fields
 
 
 @dataclass
@@ -32,11 +32,17 @@ class Described:
 
 
 @dataclass
+@with_optional_fields(Described)
+class Change:
+    """Changes to something."""
+
+
+@dataclass
 class Outer:
     output_dir: Path
     inner: Inner
     other: Inner = field(default_factory=lambda: Inner(rate=0.25))
-    change: optional_section("Change", Described) = field(default_factory=optional_section("Change", Described))
+    change: Change = field(default_factory=Change)
     name: str | None = None
     mode: Literal["no", "fp16"] | None = None
     count: int = 3

@@ -18,7 +18,7 @@ from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraini
 from modeling_sslam.common.signals import StopRequest
 from training import finetune
 from training.arguments import parse
-from training.run import run as loop
+from training.run import trainer
 from training.run.checkpointing import list_checkpoints
 from training.run.metrics_log import read_metrics
 
@@ -272,7 +272,7 @@ def test_memory_and_speed_options_change_no_result(train):
 
 @pytest.mark.parametrize(("wait_fraction", "count"), [(0.3, 1), (0.05, 0)])
 def test_waiting_for_data_is_pointed_out_once(train, monkeypatch, caplog, wait_fraction, count):
-    monkeypatch.setattr(loop.IntervalTimer, "wait_fraction", wait_fraction)
+    monkeypatch.setattr(trainer.IntervalTimer, "wait_fraction", wait_fraction)
     train()
     hints = [record.message for record in caplog.records if "waiting for data" in record.message]
     assert len(hints) == count

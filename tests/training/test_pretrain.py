@@ -23,7 +23,7 @@ from training import pretrain
 from training.arguments import parse
 from training.data.loader import AudioLoader
 from training.run import processes as start_of_processes
-from training.run import run as loop
+from training.run import trainer
 from training.run.checkpointing import list_checkpoints
 from training.run.metrics_log import read_metrics
 from training.soundscapes.__main__ import make_row
@@ -375,14 +375,14 @@ def test_a_full_disk_stops_with_the_last_checkpoint_whole(train, monkeypatch, tm
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    honest = loop.save_optimizer
+    honest = trainer.save_optimizer
 
     def fill_up(folder, *arguments):
         if folder.name.endswith("6"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
         honest(folder, *arguments)
 
-    monkeypatch.setattr(loop, "save_optimizer", fill_up)
+    monkeypatch.setattr(trainer, "save_optimizer", fill_up)
     try:
         with pytest.raises(SystemExit, match="step-00000006 could not be written"):
             train()

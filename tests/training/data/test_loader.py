@@ -236,6 +236,23 @@ def test_workers_outlive_the_signal_that_ends_a_run(open_loader, number):
     assert not psutil.wait_procs(workers, timeout=20)[1]
 
 
+@pytest.mark.parametrize("kind", ["parquet", "folder"])
+def test_loaders_of_one_source_do_not_disturb_each_other(open_loader, extractor, kind):
+    """As in a run that trains on a source and validates on the clips that it holds out."""
+    expected = take(open_loader(kind), 8)
+    loader = open_loader(kind)
+    other = make_loader(loader.stream.source, extractor, batch_size=2, seed=5, repeat=False)
+    batches, states = [], []
+    for batch in itertools.islice(loader, 8):
+        batches.append(batch)
+        states.append(loader.state_dict())
+        assert len(list(other)) == 12
+    assert_same(batches, expected)
+    resumed = open_loader(kind)
+    resumed.load_state_dict(states[3])
+    assert_same(take(resumed, 4), expected[4:])
+
+
 # -------------------------------------------------------------------------------------------------- front end, crops
 
 

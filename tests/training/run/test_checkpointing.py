@@ -17,7 +17,7 @@ from training.run.checkpointing import (
     rotate,
     save_tensors,
     set_rng_state,
-    write_folder,
+    write_checkpoint,
 )
 from training.run.metrics_log import append_metrics, read_metrics, truncate_metrics
 
@@ -33,7 +33,7 @@ def save(tmp_path):
             (folder / "deeper" / "weights.bin").write_bytes(bytes([update]) * size)
             save_tensors({"tensor": torch.full((size,), float(update))}, folder / "state.pt")
 
-        write_folder(checkpoint_path(run_dir, update), write, accelerator)
+        write_checkpoint(checkpoint_path(run_dir, update), write, accelerator)
         return checkpoint_path(run_dir, update)
 
     return save

@@ -6,6 +6,7 @@
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ from torch.distributed.fsdp import fully_shard
 
 from modeling_sslam import SSLAMConfig, SSLAMForPreTraining
 from modeling_sslam.modeling_sslam_pretraining import draw_unmixed_starts, inverse_block_masks
-from training.pretrain import accumulate_gradients
+from training.pretrain import pretraining_losses
+from training.run.accumulation import accumulate_gradients
 from training.run.checkpointing import load_optimizer, save_optimizer
 from training.run.optimization import OptimizerConfig, make_optimizer
 
@@ -68,7 +70,8 @@ def update(folder: Path, kind: str, num_micro_batches: int) -> None:
 
     first = accelerator.process_index * num_micro_batches
     inputs = [micro_batch(first + i) for i in range(num_micro_batches)]
-    outputs = accumulate_gradients(accelerator, model, inputs, mask_generator(first))
+    compute_losses = partial(pretraining_losses, model, mask_generator(first))
+    outputs = accumulate_gradients(accelerator, model, inputs, compute_losses)
     gradients = {name: whole(p.grad) for name, p in plain_model.named_parameters() if p.grad is not None}
     optimizer.step()
     plain_model.update_teacher(plain_model.ema_decay(1))
