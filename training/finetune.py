@@ -233,22 +233,26 @@ def train(config: FinetuneConfig, stop: StopRequest) -> dict[str, Evaluation]:
     model, feature_extractor = prepare_classifier(config, task, run)
 
     # --- Data
-    distributed = {"rank": run.rank, "world_size": run.world_size}
-    augment = roll_and_gain if config.augmentation.roll_and_gain else None
     try:
         loader = make_loader(
             task.source,
             feature_extractor,
             batch_size=config.batch_size,
             seed=config.seed,
-            augment=augment,
-            **distributed,
+            rank=run.rank,
+            world_size=run.world_size,
+            augment=roll_and_gain if config.augmentation.roll_and_gain else None,
         )
-        validation_source = task.source.read_as(
-            evaluation_data(config.data, config.validation_source, config.validation_split)
-        )
+        validation_data = evaluation_data(config.data, config.validation_source, config.validation_split)
+        validation_source = task.source.read_as(validation_data)
         validation_loader = make_loader(
-            validation_source, feature_extractor, batch_size=config.batch_size, seed=0, repeat=False, **distributed
+            validation_source,
+            feature_extractor,
+            batch_size=config.batch_size,
+            seed=0,
+            rank=run.rank,
+            world_size=run.world_size,
+            repeat=False,
         )
     except (ValueError, FileNotFoundError) as error:
         raise TrainingError(f"data.source={config.data.source!r}: {error}") from error
@@ -283,7 +287,7 @@ def train(config: FinetuneConfig, stop: StopRequest) -> dict[str, Evaluation]:
     if run.accelerator.is_main_process:
         write_report(run.folder)
     run.accelerator.wait_for_everyone()
-    splits = {config.validation_split: validation_source.config}
+    splits = {config.validation_split: validation_data}
     if config.test_split is not None:
         test_data = evaluation_data(config.data, config.validation_source, config.test_split)
         splits[config.test_split] = replace(test_data, hold_out=0.0, held_out=False)

@@ -116,7 +116,9 @@ def pretrain(config: PretrainConfig, stop: StopRequest) -> None:
     try:
         if start := run.checkpoint or config.init_from:
             model_config = SSLAMConfig.from_pretrained(start, **overrides)
-            model = SSLAMForPreTraining.from_pretrained(start, config=model_config, dtype=torch.float32)
+            model: SSLAMForPreTraining = SSLAMForPreTraining.from_pretrained(
+                start, config=model_config, dtype=torch.float32
+            )
         else:
             model_config = SSLAMConfig(**overrides)
             model = SSLAMForPreTraining(model_config)

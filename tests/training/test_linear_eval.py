@@ -16,6 +16,7 @@ from transformers import pipeline
 
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMForPreTraining
 from training import linear_eval
+from training.linear import cached
 from training.linear import features as features_module
 from training.linear.features import FEATURE_POOLINGS, read_features
 from training.soundscapes import __main__ as soundscapes
@@ -163,7 +164,7 @@ def test_a_sweep_over_layers_and_poolings(run, monkeypatch):
 
 def test_parts_of_a_sweep_are_the_sweep(run, monkeypatch):
     _, whole = run("whole", layers="0,1", poolings="cls,mean", **{"head.epochs": 2})
-    monkeypatch.setattr(linear_eval, "MAX_BYTES_IN_MEMORY", 1)
+    monkeypatch.setattr(cached, "MAX_BYTES_IN_MEMORY", 1)
     _, parts = run("parts", layers="0,1", poolings="cls,mean", **{"head.epochs": 2})
     for one, other in zip(whole["heads"], parts["heads"], strict=True):
         assert one["test_map"] == pytest.approx(other["test_map"], abs=1e-4)
