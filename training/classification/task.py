@@ -1,4 +1,4 @@
-"""The task that labelled data set: classes, problem type, and the splits to train and evaluate on."""
+"""The task of a classifier: labelled training data, their classes and problem type, and the splits to evaluate on."""
 
 import logging
 from dataclasses import asdict, replace

@@ -27,7 +27,7 @@ def test_classes_of_a_model_and_of_files(tmp_path):
         LabelSet.of_file(tmp_path / "broken.csv")
 
 
-def test_where_the_classes_are_found(tmp_path, write_parquet, make_folder):
+def test_classes_come_from_a_label_file_or_the_data(tmp_path, write_parquet, make_folder):
     write_parquet(tmp_path / "data", [4])
     config = DataConfig(str(tmp_path / "data"), label_column="human_labels")
     assert find_label_set(open_source(config)) is None
@@ -35,13 +35,13 @@ def test_where_the_classes_are_found(tmp_path, write_parquet, make_folder):
     assert find_label_set(open_source(config)).names == ["class 1", "class 0", "class 2"]
     (tmp_path / "own.csv").write_text("x\ny\n")
     assert find_label_set(open_source(config), str(tmp_path / "own.csv")).names == ["x", "y"]
-    # A folder of sounds beside a file of that name is not a data set with classes.
+    # A plain folder has no table of classes.
     folder = make_folder(2)
     config = DataConfig(str(folder), label_column="auto")
     assert find_label_set(open_source(config)) is None
 
 
-def test_a_survey_counts_what_takes_part(tmp_path, write_parquet):
+def test_a_survey_counts_the_clips_that_take_part(tmp_path, write_parquet):
     write_parquet(tmp_path / "data", [7, 6])
     config = DataConfig(str(tmp_path / "data"), label_column="human_labels")
     found = survey(open_source(config))

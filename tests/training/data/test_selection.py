@@ -31,15 +31,15 @@ def test_a_single_draw_follows_the_weights(write_weights):
         assert counts[id_] / epochs == pytest.approx(share, abs=4 * (share * (1 - share) / epochs) ** 0.5)
 
 
-def test_a_second_draw_is_from_what_is_left(write_weights):
+def test_a_second_draw_is_among_the_other_clips(write_weights):
     draw = WeightedDraw(write_weights({"a": 1.0, "b": 1.0, "c": 2.0}), clips_per_epoch=2, seed=1)
     epochs = 3000
     without_c = sum(not draw("c", epoch) for epoch in range(epochs))
-    # a then b, or b then a: 1/4 * 1/3, twice.
+    # Either a then b, or b then a, each with probability 1/4 * 1/3.
     assert without_c / epochs == pytest.approx(1 / 6, abs=0.03)
 
 
-def test_seed_and_epoch_change_the_draw_and_nothing_else_does(write_weights):
+def test_the_draw_depends_on_seed_and_epoch_alone(write_weights):
     path = write_weights({f"clip{i}": 1.0 + i % 3 for i in range(200)})
     drawn = {seed: WeightedDraw(path, 50, seed).drawn(3) for seed in (0, 1)}
     assert (drawn[0] == WeightedDraw(path, 50, 0).drawn(3)).all()
@@ -91,7 +91,7 @@ def test_a_run_with_draws_resumes_exactly(make_folder, write_weights, extractor)
     assert ids_of(second, 7) == straight[5:]
 
 
-def test_held_out_clips_and_the_others_are_the_source(make_folder, extractor):
+def test_held_out_clips_and_the_others_together_are_the_source(make_folder, extractor):
     folder = make_folder(40)
     sides = []
     for held_out in (False, True):
@@ -103,7 +103,7 @@ def test_held_out_clips_and_the_others_are_the_source(make_folder, extractor):
     assert 4 < len(sides[1]) < 20
 
 
-def test_shares_held_out_are_about_the_fraction():
+def test_the_share_of_held_out_clips_is_about_the_fraction():
     (select,) = selections_of(DataConfig("x", hold_out=0.25, held_out=True), seed=0)
     share = np.mean([select(f"clip{i}", 0) for i in range(4000)])
     assert share == pytest.approx(0.25, abs=0.03)
@@ -122,7 +122,7 @@ def test_impossible_weights_are_refused(write_weights, weights, clips_per_epoch,
         WeightedDraw(write_weights(weights), clips_per_epoch, 0)
 
 
-def test_foreign_weights_are_refused(write_weights, tmp_path):
+def test_weights_of_another_source_are_refused(write_weights, tmp_path):
     with pytest.raises(ValueError, match="no weight for clip z"):
         WeightedDraw(write_weights({"a": 1.0}), 1, 0)("z", 0)
     (tmp_path / "twice.csv").write_text("id,weight\na,1\na,2\n")

@@ -1,4 +1,4 @@
-"""Streaming from a real HTTP server on loopback that drops connections, answers 500 and 429, and stalls."""
+"""Streaming from an HTTP server on loopback that drops connections, answers 500 and 429, and stalls."""
 
 import io
 import itertools
@@ -22,7 +22,7 @@ COLUMNS = (("bytes", "binary"), ("path", "string"))
 
 
 class FaultyServer(ThreadingHTTPServer):
-    """Serves the files of a folder with byte ranges, but that a fraction of the requests meet its faults in turn."""
+    """A server of a folder's files, with byte ranges. It answers a fraction of the requests with one of its faults."""
 
     daemon_threads = True
 
@@ -46,7 +46,7 @@ class FaultyServer(ThreadingHTTPServer):
             return fault
 
     def handle_error(self, request, client_address):
-        """The client hangs up on a stalled answer."""
+        """Ignore errors: the client closes the connection of a stalled answer."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -117,7 +117,7 @@ def serve(tmp_path):
 
 @pytest.fixture
 def hurried(monkeypatch):
-    """The same retries, but with fewer and shorter waits: of `datasets` inside, of ours around them."""
+    """Fewer and shorter waits between retries, both those of `datasets` and our own."""
     monkeypatch.setattr(datasets.config, "STREAMING_READ_MAX_RETRIES", 2)
     monkeypatch.setattr(datasets.config, "STREAMING_READ_RETRY_INTERVAL", 0.01)
     monkeypatch.setattr(datasets.config, "STREAMING_OPEN_MAX_RETRIES", 2)
@@ -139,9 +139,7 @@ def config_for(server, paths, num_workers, **kwargs):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_no_clip_is_lost_or_doubled_over_a_bad_connection(
-    tmp_path, write_parquet, extractor, serve, hurried, num_workers
-):
+def test_a_bad_connection_loses_and_repeats_no_clip(tmp_path, write_parquet, extractor, serve, hurried, num_workers):
     paths = write_parquet(tmp_path / "data", [12, 9, 15], row_group_size=3)
     local = DataConfig("parquet", data_files=[str(p) for p in paths], num_workers=num_workers, shuffle_buffer=8)
     expected = list(itertools.islice(make_loader(open_source(local), extractor, batch_size=4, seed=0), 45))
@@ -189,7 +187,7 @@ def test_a_server_that_stays_down_stops_the_run_with_its_error(
 
 
 def test_clips_that_are_files_on_a_server(tmp_path, make_folder, extractor, serve, hurried):
-    """A dataset may hold no more than addresses. One that is not there is skipped, one that fails is waited for."""
+    """A dataset may hold only URLs. A missing file is skipped; a failing one is tried again."""
     folder = make_folder(6)
     server = serve(folder, fault_rate=0.35)
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.flac"))]
@@ -204,7 +202,7 @@ def test_clips_that_are_files_on_a_server(tmp_path, make_folder, extractor, serv
 
 
 def test_webdataset_over_http(tmp_path, encode, extractor, serve, hurried):
-    """A tar is read from front to back: a dropped connection must not pass for its end."""
+    """A tar is read sequentially, so a dropped connection must not look like its end."""
     (tmp_path / "tars").mkdir()
     with tarfile.open(tmp_path / "tars" / "train-0.tar", "w") as archive:
         for i in range(40):
