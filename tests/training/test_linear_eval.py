@@ -271,8 +271,9 @@ def test_impossible_settings_end_with_one_line(run, capsys, changes, message):
 def test_configurations_of_fine_tuning_are_accepted():
     keys = {setting.key for setting in settings(LinearEvalConfig)}
     assert {setting.key for setting in settings(FinetuneConfig)} < keys
+    required = ["--model", "m", "--data", "d", "--output_dir", "o", "--mode", "published"]
     for path in Path(linear_eval.__file__).parent.glob("configs/finetune_*.yaml"):
-        config = parse(LinearEvalConfig, ["--config", str(path), "--model", "m", "--data", "d", "--output_dir", "o"])
+        config = parse(LinearEvalConfig, ["--config", str(path), *required])
         fitting = config.finetuning()
         assert (fitting.max_updates, fitting.epochs, fitting.warmup_fraction) == (None, 50, None)
         assert fitting.optimizer.learning_rate == config.head.learning_rate
