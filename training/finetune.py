@@ -160,8 +160,13 @@ class FinetuneConfig(RunConfig):
 
     def is_evaluation_due(self, update: int) -> bool:
         """Return whether the validation split is evaluated after an update."""
-        every = self.evaluate_every or max(1, self.num_updates // DEFAULT_NUM_EVALUATIONS)
+        every = self.evaluate_every or default_evaluate_every(self.num_updates)
         return update % every == 0 or update == self.num_updates
+
+
+def default_evaluate_every(num_updates: int) -> int:
+    """Return the default number of updates between evaluations."""
+    return max(1, num_updates // DEFAULT_NUM_EVALUATIONS)
 
 
 @dataclass
@@ -323,7 +328,7 @@ def settle(config: FinetuneConfig) -> tuple[FinetuneConfig, Task]:
         optimizer = replace(config.optimizer, warmup_updates=round(config.warmup_fraction * num_updates))
         changes |= {"warmup_fraction": None, "optimizer": optimizer}
     if config.evaluate_every is None:
-        changes["evaluate_every"] = max(1, num_updates // DEFAULT_NUM_EVALUATIONS)
+        changes["evaluate_every"] = default_evaluate_every(num_updates)
     return replace(config, **changes), task
 
 

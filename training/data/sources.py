@@ -38,7 +38,7 @@ from training.data.listings import Listing, columns_of, has_split_column, list_f
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 SHARD_SUFFIXES = (".parquet", ".arrow", ".tar")
-# The order of so many shards mixes a folder well; `datasets` would handle more of them slowly.
+# So many shards suffice to mix a folder by their order. `datasets` handles many more of them slowly.
 MAX_SHARDS = 1024
 
 
@@ -59,21 +59,27 @@ class Part(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ListedPart:
-    """A listing of sound files. Mixing a listing is free, so it is mixed whole; each epoch then varies that order."""
+    """A listing of sound files. Mixing a listing is free, so it is mixed whole; each epoch then varies that order.
 
-    listing: Listing
+    Args:
+        listing: An Arrow table, which worker processes share; each would soon have its own copy of Python lists.
+    """
+
+    listing: datasets.Dataset
 
     def in_shards(self, num_readers: int, seed: int | None) -> datasets.IterableDataset:
         """See [`Part.in_shards`]."""
-        size = len(self.listing["id"])
-        order = np.arange(size) if seed is None else np.random.default_rng(seed).permutation(size)
-        mixed = {name: [column[i] for i in order] for name, column in self.listing.items()}
-        return datasets.Dataset.from_dict(mixed).to_iterable_dataset(choose_num_shards(size, num_readers))
+        size = len(self.listing)
+        mixed = self.listing
+        if seed is not None:
+            order = np.random.default_rng(seed).permutation(size)
+            columns = self.listing.to_dict()
+            mixed = datasets.Dataset.from_dict({name: [column[i] for i in order] for name, column in columns.items()})
+        return mixed.to_iterable_dataset(choose_num_shards(size, num_readers))
 
-    def rows(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def rows(self, columns: Sequence[str]) -> Iterable[dict[str, Any]]:
         """See [`Part.rows`]."""
-        for values in zip(*(self.listing[name] for name in columns), strict=True):
-            yield dict(zip(columns, values, strict=True))
+        return self.listing.select_columns(list(columns))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +223,7 @@ def open_source(config: DataConfig) -> Source:
     elif _is_plain_folder(path, config):
         listing = list_folder(path, config)
     if listing is not None:
-        return Source(config, [ListedPart(listing)], columns_of(listing))
+        return Source(config, [ListedPart(datasets.Dataset.from_dict(listing))], columns_of(listing))
     opened = [_open_split(dataclasses.replace(config, split=split.strip()), path) for split in config.split.split("+")]
     return Source(config, [part for part, _ in opened], opened[0][1])
 
@@ -329,7 +335,8 @@ def _list_audiofolder(config: DataConfig, folder: Path) -> tuple[Part, Columns]:
             listing.setdefault("labels", []).append(source.labels(row))
         if columns.group is not None:
             listing.setdefault(columns.group, []).append(row[columns.group])
-    return ListedPart(listing), columns_of(listing)._replace(label_names=columns.label_names)
+    part = ListedPart(datasets.Dataset.from_dict(listing))
+    return part, columns_of(listing)._replace(label_names=columns.label_names)
 
 
 __all__ = ["AUDIO_SUFFIXES", "SHARD_SUFFIXES", "Source", "http_options", "is_one_split", "open_source"]
