@@ -1,11 +1,12 @@
-"""Pictures and a model card out of a run's folder: `python -m training.report RUN_DIR`, at any time.
+"""Report of a run, at any time: `python -m training.report RUN_DIR`.
 
-Writes RUN_DIR/curves.png and RUN_DIR/model/, a folder for the Hub with the weights of the best evaluation so far, or
-for runs that are not evaluated of the latest checkpoint.
+Writes RUN_DIR/curves.png and RUN_DIR/model/, a folder for the Hub with a model card. Its weights are those of the best
+evaluation so far, or of the latest checkpoint if the run has no evaluations.
 """
 
 import argparse
 import json
+import math
 import platform
 import shutil
 import sys
@@ -26,7 +27,7 @@ from modeling_sslam.common.model_card import PAPER, render_card
 from training.run.checkpointing import BEST, copy_model, latest_checkpoint
 from training.run.metrics_log import read_metrics
 
-# One panel each: title, keys, whether the axis is logarithmic.
+# Panels of the curves: title, keys, whether the axis is logarithmic.
 PANELS = (
     ("Loss", ("loss",), True),
     ("Validation", ("validation_map", "validation_accuracy", "validation_balanced_accuracy"), False),
@@ -40,17 +41,17 @@ PANELS = (
     ("Share of time waiting for data", ("data_wait_fraction",), False),
 )
 MAX_MARKED_POINTS = 40
-# Classes that the card lists.
+# Number of classes that the card lists.
 MAX_NAMES = 20
 
 
 def latest_values(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of all that was logged the latest value."""
+    """Return the latest value of each key that was logged."""
     return {key: value for row in rows for key, value in row.items()}
 
 
 def plot_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draws all curves of a run over its updates."""
+    """Draw the curves of a run over its updates."""
     logged = latest_values(rows)
     panels = [
         (name, [key for key in keys if key in logged], is_log)
@@ -58,7 +59,7 @@ def plot_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         if any(key in logged for key in keys)
     ]
     columns = 3
-    num_rows = -(-len(panels) // columns)
+    num_rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(14, 3.2 * num_rows), layout="constrained")
     grid = figure.subplots(num_rows, columns, squeeze=False)
     for axes, (name, keys, is_log) in zip(grid.flat, panels, strict=False):
@@ -130,10 +131,10 @@ def model_card(run_dir: Path, weights: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def write_report(run_dir: Path) -> None:
-    """Writes curves.png and model/ of a run that has logged at least once.
+    """Write curves.png and model/ of a run that has logged at least one line.
 
     Raises:
-        FileNotFoundError: If the folder is not that of such a run.
+        FileNotFoundError: If the folder holds no such run.
     """
     rows = read_metrics(run_dir / "metrics.jsonl")
     if not rows:
@@ -146,15 +147,16 @@ def write_report(run_dir: Path) -> None:
     with replacing(run_dir / "model") as temporary:
         copy_model(weights, temporary)
         shutil.copy(run_dir / "curves.png", temporary)
-        # The card describes the weights beside it, so it leaves out what the run has logged since.
+        # The card describes these weights, so it omits the lines that the run has logged since.
         card = model_card(run_dir, weights, [row for row in rows if row["update"] <= update] or rows[:1])
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(
-        description="Draw a run's curves (RUN_DIR/curves.png) and make a folder for the Hub of its best or else its "
-        "latest weights (RUN_DIR/model)."
+        description="Draw a run's curves (RUN_DIR/curves.png) and make a folder for the Hub (RUN_DIR/model) with the "
+        "weights of its best evaluation, or else of its latest checkpoint."
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     run_dir = parser.parse_args().run_dir
