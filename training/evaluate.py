@@ -32,6 +32,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.utils.logging import set_verbosity_error
 
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
+from modeling_sslam.onednn_sslam import use_onednn
 from training.arguments import parse
 from training.data.config import DataError, EvaluationDataConfig
 from training.data.labels import LabelSet, find_label_set
@@ -143,7 +144,7 @@ def evaluate(config: EvaluateConfig, opened: Source | None = None) -> Evaluation
         raise EvaluationError(f"data.source={config.data.source!r}: {error}") from error
 
     with logging_redirect_tqdm():
-        predictions = predict(model.to(accelerator.device), loader, labels, accelerator)
+        predictions = predict(use_onednn(model.to(accelerator.device)), loader, labels, accelerator)
     skipped = skipped_clips(loader)
     problem_type = problem_type_of(model.config.problem_type, predictions)
     if model.config.problem_type is None:

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor
 from modeling_sslam.common.files import replacing
 from modeling_sslam.common.model_card import PAPER, render_card
+from training.data.labels import LabelSet
 from training.run.checkpointing import BEST, copy_model, latest_checkpoint
 from training.run.metrics_log import read_metrics
 
@@ -87,15 +88,16 @@ def _plot_panel(axes: Axes, rows: list[dict[str, Any]], keys: list[str], is_log:
 
 
 def model_card(run_dir: Path, weights: Path, rows: list[dict[str, Any]]) -> str:
-    """README.md of a run's model: what it is, how to use it, what it was made of.
+    """Write the model card of a run as text.
 
     Args:
-        weights: The model folder that the card is of.
-        rows: What was logged until then.
+        run_dir: The run's folder.
+        weights: The model folder that the card describes.
+        rows: The lines of the log up to these weights.
     """
     settings = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     model_config = SSLAMConfig.from_pretrained(weights)
-    (model_class,) = model_config.architectures
+    (model_class,) = model_config.architectures or ()
     last = latest_values(rows)
     data = settings["data"]
     source = " ".join(str(data[key]) for key in ("source", "config_name", "split", "revision") if data.get(key))
@@ -111,9 +113,9 @@ def model_card(run_dir: Path, weights: Path, rows: list[dict[str, Any]]) -> str:
         f"{accelerate.__version__}, datasets {datasets.__version__}, Python {platform.python_version()}",
     }
     if model_class == "SSLAMForAudioClassification":
-        what = f"An audio classifier for {model_config.num_labels} classes, fine-tuned from a self-supervised encoder"
-        facts["classes"] = ", ".join(model_config.id2label[i] for i in range(min(model_config.num_labels, MAX_NAMES)))
-        facts["classes"] += ", ..." if model_config.num_labels > MAX_NAMES else ""
+        names = LabelSet.of_model(model_config).names
+        what = f"An audio classifier for {len(names)} classes, fine-tuned from a self-supervised encoder"
+        facts["classes"] = ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
         weights_hold = ""
     else:
         what = "A self-supervised audio encoder, pre-trained"

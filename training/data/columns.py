@@ -4,9 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
-
-from modeling_sslam.common.encoded_audio import ID_COLUMNS
+from modeling_sslam.common.encoded_audio import find_audio_column, find_id_column
 from training.data.config import DataConfig
 
 # Candidates for a column that is "auto", in order of preference. AudioSet's `labels` are ids of its ontology, which
@@ -87,25 +85,12 @@ def find_columns(config: DataConfig, features: Mapping[str, Any] | None) -> Colu
     if features is None:
         raise ValueError(f"The columns of {config.source} are unknown until it is read; set streaming to false.")
     names = list(features)
-    audio = config.audio_column
-    if audio is None:
-        candidates = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
-        candidates = candidates or [name for name in ("audio",) if name in features]
-        if len(candidates) != 1:
-            raise ValueError(
-                f"{config.source} has {'several' if candidates else 'no'} audio columns; set audio_column to one of "
-                f"{', '.join(candidates or names)}."
-            )
-        audio = candidates[0]
     columns = Columns(
-        audio=audio,
-        id=config.id_column or next((name for name in ID_COLUMNS if name in features), None),
+        audio=find_audio_column(config.source, features, config.audio_column, "audio_column"),
+        id=find_id_column(config.source, features, config.id_column),
         label=find_column(config.source, names, config.label_column, LABEL_COLUMNS, "label_column"),
         group=find_group_column(config.source, names, config.group_column),
     )
-    for name in columns.names:
-        if name not in features:
-            raise ValueError(f"{config.source} has no column {name!r}; it has {', '.join(names)}.")
     if columns.label is None:
         return columns
     label = features[columns.label]

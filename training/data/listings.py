@@ -4,7 +4,7 @@ import csv
 import os
 from pathlib import Path
 
-from modeling_sslam.common.recordings import AUDIO_SUFFIXES
+from modeling_sslam.common.recordings import AUDIO_SUFFIXES, is_recording_name
 from training.data.columns import LABEL_COLUMNS, Columns, find_column, find_group_column
 from training.data.config import DataConfig
 
@@ -34,11 +34,7 @@ def list_folder(folder: Path, config: DataConfig) -> Listing:
         FileNotFoundError: If there are none.
     """
     root = folder / config.split if config.label_column and (folder / config.split).is_dir() else folder
-    files = sorted(
-        file
-        for file in root.rglob("*")
-        if file.suffix.lower() in AUDIO_SUFFIXES and not file.name.startswith(".") and file.is_file()
-    )
+    files = sorted(file for file in root.rglob("*") if is_recording_name(file.name) and file.is_file())
     if not files:
         raise FileNotFoundError(f"No sound files under {root} (looked for {', '.join(sorted(AUDIO_SUFFIXES))}).")
     listing: Listing = {

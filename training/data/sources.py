@@ -31,7 +31,6 @@ import datasets
 import numpy as np
 
 from modeling_sslam.common.encoded_audio import EncodedAudio
-from modeling_sslam.common.recordings import AUDIO_SUFFIXES
 from training.data.columns import Columns, find_columns
 from training.data.config import DataConfig
 from training.data.listings import Listing, columns_of, has_split_column, list_folder, read_manifest, read_table
@@ -339,4 +338,4 @@ def _list_audiofolder(config: DataConfig, folder: Path) -> tuple[Part, Columns]:
     return part, columns_of(listing)._replace(label_names=columns.label_names)
 
 
-__all__ = ["AUDIO_SUFFIXES", "SHARD_SUFFIXES", "Source", "http_options", "is_one_split", "open_source"]
+__all__ = ["SHARD_SUFFIXES", "Source", "http_options", "is_one_split", "open_source"]

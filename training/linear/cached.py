@@ -15,6 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
 from modeling_sslam.common.files import write_text
+from modeling_sslam.onednn_sslam import use_onednn
 from training.classification.classifier import compile_blocks, make_classifier
 from training.classification.task import Task, check_splits, evaluation_data, find_task
 from training.data.config import DataConfig, DataError
@@ -114,7 +115,7 @@ def freeze_encoder(config: LinearEvalConfig, task: Task, accelerator: Accelerato
         model.sslam = SSLAMModel(SSLAMConfig.from_dict(model.config.to_dict()))
     if config.compile:
         compile_blocks(model)
-    model.eval().requires_grad_(False).to(accelerator.device)
+    use_onednn(model.eval().requires_grad_(False).to(accelerator.device))
     return FrozenEncoder(model, feature_extractor, task)
 
 

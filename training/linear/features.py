@@ -37,10 +37,11 @@ from tqdm.auto import tqdm
 
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMModel
 from modeling_sslam.common.files import publish, temporary_path
+from modeling_sslam.common.recordings import AUDIO_SUFFIXES
 from modeling_sslam.modeling_sslam import linear_softmax_pooling
 from training.data.config import DataError
 from training.data.loader import make_loader
-from training.data.sources import AUDIO_SUFFIXES, SHARD_SUFFIXES, Source
+from training.data.sources import SHARD_SUFFIXES, Source
 
 logger = logging.getLogger(__name__)
 

@@ -57,7 +57,7 @@ class Head(NamedTuple):
 
     Attributes:
         layer: 0 for the output of the embeddings, i for the output of block i.
-        pooling: One of [`training.linear.features.POOLINGS`], or several joined by +.
+        pooling: One of [`training.linear.features.FEATURE_POOLINGS`], or several joined by +.
     """
 
     layer: int
