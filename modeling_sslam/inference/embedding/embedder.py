@@ -29,6 +29,7 @@ from ..devices import choose_batch_size, compute_in_parts
 from ..loading import load_pretrained, speed_up
 from ..packed_blocks import precision_of
 from ..prefetch import prefetch
+from ..scores import check_finite
 from ..windows import cut_windows, model_inputs, stream_log_mel
 from . import EMBEDDING_POOLINGS
 from .sounds import Sound
@@ -37,8 +38,6 @@ from .sources import open_sources
 if TYPE_CHECKING:
     # Importing `datasets` takes a second, which sound files need not wait for.
     from .dataset import AudioDataset
-
-# Poolings of a window's states; see [`Embedder`].
 
 
 class Window(NamedTuple):
@@ -251,8 +250,12 @@ class Embedder:
         Args:
             windows: The windows of a batch.
             states: The results of [`states`] for the parts of the batch, in order.
+
+        Raises:
+            InferenceError: If a value is NaN or infinite.
         """
         arrays = torch.cat(states).float().cpu().numpy()
+        check_finite(np.isfinite(arrays).all(), "embeddings")
         time_axis = {"frame": -2, "patch": -3}.get(self.pooling)
         clips = []
         for (sound, number, first_frame, frames, is_last), array in zip(windows, arrays, strict=True):
