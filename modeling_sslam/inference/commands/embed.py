@@ -14,9 +14,9 @@ DETAILS = """\
 Each row holds the name of the sound, start and end in seconds, and the vector. Recordings longer than a window are cut
 into windows. datasets, pandas and DuckDB read the folder.
 
-After an interruption, the same command continues. After it has finished, it embeds the sound files that have been added
-and, by their size and time of change, those that have changed; their old rows are dropped. Rows of files that no longer
-exist stay and are reported, unless --prune drops them. Rows of a data set stay as they are.
+After an interruption, the same command continues. After it has finished, it embeds the sound files that were added or
+changed (by size and time of change) and drops the old rows of the latter. Rows of files that no longer exist are
+reported and stay, unless --prune drops them. Rows of a data set stay.
 Sounds that cannot be used are listed in OUT/failures.csv, and every call tries them again; the exit status is then 1.
 """
 EXAMPLES = """\

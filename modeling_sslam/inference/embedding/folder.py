@@ -343,8 +343,9 @@ def _begin(out: Path, settings: dict[str, Any], schema: pa.Schema) -> None:
 
 
 def _python_literal(text: str) -> str:
-    """Return text as a string of Python code in double quotes, without characters that an editor would obey."""
-    return '"' + escape_controls(text.replace("\\", "\\\\").replace('"', '\\"')) + '"'
+    """Return text as a string of Python code in double quotes, on one line and of printable characters."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in quoted)
 
 
 def _remaining_sounds(
