@@ -59,7 +59,7 @@ def find_sounds(sources: Any) -> Iterable[Sound]:
         sources = [sources]
     if hasattr(sources, "read") or not isinstance(sources, Iterable):
         raise InferenceError(
-            f"{type(sources).__name__} cannot be embedded; pass paths, a data set, the bytes of a sound file, samples, "
+            f"{type(sources).__name__} cannot be embedded; pass paths, a data set, the bytes of a file, samples, "
             'or {"array": samples, "sampling_rate": Hz}.'
         )
     remaining = iter(sources)
