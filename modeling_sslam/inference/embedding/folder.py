@@ -27,7 +27,16 @@ from ...common.files import write_text
 from ...common.recordings import find_recordings
 from ...common.text import escape_controls, escape_markdown, escape_undecodable, unescape_undecodable
 from .embedder import ClipEmbedding, Embedder
-from .shards import ShardProgress, ShardWriter, Stamp, drop_items, next_call, read_progress, remove_leftovers
+from .shards import (
+    ShardProgress,
+    ShardWriter,
+    Stamp,
+    disk_errors,
+    drop_items,
+    next_call,
+    read_progress,
+    remove_leftovers,
+)
 from .sounds import Sound
 from .table import COLUMNS, table_schema, to_table
 
@@ -336,8 +345,9 @@ def _begin(out: Path, settings: dict[str, Any], schema: pa.Schema) -> None:
         query=_python_literal(f"SELECT {key}, count(*) FROM '{shards}' GROUP BY {key}"),
         **{name: settings[name] for name in ("dtype_out", "pooling", "layer", "window", "hop")},
     )
-    for target, text in ((out / "README.md", card), (path, json.dumps(settings, indent=2) + "\n")):
-        write_text(target, text)
+    with disk_errors(out):
+        write_text(out / "README.md", card)
+        write_text(path, json.dumps(settings, indent=2) + "\n")
     (out / "failures.csv").unlink(missing_ok=True)
     remove_leftovers(out / "data")
 
@@ -388,7 +398,11 @@ def _record_failure(out: Path, sound: Sound, error: ClipError) -> None:
     """Report an unusable sound on standard error and append it to `failures.csv`."""
     tqdm.write(escape_controls(f"{sound.name}: {error}"), file=sys.stderr)
     path = out / "failures.csv"
-    with FileLock(out / ".failures.lock"), open(path, "a", newline="", encoding="utf-8") as file:
+    with (
+        disk_errors(out),
+        FileLock(out / ".failures.lock"),
+        open(path, "a", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.writer(file)
         if not file.tell():
             writer.writerow(("path" if sound.key == sound.name else "id", "reason", "detail"))

@@ -139,7 +139,7 @@ def drop_items(folder: Path, key: str, items: Collection[str]) -> None:
                 continue
             temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.stem}")
             try:
-                with _disk_errors(folder):
+                with disk_errors(folder):
                     _copy_without(shard, temporary, key, items)
                     publish(temporary, path)
             finally:
@@ -169,7 +169,7 @@ def _open_parquet(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
 
 
 @contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
+def disk_errors(folder: Path) -> Iterator[None]:
     """Report a file that cannot be written, such as on a full disk, with the remedy."""
     try:
         yield
@@ -274,7 +274,7 @@ class ShardWriter:
         partly = {item: part for item, part in self.parts.items() if part.first > 0 or not part.ends}
         stamps = {item: self.stamps[item] for item in self.parts if item in self.stamps}
         file.add_key_value_metadata({PARTS_KEY: json.dumps(partly), STAMPS_KEY: json.dumps(stamps)})
-        with _disk_errors(self.folder):
+        with disk_errors(self.folder):
             file.close()
             publish(self.temporary, self.folder / f"{self.prefix}-{self.num_shards:05d}.parquet")
         self.num_shards += 1
@@ -282,7 +282,7 @@ class ShardWriter:
 
     def _flush(self) -> pq.ParquetWriter:
         """Encode the rows in memory and return the open file."""
-        with _disk_errors(self.folder):
+        with disk_errors(self.folder):
             if self.file is None:
                 self.file = _open_parquet(self.temporary, self.schema)
             if self.buffer:
