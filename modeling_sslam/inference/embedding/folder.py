@@ -82,8 +82,8 @@ class Summary(NamedTuple):
         num_sounds: Number of sounds that the folder holds whole.
         num_failures: Number of sounds that could not be used.
         stopped: Whether the call was stopped.
-        changed: Sound files that had changed, so that their old rows were dropped.
-        removed: Sounds of the folder whose files no longer exist, sorted.
+        changed: Paths of the sound files that had changed, so that their old rows were dropped.
+        removed: Paths of the folder's sounds that no longer exist, sorted.
     """
 
     num_sounds: int
@@ -278,7 +278,13 @@ def _plan(
         progress = read_progress(data, key)
     remaining = {name: path for name, path in files.items() if name not in progress.done}
     return Plan(
-        settings, progress, remaining, {n: stamps[n] for n in remaining if n in stamps}, changed, removed, call
+        settings,
+        progress,
+        files=remaining,
+        stamps={name: stamp for name, stamp in stamps.items() if name in remaining},
+        changed=[files[name] for name in changed],
+        removed=list(map(unescape_undecodable, removed)),
+        call=call,
     )
 
 
@@ -292,7 +298,7 @@ def _stamp(path: str) -> Stamp | None:
 
 
 def _removed_files(progress: ShardProgress) -> list[str]:
-    """Return the sounds of the folder whose files no longer exist, sorted."""
+    """Return the names of the folder's sounds whose files no longer exist, sorted."""
     return sorted(name for name in {*progress.done, *progress.begun} if not _exists(unescape_undecodable(name)))
 
 
@@ -365,7 +371,7 @@ def _remaining_sounds(
     begun = plan.progress.begun
     if isinstance(sources, list):
         files = list(plan.files.items())[processes.rank :: processes.num_processes]
-        return [Sound(name, name, path, begun.get(name, 0)) for name, path in files]
+        return [Sound(name, path, path, begun.get(name, 0)) for name, path in files]
     return (
         sound._replace(first_window=begun.get(sound.key, 0))
         for sound in sources.sounds(processes.rank, processes.num_processes)
@@ -405,5 +411,5 @@ def _record_failure(out: Path, sound: Sound, error: ClipError) -> None:
     ):
         writer = csv.writer(file)
         if not file.tell():
-            writer.writerow(("path" if sound.key == sound.name else "id", "reason", "detail"))
-        writer.writerow((sound.name, error.reason, escape_undecodable(error.detail)))
+            writer.writerow(("path" if sound.key == escape_undecodable(sound.name) else "id", "reason", "detail"))
+        writer.writerow(map(escape_undecodable, (sound.name, error.reason, error.detail)))
