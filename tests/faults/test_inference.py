@@ -495,7 +495,7 @@ def test_timelines_of_odd_names_and_labels(odd_model, tmp_path, capsys):
 
     jams = json.loads(outputs[3].read_bytes().decode())
     assert [entry["value"] for entry in jams["annotations"][0]["data"]] == ODD_LABELS
-    assert jams["file_metadata"]["identifiers"]["path"] == str(recording)
+    assert jams["file_metadata"]["identifiers"]["path"] == escape_undecodable(str(recording))
 
     rows = table.split("\n")[1:-1]
     assert [row[29:] for row in rows] == [escape_controls(label) for label in ODD_LABELS]

@@ -224,9 +224,6 @@ class ShardWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.file is not None:
-            # Closing it would write its end, also to a full disk.
-            self.file.is_open = False
         remove(self.temporary)
 
     def _open(self) -> None:

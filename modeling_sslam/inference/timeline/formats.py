@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...common.errors import InferenceError
-from ...common.text import csv_row, escape_controls
+from ...common.text import csv_row, escape_controls, escape_undecodable
 
 if TYPE_CHECKING:
     # Not imported at run time: `sslam timeline --help` lists the formats, and windows need torch.
@@ -67,17 +67,18 @@ def to_jams(timeline: "Timeline") -> str:
         "annotation_metadata": {"annotation_tools": "sslam timeline", "data_source": "program"},
         "sandbox": {},
     }
+    path = escape_undecodable(timeline.path or "")
     jams = {
         "annotations": [annotation],
         "file_metadata": {
-            "title": Path(timeline.path).name if timeline.path else "",
+            "title": Path(path).name,
             "duration": round(timeline.duration, 6),
-            "identifiers": {"path": timeline.path} if timeline.path else {},
+            "identifiers": {"path": path} if path else {},
             "jams_version": "0.3.4",
         },
         "sandbox": {"window": timeline.window, "hop": timeline.hop, "events": vars(timeline.settings)},
     }
-    # UTF-8 has no surrogates. JSON's escapes of them are read back as they were.
+    # A label can hold surrogates, which UTF-8 has not. JSON's escapes of them are read back as they were.
     return json.dumps(jams, indent=1, ensure_ascii=False).encode(errors="backslashreplace").decode() + "\n"
 
 
