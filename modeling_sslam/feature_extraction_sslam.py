@@ -296,8 +296,8 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
             frames = frames[0]
         if frames.ndim != 2 or frames.shape[1] != self.num_mel_bins:
             raise ValueError(
-                f"The features of clip {index} have shape {frames.shape}; `pad` takes (T, {self.num_mel_bins}) of each "
-                "clip, as the extractor returns them."
+                f"The features of clip {index} have shape {frames.shape}; `pad` takes (T, {self.num_mel_bins}) for "
+                "each clip, as the extractor returns it."
             )
         return frames
 

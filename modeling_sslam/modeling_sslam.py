@@ -373,8 +373,8 @@ class SSLAMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "sslam"
     main_input_name = "input_values"
     input_modalities = ["audio"]
-    # Keep transformers' Trainer dividing the loss by its gradient accumulation steps. A `forward` that takes `**kwargs`
-    # makes it expect every loss to divide by `num_items_in_batch`, which only that of single labels does.
+    # Transformers' Trainer shall divide the loss by its gradient accumulation steps. From `**kwargs` in `forward` it
+    # would infer that the loss divides by `num_items_in_batch`, but only that of single labels does.
     accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
     _no_split_modules = ["SSLAMPatchEmbeddings", "SSLAMLayer"]
@@ -447,7 +447,7 @@ class SSLAMModel(SSLAMPreTrainedModel):
 
     def __init__(self, config: SSLAMConfig) -> None:
         super().__init__(config)
-        self.patch_embeddings = SSLAMPatchEmbeddings(config)
+        self.patch_embeddings: nn.Module = SSLAMPatchEmbeddings(config)
         self.encoder = SSLAMEncoder(config)
         self.post_init()
 
@@ -600,18 +600,18 @@ def check_labels(labels: torch.Tensor, logits: torch.Tensor, problem_type: str) 
         ValueError: If they have not. The message says which `problem_type` to set for labels of the other kind.
     """
     batch_size, num_labels = logits.shape
+    expected: tuple[int, ...]
     if problem_type == "single_label_classification" or (problem_type == "regression" and num_labels == 1):
-        if labels.numel() == batch_size:
-            return
-        expected, remedy = (batch_size,), 'set problem_type="multi_label_classification" for several labels a clip'
+        expected, fits = (batch_size,), labels.numel() == batch_size
+        other, kind = "multi_label_classification", "several labels a clip"
     else:
-        if labels.shape == logits.shape:
-            return
-        expected, remedy = (batch_size, num_labels), 'set problem_type="single_label_classification" for one label a clip'
-    raise ValueError(
-        f"labels has shape {tuple(labels.shape)}; problem_type={problem_type!r} with {num_labels} labels needs {expected}: "
-        f"{remedy}, in `model.config` or in `from_pretrained`."
-    )
+        expected, fits = (batch_size, num_labels), labels.shape == logits.shape
+        other, kind = "single_label_classification", "one label a clip"
+    if not fits:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}; problem_type={problem_type!r} with {num_labels} labels needs "
+            f'{expected}. For {kind} set problem_type="{other}" in `from_pretrained` or in `model.config`.'
+        )
 
 
 class SSLAMForAudioClassification(SSLAMPreTrainedModel):

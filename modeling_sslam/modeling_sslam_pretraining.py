@@ -414,8 +414,8 @@ def target_deviation(targets: torch.Tensor, masked: torch.Tensor) -> torch.Tenso
 class SSLAMForPreTrainingOutput(ModelOutput):
     """Output of [`SSLAMForPreTraining`].
 
-    Losses and facts are scalars. The five terms are weighted and divided as the objective says, so they add up to `loss`;
-    those that the objective leaves out are None.
+    Every tensor but the last two entries' is a scalar. The five terms are weighted and divided as the objective says,
+    so they add up to `loss`; those that the objective leaves out are None.
 
     Attributes:
         loss: The objective.

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
@@ -57,11 +58,10 @@ def test_callback_waits_for_an_import_that_succeeds(tmp_path):
     (tmp_path / "watched" / "broken.py").write_text("raise ValueError")
     after_import("watched.broken", lambda: seen.append("imported"))
     with pytest.raises(ValueError):  # noqa: PT011
-        import watched.broken
+        import_module("watched.broken")
     assert seen == []
-    (tmp_path / "watched" / "broken.py").write_text("")
-    import watched.broken
-
+    (tmp_path / "watched" / "broken.py").write_text("# repaired")
+    import_module("watched.broken")
     assert seen == ["imported"]
 
 
