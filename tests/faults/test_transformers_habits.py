@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoModelForAudioClassification, DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import AutoModelForAudioClassification, DataCollatorWithPadding
 
 from modeling_sslam import (
     SSLAMConfig,
@@ -162,6 +162,9 @@ class TestPadding:
 
 def trained_losses(model, dataset, folder, extractor, **settings) -> list[float]:
     """Train for one epoch without shuffling and return the losses that are logged."""
+    # Imported here, because it imports datasets, which needs a newer Hub client than an older transformers has.
+    from transformers import Trainer, TrainingArguments
+
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=1,
