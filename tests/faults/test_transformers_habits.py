@@ -19,6 +19,7 @@ from modeling_sslam import (
     SSLAMModel,
     onednn_sslam,
 )
+from modeling_sslam.inference.packed_blocks import PackedEncoder
 from modeling_sslam.modeling_sslam import linear_softmax_pooling, selected_hidden_states
 from modeling_sslam.onednn_sslam import use_onednn
 
@@ -581,3 +582,12 @@ class TestModules:
         AutoModelForAudioClassification.register(SSLAMConfig, SSLAMForAudioClassification)
         model = AutoModelForAudioClassification.from_config(make_config())
         assert type(model) is SSLAMForAudioClassification
+
+    def test_packed_blocks_take_the_same_arguments(self, make_config, batch):
+        model = SSLAMModel(make_config()).eval()
+        every = model(**batch, output_hidden_states=True).hidden_states
+        model.encoder = PackedEncoder(model.encoder, "float32")
+        selected = model(**batch, output_hidden_states=[0, -1], input_ids=None).hidden_states
+        assert [state is None for state in selected] == [False, True, True, False]
+        for index in (0, -1):
+            torch.testing.assert_close(selected[index], every[index], rtol=1e-5, atol=1e-5)
