@@ -1,5 +1,6 @@
 """Configuration of SSLAM: encoder, classifier and pre-training objective."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,11 +21,18 @@ def _one_of(*choices: str | None) -> list[_Rule]:
     return [_Rule(lambda value: value in choices, f"is not one of {', '.join(map(str, choices))}")]
 
 
-_COUNT = [_Rule(lambda value: isinstance(value, int) and value > 0, "must be a positive integer")]
-_NUMBER = [_Rule(lambda value: isinstance(value, (int, float)), "must be a number")]
+def _is_a(kind: type | tuple[type, ...], value: Any) -> bool:
+    # Python counts True and False among the integers.
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+_FLAG = [_Rule(lambda value: isinstance(value, bool), "must be True or False")]
+_COUNT = [_Rule(lambda value: _is_a(int, value) and value > 0, "must be a positive integer")]
+_COUNT_OR_NONE = [_Rule(lambda value: value is None or _COUNT[0].holds(value), "must be None or a positive integer")]
+_NUMBER = [_Rule(lambda value: _is_a((int, float), value), "must be a number")]
 _SHARE = [*_NUMBER, _Rule(lambda value: 0.0 <= value <= 1.0, "must lie between 0 and 1")]
-_POSITIVE = [*_NUMBER, _Rule(lambda value: value > 0.0, "must be positive")]
-_NOT_NEGATIVE = [*_NUMBER, _Rule(lambda value: value >= 0.0, "must not be negative")]
+_POSITIVE = [*_NUMBER, _Rule(lambda value: 0.0 < value < math.inf, "must be positive and finite")]
+_NOT_NEGATIVE = [*_NUMBER, _Rule(lambda value: 0.0 <= value < math.inf, "must not be negative or infinite")]
 
 # Rules of single fields. `SSLAMConfig._contradictions` has those between fields.
 _RULES = {
@@ -37,6 +45,7 @@ _RULES = {
     "drop_path_rate": _SHARE,
     "layer_norm_eps": _POSITIVE,
     "initializer_range": _NOT_NEGATIVE,
+    "qkv_bias": _FLAG,
     "patch_size": _COUNT,
     "num_mel_bins": _COUNT,
     "max_length": _COUNT,
@@ -57,6 +66,8 @@ _RULES = {
         _Rule(lambda value: value % 2 == 1, "must be odd, so that the grid keeps its size"),
     ],
     "decoder_groups": _COUNT,
+    "num_target_layers": _COUNT_OR_NONE,
+    "num_global_target_layers": _COUNT_OR_NONE,
     "global_loss_weight": _NOT_NEGATIVE,
     "retention_loss_weight": _NOT_NEGATIVE,
     "ema_decay": _SHARE,
@@ -238,7 +249,7 @@ class SSLAMConfig(PretrainedConfig):
             )
         for field in ("num_target_layers", "num_global_target_layers"):
             value = getattr(self, field)
-            if value is not None and not (isinstance(value, int) and 1 <= value <= layers):
+            if value is not None and value > layers:
                 yield field, f"must be None or lie between 1 and num_hidden_layers={layers}"
 
     def _get_non_default_generation_parameters(self) -> dict[str, Any]:
