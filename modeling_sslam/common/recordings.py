@@ -43,6 +43,15 @@ def is_recording_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES and not name.startswith(".")
 
 
+def display_name(path: str) -> str:
+    """Return a path as it is printed and written to files.
+
+    Bytes of a file name that are not UTF-8, which Python keeps as lone surrogates, appear as escapes such as
+    `\\udce9`. No other output than a path's own bytes can hold them.
+    """
+    return path.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def find_recordings(sources: Iterable[str]) -> list[str]:
     """Find the sound files that command-line arguments name.
 
