@@ -32,7 +32,7 @@ import torch
 
 from .containers import Link, find_links
 from .errors import ClipError
-from .recordings import display_name
+from .names import display_name
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,9 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TextIO
 
 from ...common.errors import ClipError
+from ...common.names import display_name
 from .arguments import add_model_arguments, positive_int, score
+from .output import results_stream
 
 SUMMARY = "Print the labels of sound files, the most probable first."
 DETAILS = """\
@@ -24,8 +26,8 @@ examples:
   find . -name '*.mp3' -size +1M -print0 | sslam tag - --model sslam-as2m --format jsonl > tags.jsonl
 """
 
-# Writes the labels of a file: its path, and `[{"label": name, "score": score}, ...]`.
-Writer = Callable[[str, list[dict[str, Any]]], None]
+# Writes the labels of a file: its name, `[{"label": name, "score": score}, ...]` and its length in seconds.
+Writer = Callable[[str, list[dict[str, Any]], float], None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the labels of all files as they become known; return the exit status."""
     from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
 
     from ...common.recordings import find_recordings
     from ..tagger import SSLAMTagger
@@ -68,18 +71,20 @@ def run(args: argparse.Namespace) -> int:
     tagger = SSLAMTagger.from_pretrained(args.model, args.device, args.dtype, args.batch_size, args.revision)
     num_failed = 0
     with (
-        WRITERS[args.format](sys.stdout) as write,
+        results_stream(is_json=args.format.startswith("json")) as stream,
+        WRITERS[args.format](stream) as write,
         tqdm(total=len(recordings), unit="file", disable=None, dynamic_ncols=True) as progress,
+        logging_redirect_tqdm(),
     ):
-        results = tagger.tag_each(recordings, args.top_k, args.threshold)
-        for path, result in zip(recordings, results, strict=True):
+        results = tagger.tag_each_with_duration(recordings, args.top_k, args.threshold)
+        for path, (result, seconds) in zip(recordings, results, strict=True):
             # The bar goes to stderr, which may share the terminal with stdout.
             with progress.external_write_mode(sys.stdout):
                 if isinstance(result, ClipError):
-                    print(f"{path}: {result}", file=sys.stderr)
+                    print(f"{display_name(path)}: {result}", file=sys.stderr)
                     num_failed += 1
                 else:
-                    write(path, result)
+                    write(display_name(path), result, seconds)
             progress.update()
     if num_failed:
         print(f"{num_failed} of {len(recordings)} files could not be used", file=sys.stderr)
@@ -88,11 +93,8 @@ def run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _table(file: TextIO) -> Iterator[Writer]:
-    from ...common.decoding import duration_seconds
-
-    def write(path: str, labels: list[dict[str, Any]]) -> None:
-        seconds = duration_seconds(path)
-        print(path if seconds is None else f"{path}  ({seconds:.2f} s)", file=file)
+    def write(path: str, labels: list[dict[str, Any]], seconds: float) -> None:
+        print(f"{path}  ({seconds:.2f} s)", file=file)
         for entry in labels:
             print(f"  {entry['score']:.3f}  {entry['label']}", file=file)
         file.flush()
@@ -104,7 +106,7 @@ def _table(file: TextIO) -> Iterator[Writer]:
 def _json(file: TextIO) -> Iterator[Writer]:
     separator = "["
 
-    def write(path: str, labels: list[dict[str, Any]]) -> None:
+    def write(path: str, labels: list[dict[str, Any]], seconds: float) -> None:
         nonlocal separator
         file.write(f"{separator}\n{json.dumps({'path': path, 'labels': labels}, ensure_ascii=False)}")
         separator = ","
@@ -118,7 +120,7 @@ def _json(file: TextIO) -> Iterator[Writer]:
 
 @contextmanager
 def _jsonl(file: TextIO) -> Iterator[Writer]:
-    def write(path: str, labels: list[dict[str, Any]]) -> None:
+    def write(path: str, labels: list[dict[str, Any]], seconds: float) -> None:
         print(json.dumps({"path": path, "labels": labels}, ensure_ascii=False), file=file, flush=True)
 
     yield write
@@ -129,7 +131,7 @@ def _csv(file: TextIO) -> Iterator[Writer]:
     rows = csv.writer(file, lineterminator="\n")
     rows.writerow(("path", "label", "score"))
 
-    def write(path: str, labels: list[dict[str, Any]]) -> None:
+    def write(path: str, labels: list[dict[str, Any]], seconds: float) -> None:
         rows.writerows((path, entry["label"], f"{entry['score']:.6f}") for entry in labels)
         file.flush()
 

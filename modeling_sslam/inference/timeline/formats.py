@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...common.errors import InferenceError
+from ...common.names import display_name
 
 if TYPE_CHECKING:
     # Not imported at run time: `sslam timeline --help` lists the formats, and windows need torch.
@@ -35,7 +36,7 @@ def to_rttm(timeline: "Timeline") -> str:
     A line has ten fields between spaces. The class is in the field of the speaker, the score in that of the
     confidence. Spaces in names become underscores.
     """
-    recording = _one_word(Path(timeline.path).stem if timeline.path else "recording")
+    recording = _one_word(Path(display_name(timeline.path)).stem if timeline.path else "recording")
     return "".join(
         f"SPEAKER {recording} 1 {e.onset:.3f} {e.offset - e.onset:.3f} <NA> <NA> {_one_word(e.label)} {e.score:.4f} "
         "<NA>\n"
@@ -65,12 +66,13 @@ def to_jams(timeline: "Timeline") -> str:
         "annotation_metadata": {"annotation_tools": "sslam timeline", "data_source": "program"},
         "sandbox": {},
     }
+    path = display_name(timeline.path or "")
     jams = {
         "annotations": [annotation],
         "file_metadata": {
-            "title": Path(timeline.path).name if timeline.path else "",
+            "title": Path(path).name,
             "duration": round(timeline.duration, 6),
-            "identifiers": {"path": timeline.path} if timeline.path else {},
+            "identifiers": {"path": path} if path else {},
             "jams_version": "0.3.4",
         },
         "sandbox": {"window": timeline.window, "hop": timeline.hop, "events": vars(timeline.settings)},

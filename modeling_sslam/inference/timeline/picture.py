@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ...common.errors import InferenceError
+from ...common.names import display_name
 from ...filter_bank_sslam import LOWEST_FREQUENCY
 from .events import Event
 from .formats import clock
@@ -109,7 +110,7 @@ class TimelinePicture:
         self._draw_spectrogram(spectrogram)
         self._draw_curves(curves, timeline, colors)
         _draw_bars(bars, timeline.events, colors)
-        title = Path(timeline.path).name if timeline.path else "recording"
+        title = display_name(Path(timeline.path).name) if timeline.path else "recording"
         num_with_events = len({event.label for event in timeline.events})
         if num_with_events > len(classes):
             title += f": {len(classes)} of the {num_with_events} classes with events"
