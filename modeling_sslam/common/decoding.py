@@ -40,8 +40,8 @@ logger = logging.getLogger(__name__)
 MIN_SAMPLING_RATE, MAX_SAMPLING_RATE = 100, 1_000_000
 # Largest block to decode at a time: 87 s of stereo at 48 kHz, 0.17 s of 1024 channels.
 MAX_BLOCK_BYTES = 1 << 25
-# libsndfile's number of frames where a header states none is 2 ** 63 - 1.
-MAX_STATED_FRAMES = 1 << 62
+# Headers that state this many frames or more, 50 days at 16 kHz, state no length. libsndfile reports 2 ** 63 - 1 then.
+MAX_STATED_FRAMES = 1 << 36
 # A file that ends this much earlier than its header states was not cut; its writer counted otherwise.
 MIN_MISSING_SECONDS = 0.01
 # Header of Sun's AU format: magic, offset of the samples, their size, encoding, sampling rate, channels.
@@ -217,8 +217,7 @@ def _open_link(link: Link, audio: bytes | str) -> _SequentialSoundFile:
         ClipError: "unsupported_rate", or "undecodable" where another decoder may know better.
     """
     try:
-        with decoder_errors("libsndfile"):
-            sound = _SequentialSoundFile(link.open())
+        sound = _open_view(link)
     except ClipError as refusal:
         if not isinstance(audio, str) or not os.path.isfile(audio):
             raise _described(refusal, link.head) from refusal.__cause__
@@ -233,6 +232,19 @@ def _open_link(link: Link, audio: bytes | str) -> _SequentialSoundFile:
         sound.close()
         raise
     return sound
+
+
+def _open_view(link: Link) -> _SequentialSoundFile:
+    try:
+        with decoder_errors("libsndfile"):
+            return _SequentialSoundFile(link.open())
+    except ClipError:
+        # A stated length that is shorter than the encoder's delay is refused.
+        unbounded = link.open_unbounded()
+        if unbounded is None:
+            raise
+        with decoder_errors("libsndfile"):
+            return _SequentialSoundFile(unbounded[0])
 
 
 def _described(refusal: ClipError, head: bytes) -> ClipError:

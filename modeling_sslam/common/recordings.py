@@ -1,12 +1,13 @@
 """Search for sound files, and lists of their paths."""
 
+import fnmatch
 import glob
 import io
 import logging
 import os
 import stat
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO
 
 import soundfile
@@ -91,36 +92,36 @@ def search_folder(folder: str) -> list[str]:
     Returns:
         Paths: those in the folder, then those of each subfolder, sorted by name.
     """
-    found: list[str] = []
+    return [e.path for e in _files(folder) if is_recording_name(e.name) and not _is_special(e)]
+
+
+def _files(folder: str, with_hidden: bool = False) -> Iterator[os.DirEntry[str]]:
+    """Yield what a folder and its subfolders hold besides folders; see [`search_folder`]."""
     searched: set[tuple[int, int]] = set()
     links = [folder]
     while links:
-        _search(links.pop(0), found, links, searched)
-    return found
-
-
-def _search(folder: str, found: list[str], links: list[str], searched: set[tuple[int, int]]) -> None:
-    """Add the sound files of a folder that was not searched before to `found`, and its links to folders to `links`."""
-    try:
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in searched:
-            return
-        searched.add((status.st_dev, status.st_ino))
-        with os.scandir(folder) as entries:
-            visible = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda e: e.name)
-    except OSError as error:
-        logger.warning("%s cannot be searched: %s", display_name(folder), error.strerror)
-        return
-    folders = []
-    for entry in visible:
-        if entry.is_dir(follow_symlinks=False):
-            folders.append(entry.path)
-        elif entry.is_dir():
-            links.append(entry.path)
-        elif is_recording_name(entry.name) and not _is_special(entry):
-            found.append(entry.path)
-    for subfolder in folders:
-        _search(subfolder, found, links, searched)
+        folders = [links.pop(0)]
+        while folders:
+            folder = folders.pop()
+            try:
+                status = os.stat(folder)
+                if (status.st_dev, status.st_ino) in searched:
+                    continue
+                searched.add((status.st_dev, status.st_ino))
+                with os.scandir(folder) as scanned:
+                    entries = [entry for entry in scanned if with_hidden or not entry.name.startswith(".")]
+            except OSError as error:
+                logger.warning("%s cannot be searched: %s", display_name(folder), error.strerror)
+                continue
+            subfolders = []
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if entry.is_dir(follow_symlinks=False):
+                    subfolders.append(entry.path)
+                elif entry.is_dir():
+                    links.append(entry.path)
+                else:
+                    yield entry
+            folders += reversed(subfolders)
 
 
 def _is_special(entry: os.DirEntry[str]) -> bool:
@@ -136,13 +137,41 @@ def _is_special(entry: os.DirEntry[str]) -> bool:
 
 
 def _expand(pattern: str) -> list[str]:
-    """Return the files that a pattern matches, sorted. A file that links make match twice counts once."""
-    files: dict[str, str] = {}
-    for path in sorted(glob.glob(pattern, recursive=True)):
-        if os.path.isfile(path):
-            folder, name = os.path.split(path)
-            files.setdefault(os.path.join(os.path.realpath(folder), name), path)
-    return list(files.values())
+    """Return the files that a pattern matches, sorted."""
+    parts = pattern.split(os.sep)
+    if "**" not in parts:
+        return sorted(path for path in glob.glob(pattern) if os.path.isfile(path))
+    # glob enters links that lead back to where they are, again and again.
+    first = parts.index("**")
+    head, tail = os.sep.join(parts[:first]), parts[first:]
+    folders = [folder for folder in glob.glob(head or os.curdir) if os.path.isdir(folder)]
+    if not head:
+        folders = [os.sep if pattern.startswith(os.sep) else os.curdir]
+    with_hidden = any(part.startswith(".") for part in tail)
+    found: set[str] = set()
+    for folder in folders:
+        for entry in _files(folder, with_hidden):
+            path = os.path.relpath(entry.path, folder)
+            if _matches(path.split(os.sep), tail) and entry.is_file():
+                found.add(path if not head else os.path.join(folder, path))
+    return sorted(found)
+
+
+def _matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Tell whether the names on a path match a pattern, as glob does: `**` stands for any number of visible ones."""
+    if not pattern:
+        return not names
+    if pattern[0] == "**":
+        is_visible = bool(names) and not names[0].startswith(".")
+        return _matches(names, pattern[1:]) or (
+            is_visible and (_matches(names[1:], pattern) or len(pattern) == len(names) == 1)
+        )
+    return (
+        bool(names)
+        and (pattern[0].startswith(".") or not names[0].startswith("."))
+        and fnmatch.fnmatch(names[0], pattern[0])
+        and _matches(names[1:], pattern[1:])
+    )
 
 
 def _read_list(file: IO[str]) -> list[str]:

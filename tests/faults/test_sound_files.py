@@ -17,6 +17,7 @@ import soundfile
 import torch
 import torchaudio
 
+from modeling_sslam.__main__ import main
 from modeling_sslam.common import decoding, resampling
 from modeling_sslam.common.audio import read_waveform, stream_blocks, waveform_blocks
 from modeling_sslam.common.decoding import duration_seconds
@@ -25,6 +26,7 @@ from modeling_sslam.common.names import display_name
 from modeling_sslam.common.recordings import find_recordings
 from modeling_sslam.common.resampling import StreamResampler, resample
 
+REPOSITORY = Path(__file__).parents[2]
 RATE = 16_000
 SAMPLES = (0.3 * np.sin(np.arange(2 * RATE) / 9)).astype(np.float32)
 NOT_SEEKABLE = {"GSM610", "G721_32", "G723_24", "G723_40", "NMS_ADPCM_16", "NMS_ADPCM_24", "NMS_ADPCM_32"}
@@ -55,26 +57,36 @@ def encode(file_format: str, codec: str | None = None, samples=SAMPLES, rate: in
     return file.getvalue()
 
 
+@pytest.fixture(autouse=True)
+def _warn_anew() -> None:
+    """Forget which warnings other tests have caused."""
+    decoding._warn_once.cache_clear()
+
+
 def with_bytes(data: bytes, place: int, new: bytes) -> bytes:
     return data[:place] + new + data[place + len(new) :]
 
 
-def whole(audio) -> torch.Tensor:
-    return torch.cat([torch.empty(0), *stream_blocks(audio if isinstance(audio, bytes) else str(audio), RATE, 0.3)])
+def whole(audio, rate: int = RATE) -> torch.Tensor:
+    return torch.cat([torch.empty(0), *stream_blocks(audio if isinstance(audio, bytes) else str(audio), rate, 0.3)])
 
 
 def both_ways(tmp_path: Path, data: bytes) -> torch.Tensor:
     """Read a sound by path and by bytes, assert that they agree, and return it."""
     path = tmp_path / "sound"
     path.write_bytes(data)
-    decoding._warn_once.cache_clear()
     by_path, by_bytes = whole(path), whole(data)
-    torch.testing.assert_close(by_path, by_bytes, rtol=0, atol=0)
+    assert_same(by_path, by_bytes)
     return by_path
 
 
 def as_soundfile_reads(data: bytes) -> torch.Tensor:
     return torch.from_numpy(soundfile.read(io.BytesIO(data), dtype="float32")[0])
+
+
+def assert_same(waveform: torch.Tensor, expected: torch.Tensor) -> None:
+    """Allow for the last bit, in which libsndfile's MP3 decoder differs from one call to the next."""
+    torch.testing.assert_close(waveform, expected, rtol=0, atol=1e-7)
 
 
 def correlation(one, other) -> float:
@@ -93,7 +105,8 @@ def test_there_are_as_many_pairs_as_libsndfile_writes():
 def test_every_format_and_codec_is_decoded(tmp_path, file_format, codec):
     path = tmp_path / f"sound.{file_format.lower()}"
     soundfile.write(path, SAMPLES, RATE, format=file_format, subtype=codec)
-    waveform = whole(path)
+    rate = soundfile.info(path).samplerate  # VOC of 8 bits holds rates of 1e6 / n Hz alone
+    waveform = whole(path, rate)
     # Codecs with blocks of fixed size end with a part of one.
     assert len(SAMPLES) <= len(waveform) <= len(SAMPLES) + 600
     error = np.abs(waveform[: len(SAMPLES)].numpy() - SAMPLES)
@@ -107,15 +120,15 @@ def test_every_format_and_codec_is_decoded(tmp_path, file_format, codec):
         # The others delay the sound by up to a few hundred samples.
         shifts = [correlation(waveform[shift : shift + 4000], SAMPLES[:4000]) for shift in range(600)]
         assert max(shifts) > 0.97
-    assert torch.equal(read_waveform(str(path), RATE, 10**6), waveform)
-    crop = read_waveform(str(path), RATE, 8000, position=0.5)
+    assert torch.equal(read_waveform(str(path), rate, 10**6), waveform)
+    crop = read_waveform(str(path), rate, 8000, position=0.5)
     assert len(crop) == 8000
     if codec in NOT_SEEKABLE or codec.startswith("DWVW"):
         start = int(0.5 * (len(waveform) - 8000 + 1))
         assert torch.equal(crop, waveform[start : start + 8000])
     if file_format != "SD2":  # has its sampling rate in a second file
-        assert torch.equal(whole(path.read_bytes()), waveform)
-        assert torch.equal(read_waveform(path.read_bytes(), RATE, 8000, position=0.5), crop)
+        assert torch.equal(whole(path.read_bytes(), rate), waveform)
+        assert torch.equal(read_waveform(path.read_bytes(), rate, 8000, position=0.5), crop)
 
 
 def through_pipe(path: Path, data: bytes) -> threading.Thread:
@@ -169,7 +182,7 @@ def test_absurd_rates_are_refused_by_name(tmp_path, rate):
     ("rate", "target"),
     [
         *[(rate, RATE) for rate in (100, 101, 127, 1_000, 5_512, 12_345, 44_056, 192_000, 768_000, 1_000_000)],
-        *[(10_007, 1_999), (1_999, 10_007), (99_991, 997), (997, 99_991), (48_001, 1_600)],
+        *[(7_919, 499), (499, 7_919), (9_973, 1_999), (4_801, 1_600), (1_600, 4_801)],
     ],
 )
 @pytest.mark.parametrize("max_taps", [resampling.MAX_KERNEL_TAPS, 0])
@@ -212,7 +225,7 @@ def test_flac_of_any_stated_length_is_decoded(tmp_path, total):
 
 def test_a_tag_after_flac_is_not_decoded(tmp_path):
     data = encode("FLAC")
-    assert torch.equal(both_ways(tmp_path, data + b"TAG" + bytes(125)), as_soundfile_reads(data))
+    assert_same(both_ways(tmp_path, data + b"TAG" + bytes(125)), as_soundfile_reads(data))
 
 
 def xing(data: bytes) -> int:
@@ -227,15 +240,15 @@ def test_mp3_of_any_stated_length_is_decoded(tmp_path, count):
     waveform = both_ways(tmp_path, lying)
     # The encoder's padding at the end cannot be told from sound.
     assert len(expected) <= len(waveform) <= len(expected) + 4095
-    assert torch.equal(waveform[: len(expected)], expected)
+    assert_same(waveform[: len(expected)], expected)
     if count > 58:
         assert len(read_waveform(lying, RATE, 8000, position=0.9)) == 8000
 
 
 def test_an_honest_mp3_is_read_as_libsndfile_reads_it(tmp_path, caplog):
     data = encode("MP3")
-    assert torch.equal(both_ways(tmp_path, data), as_soundfile_reads(data))
-    assert torch.equal(both_ways(tmp_path, data + b"TAG" + bytes(125)), as_soundfile_reads(data))
+    assert_same(both_ways(tmp_path, data), as_soundfile_reads(data))
+    assert_same(both_ways(tmp_path, data + b"TAG" + bytes(125)), as_soundfile_reads(data))
     assert not caplog.records
 
 
@@ -266,7 +279,7 @@ APE = b"APETAGEX" + (2000).to_bytes(4, "little") + (72).to_bytes(4, "little") + 
 )
 def test_leading_tags_cost_no_sound(tmp_path, file_format, tag):
     data = encode(file_format)
-    assert torch.equal(both_ways(tmp_path, tag + data), as_soundfile_reads(data))
+    assert_same(both_ways(tmp_path, tag + data), as_soundfile_reads(data))
 
 
 # A6: chained files
@@ -286,7 +299,7 @@ def test_all_sounds_of_a_chain_are_heard(tmp_path, file_format, codec):
 
 def test_a_chain_of_one_sound_twice(tmp_path):
     data = encode("OGG")
-    assert torch.equal(both_ways(tmp_path, 2 * data), as_soundfile_reads(data).repeat(2))
+    assert_same(both_ways(tmp_path, 2 * data), as_soundfile_reads(data).repeat(2))
 
 
 def test_a_chain_of_different_rates(tmp_path):
@@ -302,7 +315,7 @@ def test_a_chain_of_mp3s(tmp_path):
     parts = [encode("MP3", None, SAMPLES), id3(300), encode("MP3", None, 0.3 * SAMPLES)]
     waveform = both_ways(tmp_path, b"".join(parts))
     assert len(waveform) >= 2 * len(SAMPLES)
-    assert torch.equal(waveform[: len(SAMPLES)], as_soundfile_reads(parts[0]))
+    assert_same(waveform[: len(SAMPLES)], as_soundfile_reads(parts[0]))
     assert 0.07 < waveform[-12_000:-8_000].abs().max() < 0.11
 
 
@@ -316,7 +329,6 @@ def test_a_cut_file_is_used_with_a_warning(tmp_path, caplog, file_format, by):
     data = encode(file_format, "PCM_16" if file_format != "MP3" else None, samples)
     path = tmp_path / "sound"
     path.write_bytes(data[: len(data) // 2])
-    decoding._warn_once.cache_clear()
     audio = str(path) if by == "path" else path.read_bytes()
     waveform = whole(audio)
     expected = as_soundfile_reads(data)
@@ -336,20 +348,21 @@ def test_a_cut_file_is_used_with_a_warning(tmp_path, caplog, file_format, by):
 def test_a_cut_ogg_is_used_with_a_warning(tmp_path, caplog, codec):
     samples = np.tile(SAMPLES, 20)
     data = encode("OGG", codec, samples)
-    decoding._warn_once.cache_clear()
     assert len(whole(data)) == len(samples)
     assert not caplog.records
     waveform = both_ways(tmp_path, data[: len(data) * 3 // 5])
     assert 0.4 * len(samples) < len(waveform) < 0.7 * len(samples)
     messages = {record.getMessage() for record in caplog.records}
-    assert f"{tmp_path / 'sound'} ends without Ogg's end-of-stream mark: it was cut; what is there is used." in messages
+    assert (
+        f"{tmp_path / 'sound'} ends without Ogg's end-of-stream mark: it was cut; what is there is used." in messages
+    )
 
 
 @pytest.mark.parametrize("size", [0, 0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000])
 @pytest.mark.parametrize("silence", [0, 4000])
 def test_an_open_size_means_to_the_end(tmp_path, caplog, size, silence):
     samples = np.concatenate([np.zeros(silence, np.float32), SAMPLES])
-    for file_format, field, order in (("WAV", 40, "little"), ("AU", 8, "little"), ("RF64", None, "little")):
+    for file_format, field, order in (("WAV", 40, "little"), ("AU", 8, "big"), ("RF64", None, "little")):
         data = encode(file_format, "PCM_16", samples)
         expected = as_soundfile_reads(data)
         if file_format == "RF64":
@@ -389,7 +402,7 @@ def test_a_wav_without_samples_but_with_chunks_is_empty():
         (b"\x89PNG\r\n\x1a\n" + bytes(99), "a picture"),
         (b"PK\x03\x04" + bytes(99), "a ZIP archive"),
         (b"%PDF-1.7\n\xff\xfe", "a PDF document"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
         (b'{"error": 404}', "text"),
         (bytes(5000), "zeros only"),
     ],
@@ -454,29 +467,29 @@ def test_a_linked_folder_as_argument(tmp_path):
 
 
 @pytest.fixture
-def run(model_folder):
-    """Run `sslam` in a process of its own."""
+def run(model_folder, capsys):
+    """Run `sslam` and return its exit status, stdout and stderr."""
 
-    def run(*arguments, stdin: bytes = b"", env=None):
-        command = [sys.executable, "-m", "modeling_sslam", *map(os.fsencode, map(str, arguments))]
-        command += ["--model", str(model_folder), "--device", "cpu"]
-        return subprocess.run(command, input=stdin, capture_output=True, env=os.environ | (env or {}), timeout=60)
+    def run(*arguments) -> tuple[int, str, str]:
+        status = main([*map(str, arguments), "--model", str(model_folder), "--device", "cpu"])
+        return status, *capsys.readouterr()
 
     return run
 
 
-def test_file_names_that_are_not_utf8(run, tmp_path):
+def test_file_names_that_are_not_utf8(run, tmp_path, monkeypatch):
     name = os.fsdecode(b"caf\xe9.wav")
     soundfile.write(tmp_path / "x.wav", SAMPLES, RATE)
     path = (tmp_path / "x.wav").rename(tmp_path / name)
     escaped = f"{tmp_path}/caf\\udce9.wav"
     assert display_name(str(path)) == escaped
-    done = run("tag", "-", "--format", "json", "--top-k", 1, stdin=os.fsencode(path) + b"\n")
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert [entry["path"] for entry in json.loads(done.stdout)] == [escaped]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbf" + os.fsencode(path) + b"\n")))
+    status, out, err = run("tag", "-", "--format", "json", "--top-k", 1)
+    assert (status, err) == (0, "")
+    assert [entry["path"] for entry in json.loads(out)] == [escaped]
     out = tmp_path / "events.jams"
-    done = run("timeline", path, "--out", out, tmp_path / "events.rttm", "--plot", tmp_path / "plot.png")
-    assert (done.returncode, done.stderr) == (0, b"")
+    status, _, err = run("timeline", path, "--out", out, tmp_path / "events.rttm", "--plot", tmp_path / "plot.png")
+    assert (status, err) == (0, "")
     assert json.loads(out.read_bytes())["file_metadata"]["identifiers"]["path"] == escaped
     assert (tmp_path / "plot.png").stat().st_size
 
@@ -556,18 +569,31 @@ def test_unusable_samples_cost_only_themselves(tagger, form):
 
 
 def damaged_sds() -> bytes:
-    data = bytearray(encode("SDS", "PCM_16"))
+    data = bytearray(encode("SDS", "PCM_24"))
     for place in range(200, len(data), 997):
         data[place] ^= 0x55
     return bytes(data)
 
 
 @pytest.mark.parametrize("command", ["tag", "timeline"])
-def test_stdout_holds_the_results_alone(run, tmp_path, command):
+def test_stdout_holds_the_results_alone(model_folder, tmp_path, command):
     path = tmp_path / "é.sds"
     path.write_bytes(damaged_sds())
-    options = ["--format", "jsonl", "--top-k", 1] if command == "tag" else ["--format", "json"]
-    done = run(command, path, *options, env={"PYTHONIOENCODING": "ascii"})
+    options = ["--format", "jsonl", "--top-k", "1"] if command == "tag" else ["--format", "json"]
+    line = [
+        sys.executable,
+        "-m",
+        "modeling_sslam",
+        command,
+        path,
+        *options,
+        "--model",
+        model_folder,
+        "--device",
+        "cpu",
+    ]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*map(str, line)], capture_output=True, env=environment, check=False, cwd=REPOSITORY)
     assert done.returncode == 0
     result = json.loads(done.stdout)
     assert (result["path"] if command == "tag" else result["file_metadata"]["identifiers"]["path"]) == str(path)
@@ -594,7 +620,7 @@ def test_blocks_are_bounded_in_bytes(tmp_path):
 # Together: one bad file costs that file
 
 
-def test_commands_go_on_after_every_kind_of_file(run, tmp_path):
+def test_commands_go_on_after_every_kind_of_file(run, tmp_path, caplog):
     folder = tmp_path / "s"
     folder.mkdir()
     soundfile.write(folder / "a.wav", SAMPLES, RATE, subtype="GSM610")
@@ -605,15 +631,15 @@ def test_commands_go_on_after_every_kind_of_file(run, tmp_path):
     (folder / "e.wav").write_bytes(data[: len(data) // 2])
     data = encode("MP3")
     (folder / "f.mp3").write_bytes(with_bytes(data, xing(data) + 8, (100_000).to_bytes(4, "big")))
-    done = run("tag", folder, "--top-k", 1)
-    errors = done.stderr.decode()
-    assert done.returncode == 1, errors
-    headings = [line for line in done.stdout.decode().splitlines() if not line.startswith(" ")]
+    status, out, errors = run("tag", folder, "--top-k", 1)
+    assert status == 1
+    headings = [line for line in out.splitlines() if not line.startswith(" ")]
     assert headings == [f"{folder}/a.wav  (2.00 s)", f"{folder}/e.wav  (1.00 s)", f"{folder}/f.mp3  (2.02 s)"]
     assert f"{folder}/b.wav: unsupported_rate: a sampling rate of 1 Hz" in errors
     assert f"{folder}/c.mp3: undecodable: " in errors
-    assert f"{folder}/d.wav is left out" in errors
-    assert f"{folder}/e.wav holds 1.00 s of the 2.00 s that its header states" in errors
-    assert f"{folder}/f.mp3 holds 2.02 s of the " in errors
+    warnings = "\n".join(record.getMessage() for record in caplog.records)
+    assert f"{folder}/d.wav is left out" in warnings
+    assert f"{folder}/e.wav holds 1.00 s of the 2.00 s that its header states" in warnings
+    assert f"{folder}/f.mp3 holds 2.02 s of the " in warnings
     assert "2 of 5 files could not be used" in errors
     assert "Traceback" not in errors
