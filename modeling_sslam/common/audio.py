@@ -6,6 +6,9 @@
 - [`read_waveform`] crops before it resamples, so an hour-long recording costs as much as a clip. The outermost few
   samples of a resampled crop differ from the crop of a resampled file.
 
+Files are read at sampling rates of 100 Hz to 1 MHz and resampled as by `torchaudio.functional.resample`. A file that
+ends before its header says is used as far as it goes, and a warning is logged.
+
 A file that cannot be used raises [`ClipError`], whose `reason` is one word to count by.
 """
 
@@ -158,8 +161,9 @@ def _samples_and_rate(audio: Any, sampling_rate: int) -> tuple[Any, Any]:
 def _as_rate(rate: Any) -> int:
     """Return a sampling rate as an integer, from any type of number."""
     try:
-        integer = int(rate) if isinstance(rate, numbers.Real) and float(rate).is_integer() else operator.index(rate)
-    except (TypeError, ValueError):
+        is_whole = isinstance(rate, numbers.Real) and float(rate).is_integer()
+        integer = int(float(rate)) if is_whole else operator.index(rate)
+    except (TypeError, ValueError, OverflowError):
         raise ClipError("unsupported_rate", f"sampling_rate={rate!r}; pass a whole number of Hz") from None
     check_sampling_rate(integer)
     return integer
@@ -181,7 +185,7 @@ def _as_waveform(samples: Any) -> torch.Tensor:
         if isinstance(samples, np.ndarray) and np.issubdtype(samples.dtype, np.floating):
             samples = np.require(samples, np.float32, ("C", "W"))
         waveform = torch.as_tensor(samples)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ClipError("unsupported_samples", f"not an array of numbers: {error}") from error
     if not waveform.is_floating_point() or waveform.ndim not in (1, 2):
         raise ClipError(

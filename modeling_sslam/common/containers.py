@@ -1,8 +1,8 @@
 """Views of sound files whose headers mislead libsndfile.
 
-libsndfile believes the sizes in a file's header, hears one sound in a file and, through a file object, counts positions
-from the wrong byte where a tag comes first. [`find_links`] divides a file into its sounds without the leading tags, and
-each [`Link`] opens views of its bytes in which a wrong size is replaced.
+libsndfile believes the sizes in a file's header, hears only the first of several sounds and, through a file object,
+counts positions from the wrong byte where a tag comes first. [`find_links`] divides a file into its sounds without the
+leading tags, and each [`Link`] opens views of its bytes in which a wrong size is replaced.
 """
 
 import io
@@ -16,8 +16,9 @@ HEAD_BYTES, OGG_TAIL_BYTES = 4096, 1 << 17
 SCAN_BYTES, BUFFER_BYTES = 1 << 20, 1 << 16
 # A file whose chunks exceed this number is damaged.
 MAX_CHUNKS = 10_000
-# Programs that write to a pipe leave a size near the largest that the field holds. It is no claim about the length.
-LARGEST_CLAIM = {4: 0x7FFF_0000, 8: 1 << 62}
+# Programs that write to a pipe leave a size near the largest that the field holds. From these sizes on, by the field's
+# number of bytes, a size states nothing.
+LARGEST_CLAIM = {4: 0x7FFF_0000, 8: 1 << 40}
 # More samples than follow the stated end of an MP3 anyway: the encoder's padding and a frame that only some count.
 MP3_SLACK = 4095 + 1152
 # A header of MPEG audio, of any layer. ADTS, which has the same sync word, has the layer 0.

@@ -101,7 +101,14 @@ def decode_blocks(audio: bytes | str, block_seconds: float) -> Iterator[tuple[to
             return
         yield from _decode_link(first, sound, audio, block_seconds)
         for link in others:
-            yield from _decode_link(link, _open_link(link, audio), audio, block_seconds)
+            try:
+                sound = _open_link(link, audio)
+            except ClipError:
+                if link is not others[-1] or not link.lacks_its_end:
+                    raise
+                _warn_if_cut(link, audio)  # too little is left of it
+                return
+            yield from _decode_link(link, sound, audio, block_seconds)
 
 
 def decode_crop(audio: bytes | str, max_samples: int, sampling_rate: int, position: float) -> tuple[torch.Tensor, int]:
@@ -321,12 +328,19 @@ def _surplus(sound: soundfile.SoundFile, step: int, slack: int) -> Iterator[torc
 def _seek_crop(
     link: Link, audio: bytes | str, max_samples: int, sampling_rate: int, position: float
 ) -> tuple[torch.Tensor, int] | None:
-    """Decode a crop where the header says it is; return `None` if the file cannot seek or the header is wrong."""
+    """Decode a crop where the header says it is.
+
+    Returns:
+        See [`decode_crop`]; `None` if only counting tells where the crop is, since the file cannot seek or its header
+        states a wrong length, none, or one that is shorter than the crop.
+    """
     with _open_link(link, audio) as sound, decoder_errors("libsndfile"):
         rate, is_stated = sound.samplerate, sound.frames < MAX_STATED_FRAMES
         if not is_stated and position:
             return None
         start, length = _crop(sound.frames, rate, max_samples, sampling_rate, position)
+        if length < _crop_frames(rate, max_samples, sampling_rate):
+            return None
         if start:
             try:
                 if not sound.can_seek or sound.seek(start) != start:
@@ -335,10 +349,8 @@ def _seek_crop(
                 return None
         blocks = list(_mixed_down(sound, length))
         num_decoded = sum(map(len, blocks))
-        if start and num_decoded < length:
-            return None
         if is_stated and num_decoded < length:
-            _warn_missing(audio, num_decoded / rate, sound.frames / rate)
+            return None
         _warn_if_cut(link, audio, sound)
         return torch.cat([torch.empty(0), *blocks]), rate
 
@@ -346,23 +358,28 @@ def _seek_crop(
 def _counted_crop(
     links: list[Link], audio: bytes | str, max_samples: int, sampling_rate: int, position: float
 ) -> tuple[torch.Tensor, int]:
-    """Decode a crop of a file whose length only decoding tells: once to count, once to keep the crop."""
+    """Decode a crop of a file whose length only decoding tells: to count and, if it is longer, once more to crop."""
 
     def blocks() -> Iterator[tuple[torch.Tensor, int]]:
         for link in links:
             yield from _decode_link(link, _open_link(link, audio), audio, math.inf)
 
     rate, num_frames = None, 0
+    kept = [torch.empty(0)]
     for block, block_rate in blocks():
         if rate not in (None, block_rate):
             raise ClipError(
                 "unsupported_rate", f"the file is a chain of sounds at {rate} Hz and {block_rate} Hz; divide it"
             )
         rate = block_rate
+        if num_frames <= _crop_frames(rate, max_samples, sampling_rate):
+            kept.append(block.mean(0))
         num_frames += block.shape[1]
     if rate is None:
         return torch.empty(0), sampling_rate
     start, length = _crop(num_frames, rate, max_samples, sampling_rate, position)
+    if start == 0:
+        return torch.cat(kept)[:length], rate
     kept, first = [torch.empty(0)], 0
     for block, _ in blocks():
         part = block[:, max(0, start - first) : max(0, start + length - first)]
@@ -391,18 +408,23 @@ def _block_frames(seconds: float, rate: int, channels: int) -> int:
 
 def _crop(num_frames: int, rate: int, max_samples: int, sampling_rate: int, position: float) -> tuple[int, int]:
     """Return the first frame and the number of frames of a crop, at the file's own rate."""
-    length = min(num_frames, math.ceil(max_samples * rate / sampling_rate))
+    length = min(num_frames, _crop_frames(rate, max_samples, sampling_rate))
     return int(position * (num_frames - length + 1)), length
+
+
+def _crop_frames(rate: int, max_samples: int, sampling_rate: int) -> int:
+    """Return the largest number of frames in a crop, at the file's own rate."""
+    return math.ceil(max_samples * rate / sampling_rate)
 
 
 def _read(file: soundfile.SoundFile, num_frames: int) -> torch.Tensor:
     return torch.from_numpy(file.read(num_frames, dtype="float32", always_2d=True).T)
 
 
-def _warn_if_cut(link: Link, audio: bytes | str, sound: soundfile.SoundFile) -> None:
+def _warn_if_cut(link: Link, audio: bytes | str, sound: soundfile.SoundFile | None = None) -> None:
     """Log a warning if a sound has fewer bytes than its header states, or lacks the mark of its end."""
-    seconds = sound.frames / sound.samplerate
-    if link.stated_share > 1:
+    if sound is not None and link.stated_share > 1:
+        seconds = sound.frames / sound.samplerate
         _warn_missing(audio, seconds, seconds * link.stated_share)
     elif link.lacks_its_end:
         _warn_once(f"{_name(audio)} ends without Ogg's end-of-stream mark: it was cut; what is there is used.")

@@ -86,8 +86,8 @@ def find_recordings(sources: Iterable[str]) -> list[str]:
 def search_folder(folder: str) -> list[str]:
     """Find the files of [`AUDIO_SUFFIXES`] in a folder and its subfolders, without hidden files and folders.
 
-    Links to folders are followed, after everything else, unless they lead to a folder that was searched already. Pipes,
-    sockets, devices and folders that may not be read are left out with a warning.
+    Links to folders are followed, after everything else, unless they lead to a folder that was searched already.
+    Pipes, sockets, devices and folders that may not be read are left out with a warning.
 
     Returns:
         Paths: those in the folder, then those of each subfolder, sorted by name.

@@ -6,8 +6,8 @@ import math
 import torch
 import torchaudio
 
-# The defaults of torchaudio.functional.resample: zero crossings on either side of the filter, and its cutoff as a share
-# of the lower Nyquist frequency.
+# The defaults of torchaudio.functional.resample: zero crossings on either side of the filter, and its cutoff as a
+# share of the lower Nyquist frequency.
 ZERO_CROSSINGS, ROLLOFF = 6, 0.99
 # torchaudio's kernel holds (reduced source rate) x (reduced target rate) taps. 44 100 Hz to 16 000 Hz reduces to
 # 441/160, but 11 127 Hz does not reduce, and almost all of its 178 million taps are zero. Kernels beyond this size
@@ -72,14 +72,14 @@ class StreamResampler:
         return self.push(torch.zeros(self._width + self.orig, device=self._pending.device))[: total - already]
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)
 def _whole_kernel(orig: int, new: int, width: int) -> list[tuple[int, torch.Tensor]]:
     """Return torchaudio's kernel `(new, 1, 2 * width + orig)`, which begins at tap 0."""
     # torchaudio's function also computes its kernel in float32 for float32 samples.
     return [(0, torchaudio.transforms.Resample(orig, new, dtype=torch.float32).kernel)]
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)
 def _banded_kernels(orig: int, new: int, width: int) -> list[tuple[int, torch.Tensor]]:
     """Return the taps of torchaudio's kernel that are not zero, for some outputs at a time.
 

@@ -218,6 +218,7 @@ def test_flac_of_any_stated_length_is_decoded(tmp_path, total):
     expected = as_soundfile_reads(data)
     data = with_bytes(data, 18, field.to_bytes(8, "big"))
     assert torch.equal(both_ways(tmp_path, data), expected)
+    assert torch.equal(read_waveform(data, RATE, 10**6, position=0.5), expected)
     if total != 1000:
         assert torch.equal(read_waveform(data, RATE, 8000, position=0.5), expected[12_000:20_000])
         assert torch.equal(read_waveform(data, RATE, 8000), expected[:8000])
@@ -259,6 +260,14 @@ def test_mp3_with_a_variable_bitrate_and_no_count(tmp_path):
     waveform = both_ways(tmp_path, data)
     assert len(SAMPLES) <= len(waveform) <= len(SAMPLES) + 3000
     assert 0.15 < waveform[-4000:-2500].abs().max() < 0.35
+    assert_same(read_waveform(data, RATE, 10**6, position=0.3), waveform)
+    assert len(read_waveform(data, RATE, 8000, position=0.3)) == 8000
+
+
+def test_a_chain_whose_last_sound_was_cut_short(tmp_path, caplog):
+    data = encode("OGG")
+    assert_same(both_ways(tmp_path, 2 * data + data[: len(data) // 2]), as_soundfile_reads(data).repeat(2))
+    assert "ends without Ogg's end-of-stream mark" in caplog.text
 
 
 # A5: leading tags

@@ -41,7 +41,7 @@ def results_stream(is_json: bool = False) -> Iterator[TextIO]:
         return
     sys.stdout.flush()
     errors = "jsonescape" if is_json else "backslashreplace"
-    results = open(os.dup(STDOUT), "w", encoding=sys.stdout.encoding, errors=errors)
+    results = os.fdopen(os.dup(STDOUT), "w", encoding=sys.stdout.encoding, errors=errors)
     os.dup2(STDERR, STDOUT)
     try:
         yield results

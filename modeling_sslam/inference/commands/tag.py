@@ -17,7 +17,8 @@ SUMMARY = "Print the labels of sound files, the most probable first."
 DETAILS = """\
 A file that is longer than the model's training clips is cut into windows of that length. A class gets the highest of
 its scores in all windows, or with a single-label model the mean. A file that cannot be read is reported on stderr and
-left out; the exit status is then 1.
+left out; the exit status is then 1. A file that was cut is used as far as it goes, with a warning. Sampling rates of
+100 Hz to 1 MHz are read. Bytes of file names that are not UTF-8 are printed as escapes such as \\udce9.
 """
 EXAMPLES = """\
 examples:
