@@ -6,10 +6,15 @@
 - [`read_waveform`] crops before it resamples, so an hour-long recording costs as much as a clip. The outermost few
   samples of a resampled crop differ from the crop of a resampled file.
 
+Files are read at sampling rates of 100 Hz to 1 MHz and resampled as by `torchaudio.functional.resample`. A file that
+ends before its header says is used as far as it goes, and a warning is logged.
+
 A file that cannot be used raises [`ClipError`], whose `reason` is one word to count by.
 """
 
 import math
+import numbers
+import operator
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +23,8 @@ import numpy as np
 import torch
 
 from ..feature_extraction_sslam import PEAK_LIMIT
-from .decoding import decode_blocks, decode_crop, decoder_errors
-from .errors import ClipError, InferenceError
+from .decoding import check_sampling_rate, decode_blocks, decode_crop, decoder_errors
+from .errors import ClipError
 from .resampling import StreamResampler, resample
 
 # Long enough that the cost per block is negligible, and a few megabytes at any rate.
@@ -41,12 +46,18 @@ def stream_blocks(
         [`resample`] of the whole file.
 
     Raises:
-        ClipError: If the file is missing, empty or undecodable, has NaN or infinite samples or lies far beyond full
-            scale. It is raised where the fault is found; blocks may have come before.
+        ClipError: If the file is missing, empty or undecodable, has an unsupported sampling rate, NaN or infinite
+            samples or lies far beyond full scale. It is raised where the fault is found; blocks may have come before.
     """
-    resampler, position = None, 0.0
+    resampler, resampled_rate, position = None, 0, 0.0
     for channels, rate in decode_blocks(audio, block_seconds):
-        resampler = resampler or StreamResampler(rate, sampling_rate)
+        if resampler is not None and rate != resampled_rate:  # the next sound of a chained file
+            block = resampler.finish()
+            if len(block):
+                yield block
+            resampler = None
+        if resampler is None:
+            resampler, resampled_rate = StreamResampler(rate, sampling_rate), rate
         waveform = channels.mean(0)
         _check_samples(waveform, f" in the {len(waveform) / rate:g} s after {position:g} s")
         position += len(waveform) / rate
@@ -75,27 +86,15 @@ def waveform_blocks(
         float32 of shape `(num_samples,)`, full scale 1, the mean over the channels.
 
     Raises:
-        ClipError: See [`stream_blocks`].
-        InferenceError: If `audio` has none of these forms.
+        ClipError: See [`stream_blocks`]; "unsupported_samples" if `audio` has none of these forms.
     """
     if isinstance(audio, (bytes, str, Path)):
         yield from stream_blocks(audio if isinstance(audio, bytes) else str(audio), sampling_rate)
         return
     samples, rate = _samples_and_rate(audio, sampling_rate)
-    if not isinstance(samples, (np.ndarray, torch.Tensor, list, tuple)):
-        raise InferenceError(f"Audio must be a path, bytes, samples or a dictionary, not {type(samples).__name__}.")
-    waveform = torch.as_tensor(samples)
-    if not waveform.is_floating_point() or waveform.ndim not in (1, 2):
-        raise InferenceError(
-            f"Samples of {waveform.dtype} and shape {tuple(waveform.shape)}; pass floats in [-1, 1] of shape "
-            "(num_samples,) or (channels, num_samples)."
-        )
-    if not waveform.numel():
-        raise ClipError("empty", "the recording has no samples")
-    waveform = waveform.detach().float()
-    waveform = waveform.mean(0) if waveform.ndim == 2 else waveform
+    waveform = _as_waveform(samples)
     _check_samples(waveform)
-    yield resample(waveform, rate, sampling_rate)
+    yield resample(waveform, _as_rate(rate), sampling_rate)
 
 
 def read_waveform(
@@ -114,13 +113,12 @@ def read_waveform(
         float32 of shape `(num_samples,)`, full scale 1, the mean over the channels.
 
     Raises:
-        ClipError: If the file is missing, empty, undecodable, shorter than `min_samples`, has NaN or infinite samples
-            or lies far beyond full scale.
+        ClipError: If the file is missing, empty, undecodable, shorter than `min_samples`, has an unsupported sampling
+            rate, NaN or infinite samples or lies far beyond full scale.
     """
-    channels, rate = decode_crop(audio, max_samples, sampling_rate, position)
-    if not channels.numel():
+    waveform, rate = decode_crop(audio, max_samples, sampling_rate, position)
+    if not waveform.numel():
         raise ClipError("empty", "the file has no samples")
-    waveform = channels.mean(0)
     num_samples = math.ceil(len(waveform) * sampling_rate / rate)
     if num_samples < min_samples:
         raise ClipError(
@@ -144,7 +142,7 @@ class CountedBlocks:
             yield block
 
 
-def _samples_and_rate(audio: Any, sampling_rate: int) -> tuple[Any, int]:
+def _samples_and_rate(audio: Any, sampling_rate: int) -> tuple[Any, Any]:
     """Return the samples of a recording that is no file, and their sampling rate in Hz."""
     if hasattr(audio, "get_all_samples"):  # torchcodec's AudioDecoder
         with decoder_errors("torchcodec"):
@@ -153,9 +151,58 @@ def _samples_and_rate(audio: Any, sampling_rate: int) -> tuple[Any, int]:
     if isinstance(audio, dict):
         samples = audio.get("raw") if audio.get("array") is None else audio["array"]
         if samples is None or "sampling_rate" not in audio:
-            raise InferenceError(f'Audio of keys {sorted(audio)}; pass {{"array": samples, "sampling_rate": Hz}}.')
+            raise ClipError(
+                "unsupported_samples", f'audio of keys {list(audio)}; pass {{"array": samples, "sampling_rate": Hz}}'
+            )
         return samples, audio["sampling_rate"]
     return audio, sampling_rate
+
+
+def _as_rate(rate: Any) -> int:
+    """Return a sampling rate as an integer, from any type of number."""
+    try:
+        is_whole = isinstance(rate, numbers.Real) and float(rate).is_integer()
+        integer = int(float(rate)) if is_whole else operator.index(rate)
+    except (TypeError, ValueError, OverflowError):
+        raise ClipError("unsupported_rate", f"sampling_rate={rate!r}; pass a whole number of Hz") from None
+    check_sampling_rate(integer)
+    return integer
+
+
+def _as_waveform(samples: Any) -> torch.Tensor:
+    """Return samples as float32 `(num_samples,)`, the mean over the channels.
+
+    Arrays of any byte order, memory layout or float type are accepted, also those of Python's numbers.
+    """
+    if not isinstance(samples, (np.ndarray, torch.Tensor, list, tuple)):
+        raise ClipError(
+            "unsupported_samples",
+            f"audio must be a path, bytes, samples or a dictionary, not {type(samples).__name__}",
+        )
+    try:
+        if isinstance(samples, np.ndarray) and samples.dtype == object:
+            samples = samples.tolist()
+        if isinstance(samples, np.ndarray) and np.issubdtype(samples.dtype, np.floating):
+            samples = np.require(samples, np.float32, ("C", "W"))
+        waveform = torch.as_tensor(samples)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ClipError("unsupported_samples", f"not an array of numbers: {error}") from error
+    if not waveform.is_floating_point() or waveform.ndim not in (1, 2):
+        raise ClipError(
+            "unsupported_samples",
+            f"samples of {waveform.dtype} and shape {tuple(waveform.shape)}; pass floats in [-1, 1] of shape "
+            "(num_samples,) or (channels, num_samples)",
+        )
+    if not waveform.numel():
+        raise ClipError("empty", "the recording has no samples")
+    if waveform.ndim == 2 and len(waveform) > waveform.shape[1]:
+        raise ClipError(
+            "unsupported_samples",
+            f"samples of shape {tuple(waveform.shape)}; pass (num_samples,) or (channels, num_samples). Transpose "
+            "audio that has its channels last.",
+        )
+    waveform = waveform.detach().float()
+    return waveform.mean(0) if waveform.ndim == 2 else waveform
 
 
 def _check_samples(waveform: torch.Tensor, where: str = "") -> None:

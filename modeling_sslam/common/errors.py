@@ -5,11 +5,12 @@ class InferenceError(Exception):
     """A command or an inference function cannot do what was asked. The message names the value and the remedy."""
 
 
-class ClipError(Exception):
-    """A sound file cannot be used.
+class ClipError(InferenceError):
+    """A sound cannot be used.
 
     Args:
-        reason: "missing", "empty", "undecodable", "too_short", "not_finite" or "out_of_range".
+        reason: "missing", "empty", "undecodable", "unsupported_rate", "unsupported_samples", "too_short", "not_finite"
+            or "out_of_range".
         detail: The fault and, where there is one, the remedy.
     """
 

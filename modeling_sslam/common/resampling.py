@@ -1,26 +1,28 @@
 """Resampling of waveforms, whole or in blocks, in bounded memory for any pair of rates."""
 
+import functools
 import math
-from fractions import Fraction
 
 import torch
 import torchaudio
 
-# The resampling kernel holds (reduced source rate) x (reduced target rate) taps. 44 100 Hz to 16 000 Hz reduces to
-# 441/160, but 11 127 Hz does not reduce, and its kernel would take gigabytes. A fraction below this bound is within
-# 1e-6 of any ratio.
-MAX_RESAMPLING_DENOMINATOR = 2000
-
-
-def resampling_ratio(orig_freq: int, new_freq: int) -> tuple[int, int]:
-    """Return the ratio of two rates in lowest terms, rounded to a fraction of bounded denominator."""
-    ratio = Fraction(orig_freq, new_freq).limit_denominator(MAX_RESAMPLING_DENOMINATOR)
-    return ratio.numerator, ratio.denominator
+# The defaults of torchaudio.functional.resample: zero crossings on either side of the filter, and its cutoff as a
+# share of the lower Nyquist frequency.
+ZERO_CROSSINGS, ROLLOFF = 6, 0.99
+# torchaudio's kernel holds (reduced source rate) x (reduced target rate) taps. 44 100 Hz to 16 000 Hz reduces to
+# 441/160, but 11 127 Hz does not reduce, and almost all of its 178 million taps are zero. Kernels beyond this size
+# are built without the zeros.
+MAX_KERNEL_TAPS = 1 << 24
+# Shortest band of taps that is worth a convolution of its own.
+MIN_BAND_TAPS = 64
 
 
 def resample(waveform: torch.Tensor, orig_freq: int, new_freq: int) -> torch.Tensor:
-    """Resample a waveform by `torchaudio.functional.resample` with its defaults."""
-    return torchaudio.functional.resample(waveform, *resampling_ratio(orig_freq, new_freq))
+    """Resample a waveform `(num_samples,)` as `torchaudio.functional.resample` does with its defaults."""
+    resampler = StreamResampler(orig_freq, new_freq)
+    if resampler.is_banded:
+        return torch.cat((resampler.push(waveform), resampler.finish().to(waveform.device)))
+    return torchaudio.functional.resample(waveform, resampler.orig, resampler.new)
 
 
 class StreamResampler:
@@ -31,33 +33,74 @@ class StreamResampler:
     """
 
     def __init__(self, orig_freq: int, new_freq: int) -> None:
-        self.orig, self.new = resampling_ratio(orig_freq, new_freq)
+        divisor = math.gcd(orig_freq, new_freq)
+        self.orig, self.new = orig_freq // divisor, new_freq // divisor
         self._num_samples = self._num_outputs = 0
-        if self.orig != self.new:
-            # The function also computes its kernel in float32 for float32 samples.
-            resampler = torchaudio.transforms.Resample(self.orig, self.new, dtype=torch.float32)
-            self._kernel, self._width = resampler.kernel, resampler.width
-            self._pending = torch.zeros(self._width)
+        self._width = math.ceil(ZERO_CROSSINGS * self.orig / (min(self.orig, self.new) * ROLLOFF))
+        self._num_taps = 2 * self._width + self.orig
+        self._pending = torch.zeros(self._width)
+
+    @property
+    def is_banded(self) -> bool:
+        """Whether the kernel is too large to be built with its zeros."""
+        return self._num_taps * self.new > MAX_KERNEL_TAPS
 
     def push(self, block: torch.Tensor) -> torch.Tensor:
         """Take float32 samples `(num_samples,)` and return the outputs that they complete, perhaps none."""
         if self.orig == self.new:
             return block
         self._num_samples += len(block)
-        self._pending = torch.cat((self._pending, block))
-        groups = (len(self._pending) - self._kernel.shape[-1]) // self.orig + 1
+        self._pending = torch.cat((self._pending.to(block.device), block))
+        groups = (len(self._pending) - self._num_taps) // self.orig + 1
         if groups <= 0:
             return block.new_empty(0)
-        reach = (groups - 1) * self.orig + self._kernel.shape[-1]
-        outputs = torch.nn.functional.conv1d(self._pending[None, None, :reach], self._kernel, stride=self.orig)
+        kernels = _banded_kernels if self.is_banded else _whole_kernel
+        outputs = []
+        for first, kernel in kernels(self.orig, self.new, self._width):
+            reach = self._pending[first : first + (groups - 1) * self.orig + kernel.shape[-1]]
+            outputs.append(torch.nn.functional.conv1d(reach[None, None], kernel.to(block.device), stride=self.orig)[0])
         # A copy, because a view would keep the whole block alive.
         self._pending = self._pending[groups * self.orig :].clone()
         self._num_outputs += groups * self.new
-        return outputs[0].T.reshape(-1)
+        return torch.cat(outputs).T.reshape(-1)
 
     def finish(self) -> torch.Tensor:
         """Return the last outputs, whose filter reads beyond the end."""
         if self.orig == self.new:
             return torch.empty(0)
         total, already = math.ceil(self.new * self._num_samples / self.orig), self._num_outputs
-        return self.push(torch.zeros(self._width + self.orig))[: total - already]
+        return self.push(torch.zeros(self._width + self.orig, device=self._pending.device))[: total - already]
+
+
+@functools.lru_cache(maxsize=2)
+def _whole_kernel(orig: int, new: int, width: int) -> list[tuple[int, torch.Tensor]]:
+    """Return torchaudio's kernel `(new, 1, 2 * width + orig)`, which begins at tap 0."""
+    # torchaudio's function also computes its kernel in float32 for float32 samples.
+    return [(0, torchaudio.transforms.Resample(orig, new, dtype=torch.float32).kernel)]
+
+
+@functools.lru_cache(maxsize=2)
+def _banded_kernels(orig: int, new: int, width: int) -> list[tuple[int, torch.Tensor]]:
+    """Return the taps of torchaudio's kernel that are not zero, for some outputs at a time.
+
+    Output j of a group reads the taps within `width` of `width + j * orig / new`. The taps are computed as torchaudio
+    does, in float32 and step by step, so that they are equal bit by bit.
+
+    Returns:
+        For each band its first tap, and its kernel `(outputs, 1, taps)`.
+    """
+    base = min(orig, new) * ROLLOFF
+    outputs = math.ceil(max(width, MIN_BAND_TAPS) * new / orig)
+    kernels = []
+    for first in range(0, new, outputs):
+        last = min(first + outputs, new)
+        start, stop = first * orig // new, math.ceil((last - 1) * orig / new) + 2 * width + 1
+        stop = min(stop, 2 * width + orig)
+        taps = torch.arange(start - width, stop - width, dtype=torch.float32)[None, None] / orig
+        time = torch.arange(-first, -last, -1, dtype=torch.float32)[:, None, None] / new + taps
+        time = (time * base).clamp_(-ZERO_CROSSINGS, ZERO_CROSSINGS)
+        window = torch.cos(time * math.pi / ZERO_CROSSINGS / 2) ** 2
+        time = time * math.pi
+        kernel = torch.where(time == 0, torch.tensor(1.0), time.sin() / time) * (window * (base / orig))
+        kernels.append((start, kernel))
+    return kernels

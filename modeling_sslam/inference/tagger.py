@@ -274,28 +274,40 @@ class SSLAMTagger:
         Yields:
             For each recording, in order, the result of [`tag`], or the error if the recording cannot be used.
         """
+        for result, _ in self.tag_each_with_duration(recordings, top_k, threshold):
+            yield result
+
+    def tag_each_with_duration(
+        self, recordings: Iterable[Audio], top_k: int | None = 10, threshold: float = 0.0
+    ) -> Iterator[tuple[list[dict[str, Any]] | ClipError, float]]:
+        """Rank the classes of many recordings and measure them. See [`tag_each`].
+
+        Yields:
+            For each recording the result of [`tag_each`] and the seconds of it that were decoded.
+        """
         length, sampling_rate = self.feature_extractor.max_length, self.feature_extractor.sampling_rate
 
-        def windows(audio: Audio) -> Iterator[tuple[ClipError | None, torch.Tensor | None]]:
-            """Yield the windows of a recording, then a pair without frames: the recording's end or its error."""
+        def windows(audio: Audio) -> Iterator[tuple[tuple[ClipError | None, float], torch.Tensor | None]]:
+            """Yield the windows of a recording, then its error, if any, and its seconds, without frames."""
+            blocks, error = CountedBlocks(waveform_blocks(audio, sampling_rate)), None
             try:
-                for _, frames in cut_windows(self.log_mel(waveform_blocks(audio, sampling_rate)), length, length):
-                    yield None, frames
-            except ClipError as error:
-                yield error, None
-            else:
-                yield None, None
+                for _, frames in cut_windows(self.log_mel(blocks), length, length):
+                    yield (None, 0.0), frames
+            except ClipError as raised:
+                error = raised
+            yield (error, blocks.num_samples / sampling_rate), None
 
         in_recording: list[np.ndarray] = []
         with closing(prefetch(recordings, windows, RECORDINGS_AHEAD)) as all_windows:
-            for error, scores in self.score(all_windows):
+            for (error, seconds), scores in self.score(all_windows):
                 if scores is not None:
                     in_recording.append(scores)
                     continue
                 if error is not None:
-                    yield error
+                    yield error, seconds
                 else:
-                    yield rank(pool_windows(in_recording, self.model.config), self.labels, top_k, threshold)
+                    pooled = pool_windows(in_recording, self.model.config)
+                    yield rank(pooled, self.labels, top_k, threshold), seconds
                 in_recording = []
 
     def timeline(

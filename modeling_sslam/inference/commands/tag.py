@@ -8,14 +8,16 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TextIO
 
 from ...common.errors import ClipError
-from ...common.text import csv_row, escape_controls
+from ...common.text import csv_row, escape_controls, escape_undecodable
 from .arguments import add_model_arguments, positive_int, score
+from .output import results_stream
 
 SUMMARY = "Print the labels of sound files, the most probable first."
 DETAILS = """\
 A file that is longer than the model's training clips is cut into windows of that length. A class gets the highest of
 its scores in all windows, or with a single-label model the mean. A file that cannot be read is reported on stderr and
-left out; the exit status is then 1.
+left out; the exit status is then 1. A file that was cut is used as far as it goes, with a warning. Sampling rates of
+100 Hz to 1 MHz are read. Bytes of file names that are not UTF-8 are printed as escapes such as \\udce9.
 """
 EXAMPLES = """\
 examples:
@@ -24,8 +26,8 @@ examples:
   find . -name '*.mp3' -size +1M -print0 | sslam tag - --model sslam-as2m --format jsonl > tags.jsonl
 """
 
-# Writes the labels of a file: its path, and `[{"label": name, "score": score}, ...]`.
-Writer = Callable[[str, list[dict[str, Any]]], None]
+# Writes the labels of a file: its name, `[{"label": name, "score": score}, ...]` and its length in seconds.
+Writer = Callable[[str, list[dict[str, Any]], float], None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the labels of all files as they become known; return the exit status."""
     from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
 
     from ...common.recordings import find_recordings
     from ..tagger import SSLAMTagger
@@ -68,18 +71,20 @@ def run(args: argparse.Namespace) -> int:
     tagger = SSLAMTagger.from_pretrained(args.model, args.device, args.dtype, args.batch_size, args.revision)
     num_failed = 0
     with (
-        WRITERS[args.format](sys.stdout) as write,
+        results_stream(is_json=args.format.startswith("json")) as stream,
+        WRITERS[args.format](stream) as write,
         tqdm(total=len(recordings), unit="file", disable=None, dynamic_ncols=True) as progress,
+        logging_redirect_tqdm(),
     ):
-        results = tagger.tag_each(recordings, args.top_k, args.threshold)
-        for path, result in zip(recordings, results, strict=True):
+        results = tagger.tag_each_with_duration(recordings, args.top_k, args.threshold)
+        for path, (result, seconds) in zip(recordings, results, strict=True):
             # The bar goes to stderr, which may share the terminal with stdout.
             with progress.external_write_mode(sys.stdout):
                 if isinstance(result, ClipError):
                     print(escape_controls(f"{path}: {result}"), file=sys.stderr)
                     num_failed += 1
                 else:
-                    write(path, result)
+                    write(path, result, seconds)
             progress.update()
     if num_failed:
         print(f"{num_failed} of {len(recordings)} files could not be used", file=sys.stderr)
@@ -88,12 +93,8 @@ def run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _table(file: TextIO) -> Iterator[Writer]:
-    from ...common.decoding import duration_seconds
-
-    def write(path: str, labels: list[dict[str, Any]]) -> None:
-        seconds = duration_seconds(path)
-        name = escape_controls(path)
-        print(name if seconds is None else f"{name}  ({seconds:.2f} s)", file=file)
+    def write(path: str, labels: list[dict[str, Any]], seconds: float) -> None:
+        print(f"{escape_controls(path)}  ({seconds:.2f} s)", file=file)
         for entry in labels:
             print(f"  {entry['score']:.3f}  {escape_controls(entry['label'])}", file=file)
         file.flush()
@@ -101,13 +102,17 @@ def _table(file: TextIO) -> Iterator[Writer]:
     yield write
 
 
+def _json_entry(path: str, labels: list[dict[str, Any]]) -> str:
+    return json.dumps({"path": escape_undecodable(path), "labels": labels}, ensure_ascii=False)
+
+
 @contextmanager
 def _json(file: TextIO) -> Iterator[Writer]:
     separator = "["
 
-    def write(path: str, labels: list[dict[str, Any]]) -> None:
+    def write(path: str, labels: list[dict[str, Any]], seconds: float) -> None:
         nonlocal separator
-        file.write(f"{separator}\n{json.dumps({'path': path, 'labels': labels}, ensure_ascii=False)}")
+        file.write(f"{separator}\n{_json_entry(path, labels)}")
         separator = ","
 
     try:
@@ -119,8 +124,8 @@ def _json(file: TextIO) -> Iterator[Writer]:
 
 @contextmanager
 def _jsonl(file: TextIO) -> Iterator[Writer]:
-    def write(path: str, labels: list[dict[str, Any]]) -> None:
-        print(json.dumps({"path": path, "labels": labels}, ensure_ascii=False), file=file, flush=True)
+    def write(path: str, labels: list[dict[str, Any]], seconds: float) -> None:
+        print(_json_entry(path, labels), file=file, flush=True)
 
     yield write
 
@@ -129,7 +134,7 @@ def _jsonl(file: TextIO) -> Iterator[Writer]:
 def _csv(file: TextIO) -> Iterator[Writer]:
     file.write(csv_row(("path", "label", "score")))
 
-    def write(path: str, labels: list[dict[str, Any]]) -> None:
+    def write(path: str, labels: list[dict[str, Any]], seconds: float) -> None:
         file.writelines(csv_row((path, entry["label"], f"{entry['score']:.6f}")) for entry in labels)
         file.flush()
 

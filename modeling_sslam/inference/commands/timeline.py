@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from ...common.text import csv_row
 from ..timeline.events import EventSettings
 from ..timeline.formats import FORMATS, SUFFIXES, format_of
 from .arguments import add_model_arguments, non_negative_seconds, positive_int, positive_seconds, score
+from .output import results_stream
 
 if TYPE_CHECKING:
     import numpy as np
@@ -146,16 +146,19 @@ def write_timeline(
         OSError: If a file cannot be written.
     """
     from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
 
     from ...common.decoding import duration_seconds
     from ..timeline.picture import TimelinePicture
 
     total = duration_seconds(args.recording)
-    with ExitStack() as stack:
+    printed = args.format or (None if args.out else "table")
+    with results_stream(is_json=printed == "json") as stream, ExitStack() as stack:
         files = {path: stack.enter_context(replacing(path)) for path in (*formats, args.scores, args.plot) if path}
         progress = stack.enter_context(
             tqdm(total=total and round(total, 1), unit="s", unit_scale=True, disable=None, dynamic_ncols=True)
         )
+        stack.enter_context(logging_redirect_tqdm())
         picture = None
         if args.plot:
             picture = TimelinePicture(tagger.feature_extractor.sampling_rate, tagger.frame_seconds)
@@ -187,8 +190,9 @@ def write_timeline(
             files[path].write_text(FORMATS[name](timeline), encoding="utf-8")
         if picture is not None:
             picture.save(timeline, files[args.plot])
-    if args.format or not args.out:
-        sys.stdout.write(FORMATS[args.format or "table"](timeline))
+        stack.close()  # the files are in place before anything is printed
+        if printed is not None:
+            stream.write(FORMATS[printed](timeline))
 
 
 @contextmanager

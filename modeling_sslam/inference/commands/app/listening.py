@@ -27,6 +27,8 @@ COMPLAINTS = {
     "missing": "no longer exists; upload it again",
     "empty": "is empty",
     "undecodable": "cannot be read as a sound file",
+    "unsupported_rate": "has a sampling rate that is not supported",
+    "unsupported_samples": "cannot be read as a sound",
     "too_short": "is too short",
     "not_finite": "is damaged",
     "out_of_range": "is damaged or has a wrong header",

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from modeling_sslam.__main__ import COMMANDS, main
+from modeling_sslam.common.text import escape_undecodable
 from modeling_sslam.inference import EventSettings, SSLAMTagger
 from modeling_sslam.inference.embedding import EMBEDDING_POOLINGS
 
@@ -80,9 +81,9 @@ def test_file_names_that_are_not_unicode(run, write_sound, tmp_path, file_format
     status, out, err = run("tag", path.parent, "--format", file_format, "--top-k", 1)
     assert (status, err) == (0, "")
     if file_format == "csv":
-        assert list(csv.reader(io.StringIO(out)))[1][0] == str(path).replace("\udcff", "\\udcff")
+        assert list(csv.reader(io.StringIO(out)))[1][0] == escape_undecodable(str(path))
     elif file_format.startswith("json"):
-        assert str(path) in json.loads(out if file_format == "jsonl" else out[1:-2])["path"]
+        assert json.loads(out if file_format == "jsonl" else out[1:-2])["path"] == escape_undecodable(str(path))
 
 
 @pytest.mark.parametrize("separator", ["\n", "\0"])

@@ -220,10 +220,11 @@ def test_processes_that_change_in_number(model_folder, recordings, tmp_path):
 def test_killed_and_continued(start_embed, model_folder, recordings, tmp_path):
     out, expected = tmp_path / "out", tmp_path / "expected"
     options = ("--batch-size", 4, "--shard-rows", 4)
-    # Opening a pipe without a writer blocks, so the process is still at work when it is killed.
+    # Opening a pipe without a writer blocks, so the process is still at work when it is killed. In a folder a pipe is
+    # left out, so it is named.
     shutil.move(recordings / "4.wav", tmp_path / "4.wav")
     os.mkfifo(recordings / "4.wav")
-    process = start_embed([recordings], model_folder, out, *options)
+    process = start_embed(sorted(recordings.glob("*.wav")), model_folder, out, *options)
     wait_for(lambda: len(list(out.glob("data/*.parquet"))) == 2, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
@@ -245,7 +246,7 @@ def test_asked_to_stop(start_embed, model_folder, recordings, tmp_path, number):
     pipe = recordings / "4.wav"
     pipe.unlink()
     os.mkfifo(pipe)
-    process = start_embed([recordings], model_folder, out, "--batch-size", 4, "--shard-rows", 4)
+    process = start_embed(sorted(recordings.glob("*.wav")), model_folder, out, "--batch-size", 4, "--shard-rows", 4)
     wait_for(lambda: len(list(out.glob("data/*.parquet"))) == 2, process)
     process.send_signal(number)
     if number == signal.SIGINT:
