@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ....common.audio import stream_blocks
-from ....common.decoding import duration_seconds
 from ....common.errors import ClipError, InferenceError
 from ...embedding.embedder import Embedder, embed
 from ...tagger import SSLAMTagger
@@ -141,17 +140,15 @@ class Listener:
     def _check_length(self, path: str) -> float:
         """Return the length of a sound file in seconds; raise InferenceError if it is too long or unusable."""
         rate, longest = self.tagger.feature_extractor.sampling_rate, 60 * self.max_minutes
-        seconds = duration_seconds(path)
-        if seconds is None:
-            # The length of a file that libsndfile cannot read is known only after decoding.
-            seconds = 0.0
-            try:
-                for block in stream_blocks(path, rate):
-                    seconds += len(block) / rate
-                    if seconds > longest:
-                        break
-            except ClipError as error:
-                raise _complaint(path, error) from error
+        # A header can state any length, so decoded samples are counted.
+        seconds = 0.0
+        try:
+            for block in stream_blocks(path, rate):
+                seconds += len(block) / rate
+                if seconds > longest:
+                    break
+        except ClipError as error:
+            raise _complaint(path, error) from error
         if seconds > longest:
             raise InferenceError(
                 f"{Path(path).name} is too long: this page accepts up to {self.max_minutes:g} min. Upload a part of "
