@@ -1,11 +1,17 @@
 """Models from folders and from the Hub, and what is there instead of them."""
 
+import pickle
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from safetensors import SafetensorError
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import cached_file
 
 from ..common.errors import InferenceError
+from ..common.model_folder import check_front_end, expected_shapes, read_json, shard_names
+from ..common.terminal import terminal_text
 from ..configuration_sslam import SSLAMConfig
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMPreTrainedModel
@@ -23,11 +29,16 @@ def load_pretrained(
     revision: str | None,
     remedy: str = "",
 ) -> tuple[Model, SSLAMFeatureExtractor]:
-    """A model on its device, with its feature extractor. No code from the folder or repository is run.
+    """Load a model onto its device, with its feature extractor. No code from the folder or repository is run.
+
+    The sizes that the configurations state are compared with the stored weights before anything is built.
 
     Args:
+        model_class: Class of the model.
         model: Folder, or OWNER/NAME on the Hub.
-        device, dtype: See [`resolve_device`] and [`resolve_dtype`].
+        device: See [`resolve_device`].
+        dtype: See [`resolve_dtype`].
+        revision: Branch, tag or commit on the Hub.
         remedy: What to do where weights of this class are missing.
 
     Raises:
@@ -35,6 +46,9 @@ def load_pretrained(
     """
     device = resolve_device(device)
     try:
+        for name in ("config.json", "preprocessor_config.json"):
+            if path := _find(model, name, revision):
+                read_json(path)
         # Transformers would take any model for this class, and make up weights that are not there.
         settings, _ = SSLAMConfig.get_config_dict(model, revision=revision)
         if not settings:
@@ -44,16 +58,79 @@ def load_pretrained(
                 f"{model} holds a model of type {settings.get('model_type')!r}, not 'sslam'. Published checkpoints of "
                 "SSLAM and EAT are converted first: python -m conversion."
             )
+        config = SSLAMConfig.from_pretrained(model, revision=revision)
         extractor = SSLAMFeatureExtractor.from_pretrained(model, revision=revision)
-        loaded, loading = model_class.from_pretrained(
-            model, revision=revision, dtype=resolve_dtype(dtype), output_loading_info=True
-        )
-    except (OSError, ValueError) as error:
+        check_front_end(extractor, config)
+        if missing := _missing_weights(model_class, config, _stored_shapes(model, revision)):
+            raise InferenceError(f"{model} has no weights for {', '.join(missing)}.{remedy}")
+        loaded = model_class.from_pretrained(model, revision=revision, dtype=resolve_dtype(dtype))
+    except InferenceError:
+        raise
+    # The folder's files may hold any type where a number is expected.
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        SafetensorError,
+        pickle.UnpicklingError,
+    ) as error:
         where = "" if Path(model).is_dir() else " (no such folder here, so it was looked for on the Hub)"
-        raise InferenceError(f"{model} cannot be loaded{where}: {error}") from error
-    if loading["missing_keys"]:
-        raise InferenceError(f"{model} has no weights for {', '.join(sorted(loading['missing_keys']))}.{remedy}")
+        raise InferenceError(f"{model} cannot be loaded{where}: {terminal_text(error)}") from error
     return loaded.to(device), extractor
+
+
+def _find(model: str | Path, name: str, revision: str | None) -> Path | None:
+    """Return the path of a file of a model, downloaded if it lies on the Hub, or None if the model lacks it."""
+    path = cached_file(model, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return Path(path) if path else None
+
+
+def _stored_shapes(model: str | Path, revision: str | None) -> dict[str, torch.Size]:
+    """Return the shapes of a model's stored weights by name, without reading the weights."""
+    for name in (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ):
+        if path := _find(model, name, revision):
+            break
+    else:
+        raise OSError("it holds no weights: neither model.safetensors nor pytorch_model.bin.")
+    names = shard_names(path) if path.name.endswith(".index.json") else [path.name]
+    shapes: dict[str, torch.Size] = {}
+    for name in names:
+        if (path := _find(model, name, revision)) is None:
+            raise OSError(f"its index of weights refers to {name}, which is not there.")
+        shapes |= {key: tensor.shape for key, tensor in load_state_dict(path, map_location="meta").items()}
+    return shapes
+
+
+def _missing_weights(
+    model_class: type[SSLAMPreTrainedModel], config: SSLAMConfig, stored: dict[str, torch.Size]
+) -> list[str]:
+    """Return the names of weights that a model has and its files lack.
+
+    Raises:
+        ValueError: If weights have other shapes than the configuration states.
+    """
+
+    def core(name: str) -> str:
+        # An encoder can be loaded from the files of a model with a head, and the reverse.
+        return name.removeprefix(f"{model_class.base_model_prefix}.")
+
+    shapes = {core(name): shape for name, shape in stored.items()}
+    expected = expected_shapes(model_class, config)
+    for name, shape in expected.items():
+        if (found := shapes.get(core(name), shape)) != shape:
+            raise ValueError(
+                f"By the sizes in config.json {name} has shape {tuple(shape)}, but the weight has {tuple(found)}."
+            )
+    return sorted(name for name in expected if core(name) not in shapes)
 
 
 def speed_up(model: Model, dtype: str | torch.dtype) -> Model:

@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMPreTrainedModel
-from modeling_sslam.common.files import write_text
+from modeling_sslam.common.files import remove_leftovers, write_text
 from modeling_sslam.common.signals import StopRequest
 from training.arguments import flatten, parse, to_yaml
 from training.data.config import DataError
@@ -49,7 +49,6 @@ from training.run.checkpointing import (
     latest_checkpoint,
     list_checkpoints,
     load_optimizer,
-    remove_leftovers,
     rng_state,
     rotate,
     save_optimizer,
