@@ -295,6 +295,11 @@ def _classification_fields(
         if len(labels) != num_labels:
             raise ConversionError(f"--labels names {len(labels)} classes, but the classifier has {num_labels}.")
     elif settings.is_sslam and "id2label" in settings.all:
+        if len(settings.all["id2label"]) != num_labels:
+            raise ConversionError(
+                f"The settings name {len(settings.all['id2label'])} classes, but the classifier has {num_labels} "
+                "(--labels)."
+            )
         labels = [settings.all["id2label"][str(index)] for index in range(num_labels)]
         if other := [label for label in labels if not isinstance(label, str)]:
             raise ConversionError(

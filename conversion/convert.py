@@ -124,7 +124,9 @@ def _errors_naming(out: Path, place: Path) -> Iterator[None]:
     except ConversionError as error:
         raise ConversionError(str(error).replace(place.name, out.name)) from error
     except OSError as error:
-        raise OSError(str(error).replace(place.name, out.name)) from error
+        # A full disk's error names no file.
+        text = str(error) if error.filename or error.errno is None else f"{out} could not be written: {error}"
+        raise OSError(text.replace(place.name, out.name)) from error
 
 
 def _convert(

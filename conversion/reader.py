@@ -43,7 +43,9 @@ _ZIP, _LFS_POINTER = b"PK\x03\x04", b"version https://git-lfs"
 # Far above what a checkpoint holds: 700 tensors for the pre-training of a large model, 2000 settings of fairseq.
 MAX_WEIGHTS, MAX_NAME_LENGTH, MAX_DEPTH = 10_000, 500, 50
 MAX_SETTINGS = 100_000
-MAX_CARD_BYTES, MAX_METADATA_BYTES, MAX_LICENSE_LENGTH = 4 << 20, 64 << 10, 500
+MAX_CARD_BYTES, MAX_LICENSE_LENGTH = 4 << 20, 500
+# The line of a card's metadata that states the license, with the indented or listed lines that belong to it.
+_LICENSE_ENTRY = re.compile(r"""^(["']?)license\1[ \t]*:.*(\n[ \t-].*)*""", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -150,34 +152,34 @@ def _stated_license(card: Path) -> str | None:
     """Return the license in the metadata of a README.md.
 
     Raises:
-        ConversionError: If the metadata are too large, refer to themselves, or state a license that is no text.
+        ConversionError: If the card is too large, or the license is no short text.
     """
     if not card.is_file():
         return None
     if card.stat().st_size > MAX_CARD_BYTES:
         raise ConversionError(f"{card} has {card.stat().st_size} bytes, more than the {MAX_CARD_BYTES} of a README.")
-    try:
-        found = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8"))
-        block = found[2] if found else ""
-        if len(block) > MAX_METADATA_BYTES:
-            raise ConversionError(f"The metadata of {card} are longer than {MAX_METADATA_BYTES} characters.")
-        # YAML's aliases repeat parts of the document, and repetitions of repetitions have no end.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(block, yaml.SafeLoader)):
-            raise ConversionError(f"The metadata of {card} have YAML aliases (*name); write out what they stand for.")
-        metadata = yaml.safe_load(block)
-    except ConversionError:
-        raise
-    # A card is free text: unreadable metadata state no license.
-    except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
+    # Only this entry is parsed: YAML takes very long for nested metadata, and its aliases can describe endless ones.
+    entry = _LICENSE_ENTRY.search(_metadata(card.read_text(encoding="utf-8", errors="replace")))
+    if entry is None:
         return None
-    stated = metadata.get("license") if isinstance(metadata, dict) else None
-    names = stated if isinstance(stated, list) else [stated]
-    if stated is not None and not all(isinstance(name, str) for name in names):
-        raise ConversionError(f"{card} states a license that is no text but a {type(stated).__name__}; correct it.")
-    terms = None if stated is None else ", ".join(names)
-    if terms and len(terms) > MAX_LICENSE_LENGTH:
-        raise ConversionError(f"{card} states a license of {len(terms)} characters; name it shortly.")
-    return terms or None
+    try:
+        if len(entry[0]) > MAX_LICENSE_LENGTH:
+            raise ValueError(f"it has {len(entry[0])} characters")
+        stated = yaml.safe_load(entry[0])["license"]
+        names = stated if isinstance(stated, list) else [stated or ""]
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("it is no text")
+    except (ValueError, TypeError, LookupError, RecursionError, yaml.YAMLError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConversionError(
+            f"The license in the metadata of {card} is no short name ({reason}); correct it."
+        ) from error
+    return ", ".join(names) or None
+
+
+def _metadata(card: str) -> str:
+    block = REGEX_YAML_BLOCK.search(card)
+    return block[2] if block else ""
 
 
 def _read_file(path: Path) -> Checkpoint:

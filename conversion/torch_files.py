@@ -7,7 +7,7 @@ import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -62,7 +62,7 @@ class TorchFile:
     def _storage(self, mapped: torch.UntypedStorage, storage: Storage) -> torch.UntypedStorage:
         start, size = self.places.get(storage.key, (0, 0))
         first, end = (number * storage.dtype.itemsize for number in (storage.first, storage.first + storage.size))
-        if end > size:
+        if end > size or start + end > mapped.nbytes():
             raise PickleError(f"its storage {storage.key[:100]} claims {end} bytes, but the file holds {size} of it")
         content = mapped[start + first : start + end]
         if (start + first) % _ALIGNMENT:
@@ -98,20 +98,28 @@ def _read_zip(path: Path) -> TorchFile:
         program = programs[0]
         if records[program].file_size > MAX_PROGRAM_BYTES:
             raise PickleError(f"its {program} has {records[program].file_size} bytes, more than {MAX_PROGRAM_BYTES}")
-        payload = Machine(io.BytesIO(archive.read(program))).run()
-        byteorder = archive.read(f"{folder}byteorder") if f"{folder}byteorder" in records else b"little"
+        payload = Machine(io.BytesIO(_content(stream, records[program]))).run()
+        byteorder = _content(stream, records[f"{folder}byteorder"]) if f"{folder}byteorder" in records else b"little"
         if byteorder not in (b"little", b"big"):
             raise ValueError("its record byteorder is neither little nor big")
-        places = {}
-        for name, record in records.items():
-            if name.startswith(f"{folder}data/"):
-                stream.seek(record.header_offset)
-                _, name_length, extra_length = _LOCAL_HEADER.unpack(stream.read(_LOCAL_HEADER.size))
-                start = record.header_offset + _LOCAL_HEADER.size + name_length + extra_length
-                if start + record.file_size > path.stat().st_size:
-                    raise ValueError(f"its record {name[:100]} ends beyond the file")
-                places[name.removeprefix(f"{folder}data/")] = (start, record.file_size)
+        places = {
+            name.removeprefix(f"{folder}data/"): (_first_byte(stream, record), record.file_size)
+            for name, record in records.items()
+            if name.startswith(f"{folder}data/")
+        }
     return TorchFile(path, payload, places, byteorder.decode())
+
+
+def _first_byte(stream: IO[bytes], record: zipfile.ZipInfo) -> int:
+    """Return the position of a record's content in its file."""
+    stream.seek(record.header_offset)
+    _, name_length, extra_length = _LOCAL_HEADER.unpack(stream.read(_LOCAL_HEADER.size))
+    return record.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+
+
+def _content(stream: IO[bytes], record: zipfile.ZipInfo) -> bytes:
+    stream.seek(_first_byte(stream, record))
+    return stream.read(record.file_size)
 
 
 def _check_records(archive: zipfile.ZipFile, file_size: int) -> None:

@@ -36,7 +36,7 @@ def _size(largest: int) -> list[_Rule]:
 # A configuration comes from a file, which may state anything. The limits are far above any model of this kind and keep
 # a model from being built that no memory holds.
 _LARGEST_NUMBER = 1e30
-_MAX_LAYERS, _MAX_WIDTH, _MAX_MEL_BINS, _MAX_LABELS = 1024, 1 << 17, 4096, 1 << 20
+_MAX_LAYERS, _MAX_WIDTH, _MAX_MEL_BINS, _MAX_LABELS = 256, 1 << 17, 4096, 1 << 20
 # Tokens of the position table: 45 minutes of sound in 128 mel bins.
 _MAX_POSITIONS = 1 << 17
 

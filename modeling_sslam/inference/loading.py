@@ -18,6 +18,9 @@ from ..modeling_sslam import SSLAMPreTrainedModel
 from .devices import resolve_device, resolve_dtype
 from .packed_blocks import PRECISIONS, can_optimize, optimize_for_cpu
 
+# Weights that an error lists by name.
+MAX_NAMES = 8
+
 Model = TypeVar("Model", bound=SSLAMPreTrainedModel)
 
 
@@ -62,7 +65,8 @@ def load_pretrained(
         extractor = SSLAMFeatureExtractor.from_pretrained(model, revision=revision)
         check_front_end(extractor, config)
         if missing := _missing_weights(model_class, config, _stored_shapes(model, revision)):
-            raise InferenceError(f"{model} has no weights for {', '.join(missing)}.{remedy}")
+            others = f" and {len(missing) - MAX_NAMES} more" if len(missing) > MAX_NAMES else ""
+            raise InferenceError(f"{model} has no weights for {', '.join(missing[:MAX_NAMES])}{others}.{remedy}")
         loaded = model_class.from_pretrained(model, revision=revision, dtype=resolve_dtype(dtype))
     except InferenceError:
         raise
