@@ -50,7 +50,7 @@ class TorchFile:
         claimed = sum(math.prod(view.shape) * view.storage.dtype.itemsize for view in views.values())
         if claimed > _MOST_SHARING * file_size + _ALLOWANCE:
             raise PickleError(f"its weights claim {claimed} bytes, but the file has {file_size}")
-        mapped = torch.UntypedStorage.from_file(str(self.path), False, file_size)
+        mapped = torch.from_file(str(self.path), size=file_size, dtype=torch.uint8).untyped_storage()
         storages = {view.storage: self._storage(mapped, view.storage) for view in views.values()}
         return {
             name: torch.empty(0, dtype=view.storage.dtype).set_(
