@@ -28,7 +28,7 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 class TargetInUseError(OSError):
-    """Another process is writing the target."""
+    """Another call, in this process or in another, is writing the target."""
 
 
 def temporary_path(target: Path) -> Path:
@@ -183,9 +183,7 @@ def _locked(target: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(descriptor)
-            raise TargetInUseError(
-                f"{target} is being written by another process; wait until that has ended."
-            ) from error
+            raise TargetInUseError(f"{target} is being written by another call; wait until that has ended.") from error
         except OSError:
             pass  # a file system without locks: the call goes on without one
         # The holder before may have removed the file after it was opened here: then it is no lock any more.

@@ -619,7 +619,7 @@ def test_of_two_conversions_to_one_target_the_second_is_refused(golden_dir, tmp_
         (place / "half").touch()
         code, _, error = run(golden_dir / "sslam_finetuned.pt", out)
         assert code == 1
-        assert error == f"error: {out} is being written by another process; wait until that has ended.\n"
+        assert error == f"error: {out} is being written by another call; wait until that has ended.\n"
         assert (place / "half").exists()
     assert [path.name for path in out.iterdir()] == ["half"]
     assert list(tmp_path.iterdir()) == [out]
