@@ -1,11 +1,11 @@
-"""The limit that the benchmarks hold the model against: what its matrix products alone would take.
+"""The limit that the benchmarks hold the model against: the time of its matrix products alone.
 
-Every matrix product that a run of the *eager* model asks torch for is written down (a linear layer, a convolution as
-the product it stands for, the two of attention, and in a backward pass those of the gradients). Each is then computed
-at its own shape and dtype, operands ready and contiguous, by whichever kernel is fastest here (oneDNN's some rows at a
-time). Its FLOPs are 2 * batch * rows * inner * columns. What a run does besides, normalisation, activation, softmax,
-copies, is not in the limit; nor are the products that are computed a second time to save memory (attention's backward
-pass does so, and the decoder's).
+The products of a run of the *eager* model are recorded: linear layers, convolutions as the products that they stand
+for, the two products of attention, and those of the gradients in a backward pass. Each is then computed at its own
+shape and dtype, with operands ready and contiguous, by the kernel that is fastest on this machine (oneDNN's some rows
+at a time). Its FLOPs are 2 * batch * rows * inner * columns. The limit leaves out everything else, such as
+normalisation, activation, softmax and copies, and products that are recomputed to save memory, as in the backward
+passes of attention and of the decoder.
 """
 
 import math
@@ -21,7 +21,7 @@ from benchmarks.measurement import time_in_turn
 
 aten = torch.ops.aten
 
-# Of a product by oneDNN, whose results then are memory that has been used before.
+# oneDNN computes this many rows at a time, so that results are in memory that has been used before.
 ROWS_AT_A_TIME = 1024
 
 
@@ -40,7 +40,7 @@ class MatrixProduct(NamedTuple):
 
 
 def matrix_products(run: Callable[[], object]) -> Counter[MatrixProduct]:
-    """The products that `run` asks for, backward passes included, each with how often."""
+    """Count the products that `run` asks torch for, backward passes included."""
     with _Recorder() as recorder:
         run()
     return recorder.products
@@ -101,15 +101,20 @@ def _convolution(image: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, g
 def gemm_runner(
     products: Counter[MatrixProduct], device: torch.device, kernels: tuple[str, ...] = ("torch", "onednn")
 ) -> Callable[[], None]:
-    """A function that computes all the products, each as often as it was asked for, by its fastest kernel of
-    `kernels`: "torch" is `torch.bmm`, "onednn" the linear layer of oneDNN, which torch has for CPUs beside the
-    library that `torch.mm` uses there in float32, and "packed" the same with the second factor in oneDNN's own layout,
-    as inference may have its weights ready."""
+    """Return a function that computes all products, each as often as counted, by its fastest kernel.
+
+    Args:
+        products: Products and their counts.
+        device: Device to compute on.
+        kernels: Kernels to choose from. "torch" is `torch.bmm`; "onednn" is oneDNN's linear layer, which torch has for
+            CPUs beside the library that `torch.mm` calls there in float32; "packed" is oneDNN's with the second factor
+            in oneDNN's own layout, as inference may have its weights ready.
+    """
     fastest = []
     for product, count in products.items():
         candidates = dict(_kernels(product, device, kernels))
         timings = time_in_turn(candidates, rounds=7, device=device)
-        # By their best: what else the machine does in these milliseconds must not choose.
+        # Compare best times: other load on the machine in these milliseconds must not decide.
         fastest.append((candidates[min(timings, key=lambda name: min(timings[name].repeats))], count))
 
     @torch.no_grad()
@@ -141,8 +146,10 @@ def _kernels(
 
 
 def _multiply_by_onednn(left: Iterable[torch.Tensor], right: Iterable[torch.Tensor]) -> None:
-    """Products that are dropped as they come, some rows at a time: a large result is new memory, and clearing its
-    pages can take a fifth of the product's own time or more."""
+    """Compute products some rows at a time and drop them.
+
+    A large result is new memory, and clearing its pages can take a fifth of the product's own time or more.
+    """
     for rows, weight in zip(left, right, strict=True):
         for part in rows.split(ROWS_AT_A_TIME):
             torch.ops.mkldnn._linear_pointwise(part, weight, None, "none", [], "")

@@ -1,14 +1,16 @@
-"""How fast the encoder and classifier are, beside the Audio Spectrogram Transformer and their matrix products alone.
+"""Speed of encoder and classifier, beside the Audio Spectrogram Transformer and their matrix products alone.
 
     python -m benchmarks.inference
 
-On the CPU: clips of 10 s, as `input_values`, through the base size. "as loaded" is the model of `from_pretrained`,
-"optimised" what `modeling_sslam.inference.optimize_for_cpu` makes of it, in float32, bfloat16 and int8. Rivals:
-transformers' ASTForAudioClassification of the same width and depth, which cuts a clip into overlapping patches, 1214
-tokens where SSLAM has 513; and a plain transcription of SSLAM with eager attention. Fidelity is the least cosine over
-clips between CLS embeddings and those of the model as loaded, on soundscapes and with new weights.
+On the CPU the base size computes clips of 10 s from `input_values`. "as loaded" is the model of `from_pretrained`, at
+torch's own rate; "use_onednn" is that model after `modeling_sslam.onednn_sslam.use_onednn`, as the training programs
+run it; "optimised" is the model after `modeling_sslam.inference.optimize_for_cpu`, in float32, bfloat16 and int8, as
+the `sslam` commands run it. The rivals are transformers' ASTForAudioClassification of the same width and depth, which
+cuts a clip into overlapping patches, 1214 tokens where SSLAM has 513; and a plain transcription of SSLAM with eager
+attention. Fidelity is the least cosine over clips between CLS embeddings and those of the model as loaded, on
+soundscapes and with random weights.
 
-On a GPU: from waveforms there to CLS embeddings, bfloat16, compiled, filter bank included.
+On a GPU the program measures waveforms on the device to CLS embeddings, in bfloat16, compiled, filter bank included.
 """
 
 import copy
@@ -25,22 +27,23 @@ from benchmarks.measurement import Measurement, ratio, scaled, time_in_turn
 from benchmarks.report import Report, Row, base_config, make_parser
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
 from modeling_sslam.inference.packed_blocks import can_optimize, optimize_for_cpu
+from modeling_sslam.onednn_sslam import use_onednn
 from training.data.seeding import generator_for
 from training.soundscapes.scene import soundscape
 
 SECONDS = 10.0
-# What reduced precision should reach: times the speed of the model as loaded, and cosine with its embeddings.
+# What reduced precision should reach: times the speed of float32 by `use_onednn`, and cosine with its embeddings.
 TARGETS = {"bfloat16": (2.0, 0.9995), "int8": (2.5, 0.998)}
 
 
 def soundscapes(count: int, sampling_rate: int) -> list[torch.Tensor]:
-    """Clips of 10 s with several sounds each."""
+    """Make clips of 10 s with several sounds each."""
     sounds = (soundscape(generator_for(0, "benchmark", number), SECONDS, sampling_rate)[0] for number in range(count))
     return [torch.from_numpy(sound).float() for sound in sounds]
 
 
 def make_ast(config: SSLAMConfig) -> ASTForAudioClassification:
-    """The rival, as wide and as deep."""
+    """Make the rival, as wide and as deep as the configuration."""
     return ASTForAudioClassification(
         ASTConfig(
             hidden_size=config.hidden_size,
@@ -62,10 +65,12 @@ def cpu_rows(report: Report, config: SSLAMConfig, batch_size: int, rounds: int) 
     model, transcription = SSLAMForAudioClassification(config).eval(), plain.Encoder(config).eval()
     precisions = [precision for precision in ("float32", *TARGETS) if can_optimize(precision)]
     optimised = {precision: optimize_for_cpu(copy.deepcopy(model), precision) for precision in precisions}
+    by_onednn = use_onednn(copy.deepcopy(model))
 
     products = matrix_products(lambda: model(input_values))
     contestants: dict[str, Callable[[], object]] = {
-        "as loaded": lambda: model(input_values),
+        "as loaded": partial(model, input_values),
+        "use_onednn": partial(by_onednn, input_values),
         **{f"optimised, {precision}": partial(fast, input_values) for precision, fast in optimised.items()},
         "AST": partial(make_ast(config), input_values),
         "plain transcription": lambda: transcription(transcription.embed(input_values)),
@@ -88,7 +93,7 @@ def cpu_rows(report: Report, config: SSLAMConfig, batch_size: int, rounds: int) 
         "matrix products",
         "matrix products by torch.mm",
     )
-    for name in ("optimised, float32", "as loaded"):
+    for name in ("optimised, float32", "use_onednn", "as loaded"):
         aims = (0.85, 2.3) if name.startswith("optimised") else (None, None)
         report.add(
             Row(f"{what}, {name}", figure="of the GEMM limit", at_least=aims[0], **against(limit, name)),
@@ -100,12 +105,22 @@ def cpu_rows(report: Report, config: SSLAMConfig, batch_size: int, rounds: int) 
     for precision, (speed, cosine) in TARGETS.items():
         what, name = f"inference base, {precision}, batch {batch_size}", f"optimised, {precision}"
         if precision not in optimised:
-            report.add(Row(what, "CPU", "times own fp32", None, at_least=speed, note="no kernels on this processor"))
+            report.add(
+                Row(
+                    what,
+                    "CPU",
+                    "times own fp32, use_onednn",
+                    None,
+                    at_least=speed,
+                    note="no kernels on this processor",
+                )
+            )
             continue
         found = optimised[precision].sslam(input_values).pooler_output.float()
         fidelity = cosine_similarity(found, expected).min().item()
         report.add(
-            Row(what, figure="times own fp32, as loaded", at_least=speed, **against("as loaded", name)),
+            Row(what, figure="times own fp32, use_onednn", at_least=speed, **against("use_onednn", name)),
+            Row(what, figure="times own fp32, as loaded", **against("as loaded", name)),
             Row(what, figure="times own fp32, optimised", **against("optimised, float32", name)),
             Row(what, "CPU", "cosine of embeddings", fidelity, at_least=cosine),
         )
@@ -115,8 +130,11 @@ def cpu_rows(report: Report, config: SSLAMConfig, batch_size: int, rounds: int) 
 def time_from_waveforms(
     config: SSLAMConfig, batch_size: int, rounds: int, device: torch.device
 ) -> tuple[dict[str, Measurement], int]:
-    """Seconds of a batch from waveforms on the device to embeddings, in bfloat16 and compiled, and of what it is held
-    against; and the FLOPs of its matrix products."""
+    """Measure seconds of a batch from waveforms on the device to embeddings, in bfloat16 and compiled.
+
+    Returns:
+        The seconds of this and of what it is held against, and the FLOPs of its matrix products.
+    """
     extractor = SSLAMFeatureExtractor()
     num_samples = round(SECONDS * extractor.sampling_rate)
     waveforms = list(torch.randn(batch_size, num_samples, device=device) / 10)

@@ -1,10 +1,9 @@
-"""SPEC sections 2 and 3 written down as they read: what the benchmarks hold the pre-training step against.
+"""Plain transcription of the encoder and objectives, which the benchmarks hold the pre-training step against.
 
-It stands in for the published code, which lives in fairseq, and shares nothing with `modeling_sslam` but the
-configuration and the drawing of masks and windows. Attention is computed step by step with its softmax in float32,
-targets are repeated for every clone, the decoder works on `(batch, channels, time, mel)` and predicts all places, of
-which the masked ones are then picked. [`load_weights`] gives it the weights of an `SSLAMForPreTraining`, so that both
-compute the same numbers.
+It stands in for the published code, which needs fairseq. It shares only the configuration and the drawing of masks and
+windows with `modeling_sslam`. Attention is computed step by step with its softmax in float32; targets are repeated for
+every clone; the decoder works on `(batch, channels, time, mel)` and predicts all patches, of which the masked ones are
+then selected. [`load_weights`] copies the weights of an `SSLAMForPreTraining`, so that both compute the same numbers.
 """
 
 import math
@@ -17,7 +16,7 @@ from modeling_sslam import SSLAMConfig, SSLAMForPreTraining
 from modeling_sslam.modeling_sslam import sincos_position_table
 from modeling_sslam.modeling_sslam_pretraining import draw_unmixed_starts, inverse_block_masks, unmixed_window_width
 
-# From the names of `SSLAMForPreTraining` to the ones here, a substring at a time.
+# Substrings of names in `SSLAMForPreTraining`, and what replaces them here.
 RENAMED = {
     "sslam.": "student.",
     "patch_embeddings.": "",
@@ -87,7 +86,7 @@ class Encoder(nn.Module):
         return patches + self.positions[: patches.shape[1]]
 
     def forward(self, patches: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The last block's output and all blocks' FFN outputs, the CLS token first."""
+        """Return the last block's output and all blocks' FFN outputs, the CLS token first."""
         x = self.layernorm(torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1))
         ffn_outputs = []
         for block in self.blocks:
@@ -151,7 +150,8 @@ class PlainPreTraining(nn.Module):
         masks: torch.Tensor | None = None,
         unmixed_starts: tuple[int, int] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """
+        """Compute the objective.
+
         Args:
             clips: Normalised log-mel frames `(batch_size, T, num_mel_bins)`.
             masks: bool `(batch_size, num_clones, N)`, True for masked patches; drawn if not given.
@@ -221,7 +221,7 @@ class PlainPreTraining(nn.Module):
         return {"loss": sum(terms.values()), **terms, **deviations}
 
     def predict(self, inputs: torch.Tensor, masks: torch.Tensor, num_clones: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The student's CLS outputs and its predictions of all patches, for every clone."""
+        """Return the student's CLS outputs and its predictions of all patches, for every clone."""
         patches = self.student.embed(inputs).repeat_interleave(num_clones, 0)
         visible = patches[~masks].view(len(patches), -1, patches.shape[-1])
         states, _ = self.student(visible)
@@ -245,12 +245,12 @@ class PlainPreTraining(nn.Module):
 
 
 def load_weights(plain: PlainPreTraining, model: SSLAMForPreTraining) -> None:
-    """Gives `plain` the weights of `model`."""
+    """Copy the weights of `model` to `plain`."""
     plain.load_state_dict(rename(model.state_dict()))
 
 
 def rename(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What `SSLAMForPreTraining` names (weights, gradients) under the names of [`PlainPreTraining`]."""
+    """Rename tensors (weights, gradients) of `SSLAMForPreTraining` as [`PlainPreTraining`] names them."""
     renamed = {}
     for name, tensor in named.items():
         if name.startswith("decoder."):

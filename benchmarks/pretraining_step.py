@@ -1,13 +1,14 @@
-"""How long a pre-training step takes and how much memory, beside its matrix products alone and a plain transcription.
+"""Time and memory of a pre-training step, beside its matrix products alone and a plain transcription.
 
     python -m benchmarks.pretraining_step
 
 A step of the second stage (objective "sslam") at the base size: forward, backward, clipping, AdamW, the teacher's
-update. On the CPU all is in float32. On a GPU, if there is one, ours runs as `training.pretrain` does there, bfloat16
-by autocast with its blocks compiled; the transcription in float16 by autocast with scaled gradients, as published.
-What `training.memory` sets, for the whole process, is left out: the transcription would run with it, too.
+update. Ours runs as `training.pretrain` runs it: on the CPU in float32 with `use_onednn`, on a GPU (if there is one)
+in bfloat16 by autocast with its blocks compiled. The transcription runs on the CPU in float32, on a GPU in float16 by
+autocast with scaled gradients, as published. The programs' settings of glibc's heap hold for a whole process, so they
+are left out: the transcription would run with them, too.
 
-Peak memory is that of a second step in a process of its own, with weights, gradients and the optimiser's state.
+Peak memory is measured in a second step in a process of its own, with weights, gradients and the optimiser's state.
 """
 
 from collections import Counter
@@ -24,6 +25,7 @@ from benchmarks.measurement import Measurement, PeakMemory, peak_memory, ratio, 
 from benchmarks.plain import PlainPreTraining
 from benchmarks.report import Report, Row, base_config, make_parser
 from modeling_sslam import SSLAMForPreTraining, modeling_sslam_pretraining
+from modeling_sslam.onednn_sslam import use_onednn
 from training.pretrain import compile_blocks
 from training.run.optimization import OptimizerConfig, make_optimizer
 
@@ -33,8 +35,16 @@ OPTIMIZER = OptimizerConfig(learning_rate=5e-5)
 
 @dataclass(frozen=True)
 class Setting:
-    """A step's size: clips, masked copies of each, frames of a clip (10 ms each), blocks of the encoder; and how it is
-    computed: in float32, or by autocast in half precision with our blocks compiled."""
+    """Size of a step, and its device and precision.
+
+    Attributes:
+        batch: Clips.
+        clones: Masked copies of each clip.
+        frames: Frames of a clip, 10 ms each.
+        layers: Blocks of the encoder.
+        device: Name of the device.
+        half_precision: Whether to compute by autocast in half precision with our blocks compiled, else in float32.
+    """
 
     batch: int
     clones: int
@@ -48,7 +58,7 @@ class Setting:
 
 
 def make_update(model: SSLAMForPreTraining, half_precision: bool) -> Callable[[torch.Tensor], None]:
-    """A step of that model on a batch of `input_values`."""
+    """Return a function that makes a step of the model on a batch of `input_values`."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(model, OPTIMIZER)
 
@@ -65,21 +75,25 @@ def make_update(model: SSLAMForPreTraining, half_precision: bool) -> Callable[[t
 
 
 def make_step(setting: Setting, compiled: bool = True) -> Callable[[], None]:
-    """Our step on a ready batch."""
-    model = SSLAMForPreTraining(base_config(setting.layers, num_clones=setting.clones)).train().to(setting.device)
+    """Return a function that makes our step on a ready batch."""
+    model = SSLAMForPreTraining(base_config(setting.layers, num_clones=setting.clones)).train()
+    use_onednn(model.to(setting.device))
     if setting.half_precision and compiled:
         compile_blocks(model)
     return partial(make_update(model, setting.half_precision), setting.make_batch())
 
 
 def products_of_step(setting: Setting) -> Counter[MatrixProduct]:
-    """The products of our step, without those that it computes a second time to save memory."""
-    with patch.object(modeling_sslam_pretraining, "recomputing", lambda function, *inputs: function(*inputs)):
+    """Record the products of our step, without those that it recomputes to save memory."""
+    direct = patch.object(
+        modeling_sslam_pretraining, "checkpoint_activations", lambda function, *inputs: function(*inputs)
+    )
+    with direct:
         return matrix_products(make_step(setting, compiled=False))
 
 
 def make_plain_step(setting: Setting) -> Callable[[], None]:
-    """The transcription's."""
+    """Return a function that makes the transcription's step on a ready batch."""
     config = base_config(setting.layers, num_clones=setting.clones)
     model = PlainPreTraining(config).train().to(setting.device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -108,20 +122,20 @@ def peak_of(make: Callable[[Setting], Callable[[], None]], setting: Setting) -> 
 
 
 def _second_step(make: Callable[[Setting], Callable[[], None]], setting: Setting) -> Callable[[], None]:
-    """A step whose optimiser has its state already."""
+    """Return a step whose optimiser has its state already."""
     step = make(setting)
     step()
     return step
 
 
 def cost_of_step(setting: Setting, rounds: int) -> tuple[Measurement, PeakMemory]:
-    """Seconds and peak memory of our step."""
+    """Measure seconds and peak memory of our step."""
     seconds = time_in_turn({"step": make_step(setting)}, rounds, torch.device(setting.device))["step"]
     return seconds, peak_of(make_step, setting)
 
 
 def measure(report: Report, setting: Setting, rounds: int) -> tuple[dict[str, Measurement], dict[str, PeakMemory]]:
-    """Seconds of our step, of the transcription's and of our matrix products, in turn, and peak memory of the two."""
+    """Measure our step, the transcription's and our matrix products: seconds in turn, and the steps' peak memory."""
     device, name = torch.device(setting.device), setting.device
     products = products_of_step(setting)
     contestants = {"ours": make_step(setting), "plain": make_plain_step(setting)}
@@ -131,7 +145,7 @@ def measure(report: Report, setting: Setting, rounds: int) -> tuple[dict[str, Me
     report.record(f"{name}: TFLOP/s of the limit", scaled(seconds["limit"], lambda value: flops / value / 1e12))
     for contestant, measurement in seconds.items():
         report.record(f"{name}: seconds, {contestant}", measurement)
-    contestants.clear()  # their memory is wanted
+    contestants.clear()  # free their memory
     peaks = {"ours": peak_of(make_step, setting), "plain": peak_of(make_plain_step, setting)}
     for contestant, peak in peaks.items():
         report.record(f"{name}: peak bytes, {contestant}", peak.in_all)

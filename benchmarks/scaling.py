@@ -1,11 +1,11 @@
-"""How cost grows: clips/s and peak memory against batch size, length of the clips, and clones, as a picture.
+"""Growth of cost: clips/s and peak memory against batch size, length of the clips, and clones, as a picture.
 
     python -m benchmarks.scaling [--picture benchmarks/images/scaling.png]
 
-The base size, on a GPU (bfloat16, compiled) if there is one, else on the CPU in float32: the classifier of
-`from_pretrained` in inference against batch size (clips of 10 s) and against length (one clip), both beside the Audio
-Spectrogram Transformer where that takes such clips, and the pre-training step against clones (2 clips). Each point is
-timed in this process; its peak memory is that of a process of its own, everything included.
+The base size runs on a GPU (bfloat16, compiled) if there is one, else on the CPU (float32, `use_onednn`): the
+classifier in inference against batch size (clips of 10 s) and against length (one clip), both beside the Audio
+Spectrogram Transformer where it takes such clips, and the pre-training step against clones (2 clips). Each point is
+timed in this process; its peak memory is measured in a process of its own, everything included.
 """
 
 from collections.abc import Callable
@@ -23,9 +23,10 @@ from benchmarks.measurement import peak_memory, time_in_turn
 from benchmarks.pretraining_step import Setting, cost_of_step
 from benchmarks.report import GIB, Report, base_config, make_parser
 from modeling_sslam import SSLAMForAudioClassification
+from modeling_sslam.onednn_sslam import use_onednn
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
-# Of 1 s to 2 min, in whole patches of 160 ms.
+# From 1 s to 2 min, in whole patches of 160 ms.
 LENGTHS = (96, 192, 512, 1024, 3072, 6144, 12_288)
 CLONES = (1, 2, 4, 8, 16)
 CLIPS_OF_A_STEP = 2
@@ -33,7 +34,7 @@ CLIPS_OF_A_STEP = 2
 
 @dataclass(frozen=True)
 class Inference:
-    """What is run: a model's name, blocks, clips, frames of each, device."""
+    """A run in inference: the model's name, its blocks, the clips and their frames, the device."""
 
     model: str
     layers: int
@@ -44,7 +45,7 @@ class Inference:
     def set_up(self) -> Callable[[], object]:
         config = base_config(self.layers, max_length=self.frames)
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-        model = make_ast(config) if self.model == "AST" else SSLAMForAudioClassification(config).eval()
+        model = make_ast(config) if self.model == "AST" else use_onednn(SSLAMForAudioClassification(config).eval())
         model = model.to(self.device, dtype)
         if self.device == "cuda":
             model = torch.compile(model)
@@ -53,14 +54,14 @@ class Inference:
 
 
 def cost_of_inference(setting: Inference, rounds: int) -> dict[str, float]:
-    """Clips/s and peak memory in GiB."""
+    """Measure clips/s and peak memory in GiB."""
     device = torch.device(setting.device)
     seconds = time_in_turn({"forward": setting.set_up()}, rounds, device)["forward"].median
     return {"clips/s": setting.batch_size / seconds, "GiB": peak_memory(setting.set_up).in_all / GIB}
 
 
 def draw(curves: dict[str, dict[str, dict[float, dict[str, float]]]], title: str) -> Figure:
-    """Curves by axis, name and place: clips/s above, peak memory below."""
+    """Draw curves by axis, name and place: clips/s above, peak memory below."""
     figure = Figure(figsize=(4 * len(curves), 6.5), layout="constrained")
     axes = figure.subplots(2, len(curves), squeeze=False)
     for column, (axis, named) in enumerate(curves.items()):

@@ -1,15 +1,14 @@
-"""How long until a model is there: the import of the package, and loading the base size from safetensors.
+"""Time to the first model: importing the package, and loading the base size from safetensors.
 
     python -m benchmarks.startup [--rounds 7]
 
 Imports are timed in new processes that take turns: `import torch, transformers` alone, then with transformers' Auto
-classes, with `modeling_sslam` and with its model. They differ by what each adds. What is imported is counted in a
-process where the optional packages are installed.
+classes, with `modeling_sslam` and with its model. Imported packages are counted where the optional ones are installed.
 
 Loading is timed in one process that has imported everything, with the file in the page cache, against reading the file
-into memory (`Path.read_bytes`). safetensors maps the file rather than reading it, so that weights are fetched as they
-are used; therefore both are also timed with a sum over every weight after it. `safetensors.torch.load_file`, which
-gives the mapped weights without a model, is recorded beside them.
+into memory (`Path.read_bytes`). safetensors maps the file rather than reading it, so weights are fetched when they are
+used. Therefore both are also timed with a sum over all weights. `safetensors.torch.load_file`, which gives the mapped
+weights without a model, is recorded beside them.
 """
 
 import importlib.util
@@ -41,13 +40,13 @@ BY_TRANSFORMERS = "by transformers' own modules"
 
 
 def import_seconds(statement: str) -> float:
-    """Of a new process from its first statement on, so without the start of the interpreter."""
+    """Return the seconds that a statement takes in a new process, without the start of the interpreter."""
     script = f"import time; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)"
     return float(subprocess.check_output([sys.executable, "-c", script], text=True))
 
 
 def forbidden_imports(statement: str) -> list[str]:
-    """Which of the packages that are not to be imported a statement imports in a new process."""
+    """Return the packages of `FORBIDDEN` that a statement imports in a new process."""
     script = f"{statement}; import json, sys; print(json.dumps([m for m in {FORBIDDEN} if m in sys.modules]))"
     return json.loads(subprocess.check_output([sys.executable, "-c", script], text=True))
 
@@ -68,7 +67,7 @@ def sum_of(tensors: Iterable[torch.Tensor]) -> float:
 
 
 def make_loaders(folder: Path, device: torch.device) -> dict[str, Callable[[], object]]:
-    """The contestants, of which those "and used" touch every weight."""
+    """Return the contestants. Those "and used" touch every weight."""
     path = folder / "model.safetensors"
     load: Callable[[], torch.nn.Module] = partial(SSLAMForAudioClassification.from_pretrained, folder)
     contestants: dict[str, Callable[[], object]] = {

@@ -124,7 +124,7 @@ def _run(options: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from modeling_sslam.common.labels import LabelFileError, read_labels
-    from modeling_sslam.common.terminal import terminal_text
+    from modeling_sslam.common.text import escape_controls
 
     from .configuration import Choices
     from .convert import convert
@@ -135,7 +135,7 @@ def _run(options: argparse.Namespace) -> int:
 
     def report(line: str) -> None:
         if not options.quiet:
-            print(terminal_text(line))
+            print(escape_controls(line))
 
     try:
         source, title = fetch(options.source, options.revision)
@@ -159,7 +159,7 @@ def _run(options: argparse.Namespace) -> int:
         if options.push_to_hub:
             report(f"uploaded: {push(options.out, options.push_to_hub, options.private)}")
     except (ConversionError, LabelFileError, OSError) as error:
-        print(f"error: {terminal_text(error)}", file=sys.stderr)
+        print(f"error: {escape_controls(str(error))}", file=sys.stderr)
         return 1
     return 0
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel, SSLAMPreTrainedModel
 from modeling_sslam.common.model_card import PAPER, code_span, render_card
-from modeling_sslam.common.terminal import terminal_text
+from modeling_sslam.common.text import escape_controls
 
 from .configuration import Settings, lookup
 from .reader import Checkpoint
@@ -58,7 +58,7 @@ def model_card(
         model_class=type(model).__name__,
         sampling_rate=extractor.sampling_rate,
         sections={
-            "Assumptions": "\n".join(f"- {terminal_text(note)}" for note in notes) or "- Nothing had to be assumed.",
+            "Assumptions": "\n".join(f"- {escape_controls(note)}" for note in notes) or "- Nothing had to be assumed.",
             "License": license_terms,
             "Citation": CITATION,
         },

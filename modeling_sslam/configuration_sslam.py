@@ -1,5 +1,6 @@
 """Configuration of SSLAM: encoder, classifier and pre-training objective."""
 
+import math
 import reprlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -21,30 +22,33 @@ def _one_of(*choices: str | None) -> list[_Rule]:
     return [_Rule(lambda value: value in choices, f"is not one of {', '.join(map(str, choices))}")]
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+# A configuration comes from a file, which may state anything. The limits are far above any model of this kind and keep
+# a model from being built that no memory holds.
+_MAX_LAYERS, _MAX_WIDTH, _MAX_MEL_BINS, _MAX_LABELS = 256, 1 << 17, 4096, 1 << 20
+# Tokens of the position table: 45 minutes of sound in 128 mel bins.
+_MAX_POSITIONS = 1 << 17
 
 
-def _is_number(value: Any) -> bool:
-    return (_is_integer(value) or isinstance(value, float)) and not abs(value) > _LARGEST_NUMBER
+def _is_a(kind: type | tuple[type, ...], value: Any) -> bool:
+    # Python counts True and False among the integers.
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _size(largest: int) -> list[_Rule]:
     return [*_COUNT, _Rule(lambda value: value <= largest, f"is more than {largest}, the largest size of a model")]
 
 
-# A configuration comes from a file, which may state anything. The limits are far above any model of this kind and keep
-# a model from being built that no memory holds.
-_LARGEST_NUMBER = 1e30
-_MAX_LAYERS, _MAX_WIDTH, _MAX_MEL_BINS, _MAX_LABELS = 256, 1 << 17, 4096, 1 << 20
-# Tokens of the position table: 45 minutes of sound in 128 mel bins.
-_MAX_POSITIONS = 1 << 17
-
-_COUNT = [_Rule(lambda value: _is_integer(value) and value > 0, "must be a positive integer")]
-_NUMBER = [_Rule(_is_number, "must be a number")]
+_FLAG = [_Rule(lambda value: isinstance(value, bool), "must be True or False")]
+_COUNT = [_Rule(lambda value: _is_a(int, value) and value > 0, "must be a positive integer")]
+_COUNT_OR_NONE = [_Rule(lambda value: value is None or _COUNT[0].holds(value), "must be None or a positive integer")]
+_NUMBER = [
+    _Rule(lambda value: _is_a((int, float), value), "must be a number"),
+    # Python's integers have any size, and comparing them with numbers is exact, but no float holds them.
+    _Rule(lambda value: not isinstance(value, int) or abs(value) < 1 << 63, "is too large an integer"),
+]
 _SHARE = [*_NUMBER, _Rule(lambda value: 0.0 <= value <= 1.0, "must lie between 0 and 1")]
-_POSITIVE = [*_NUMBER, _Rule(lambda value: value > 0.0, "must be positive")]
-_NOT_NEGATIVE = [*_NUMBER, _Rule(lambda value: value >= 0.0, "must not be negative")]
+_POSITIVE = [*_NUMBER, _Rule(lambda value: 0.0 < value < math.inf, "must be positive and finite")]
+_NOT_NEGATIVE = [*_NUMBER, _Rule(lambda value: 0.0 <= value < math.inf, "must not be negative or infinite")]
 
 # Rules of single fields. `SSLAMConfig._contradictions` has those between fields.
 _RULES = {
@@ -57,7 +61,7 @@ _RULES = {
     "drop_path_rate": _SHARE,
     "layer_norm_eps": _POSITIVE,
     "initializer_range": _NOT_NEGATIVE,
-    "qkv_bias": [_Rule(lambda value: isinstance(value, bool), "must be True or False")],
+    "qkv_bias": _FLAG,
     "patch_size": _COUNT,
     "num_mel_bins": _size(_MAX_MEL_BINS),
     "max_length": _COUNT,
@@ -78,6 +82,8 @@ _RULES = {
         _Rule(lambda value: value % 2 == 1, "must be odd, so that the grid keeps its size"),
     ],
     "decoder_groups": _COUNT,
+    "num_target_layers": _COUNT_OR_NONE,
+    "num_global_target_layers": _COUNT_OR_NONE,
     "global_loss_weight": _NOT_NEGATIVE,
     "retention_loss_weight": _NOT_NEGATIVE,
     "ema_decay": _SHARE,
@@ -265,7 +271,7 @@ class SSLAMConfig(PretrainedConfig):
             )
         for field in ("num_target_layers", "num_global_target_layers"):
             value = getattr(self, field)
-            if value is not None and not (_is_integer(value) and 1 <= value <= layers):
+            if value is not None and value > layers:
                 yield field, f"must be None or lie between 1 and num_hidden_layers={layers}"
 
     def _get_non_default_generation_parameters(self) -> dict[str, Any]:

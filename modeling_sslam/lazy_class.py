@@ -1,41 +1,40 @@
-"""Classes that transformers' Auto classes know of before they are imported."""
+"""Placeholders for classes that are registered with transformers before they are imported."""
 
 from importlib import import_module
 from typing import Any
 
 
 class LazyClass:
-    """Stands for a class in one of the tables of transformers' Auto classes until it is first used: then the class is
-    imported and takes its place there, unless another has been registered meanwhile.
+    """Placeholder for a class in a table of transformers' Auto classes. Its first use imports the class.
 
     Args:
-        module: Where the class is defined.
-        name: Its name, which transformers reads without using the class.
-        mapping: The table.
-        config_class: The key in the table.
+        module: Module that defines the class.
+        name: Name of the class. Transformers reads it without using the class.
+        config_class: The class's attribute of this name, which transformers reads on every registration.
     """
 
-    def __init__(self, module: str, name: str, mapping: Any, config_class: type) -> None:
+    def __init__(self, module: str, name: str, config_class: type) -> None:
         self.__module__ = module
         self.__name__ = self.__qualname__ = name
-        self._mapping = mapping
         self.config_class = config_class
 
     def load(self) -> type:
-        """The class itself."""
-        loaded = imported(self.__module__, self.__name__)
-        if self._mapping.get(self.config_class, None) is self:
-            self._mapping.register(self.config_class, loaded, exist_ok=True)
-        return loaded
+        """Import the class and return it."""
+        return imported(self.__module__, self.__name__)
 
     def __getattr__(self, name: str) -> Any:
-        # Python itself asks for special names, for example to learn whether this can be copied.
+        # Python asks for special names, for example to find out whether an object can be copied.
         if name.startswith("__"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.load(), name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Make an instance of the class."""
         return self.load()(*args, **kwargs)
+
+    def __mro_entries__(self, bases: tuple) -> tuple[type]:
+        """Let a class statement that names the placeholder as a base derive from the class."""
+        return (self.load(),)
 
     def __instancecheck__(self, instance: object) -> bool:
         return isinstance(instance, self.load())
@@ -48,4 +47,5 @@ class LazyClass:
 
 
 def imported(module: str, name: str) -> type:
+    """Import a class by its name. Unpickling calls this, too."""
     return getattr(import_module(module), name)

@@ -1,12 +1,12 @@
-"""The SSLAM encoder and its audio classifier (Alex et al., ICLR 2025, arXiv 2506.12222), which are EAT's too.
+"""The SSLAM encoder and its audio classifier (Alex et al., ICLR 2025, arXiv 2506.12222), with EAT's architecture.
 
-In the order of the data: patches with fixed positions, CLS token and LayerNorm, post-norm transformer blocks, head.
-A clip of T frames has N = (T / patch_size) * (F / patch_size) patches, time-major: patch t * (F / patch_size) + f.
+The file follows the data: patches with fixed positions, transformer blocks (post-norm) with attention and MLP, the
+encoder, which adds the CLS token, then the heads. A clip of T frames and F mel bins has N = (T / patch_size) *
+(F / patch_size) patches in time-major order: patch t * (F / patch_size) + f lies at time t and frequency f.
 """
 
-import platform
 from collections.abc import Callable
-from pathlib import Path
+from os import PathLike
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -22,34 +22,17 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_sslam import SSLAMConfig
 
-IS_X86_WITH_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in (
-    "AVX2",
-    "AVX512",
-)
-
-
-def _is_intels(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    # Only Linux says who made the processor in a file; elsewhere `platform` does.
-    vendor = cpuinfo.read_text()[:1000] if cpuinfo.exists() else platform.processor()
-    return "GenuineIntel" in vendor
-
-
-# Torch leaves float32 products on x86 CPUs to MKL and convolutions to oneDNN. On the Intel processor measured, MKL is
-# the faster of the two; on the AMD one, oneDNN is twice as fast (benchmarks/NOTES.md).
-ONEDNN_IS_FASTER = IS_X86_WITH_ONEDNN and not _is_intels()
-# Tokens of a clip that have their attention computed by convolutions where that is faster, and how many of its scores
-# at a time (benchmarks/NOTES.md).
-CONVOLVED_LENGTHS, SCORES_AT_A_TIME = range(200, 2100), 1 << 20
-
 
 def sincos_position_table(config: SSLAMConfig) -> torch.Tensor:
-    """Fixed 2-D positions: the first half of the channels encodes the mel coordinate, the second half time, each as
+    """Compute the fixed 2-D positions.
+
+    The first half of the channels encodes the mel coordinate, the second half the time coordinate, each position p as
     [sin(p w), cos(p w)] with w_k = 10000^(-k / (hidden_size / 4)).
 
     Returns:
         float32 of shape `(max_position_embeddings * num_mel_patches, hidden_size)`, time-major.
     """
-    # Every step in float32, as the published table was made: at late positions the angles' rounding shows.
+    # Every step is in float32, as in the published table: at late positions the rounding of the angles shows.
     quarter = config.hidden_size // 4
     frequencies = 1 / np.float32(10_000) ** (np.arange(quarter, dtype=np.float32) / np.float32(quarter))
 
@@ -62,7 +45,14 @@ def sincos_position_table(config: SSLAMConfig) -> torch.Tensor:
 
 
 def check_input_values(input_values: torch.Tensor, config: SSLAMConfig) -> torch.Tensor:
-    """The input as `(batch_size, T, num_mel_bins)`, without the channel axis of the published interface.
+    """Check the shape of the input and drop the channel axis that the published interface has.
+
+    Args:
+        input_values: Of shape `(batch_size, T, num_mel_bins)` or `(batch_size, 1, T, num_mel_bins)`.
+        config: The model's configuration.
+
+    Returns:
+        The input as `(batch_size, T, num_mel_bins)`.
 
     Raises:
         ValueError: If the model takes no input of this shape.
@@ -85,7 +75,9 @@ def check_input_values(input_values: torch.Tensor, config: SSLAMConfig) -> torch
 
 
 class SSLAMPatchEmbeddings(nn.Module):
-    """Projects the patches of `(batch_size, T, F)` and adds their positions: `(batch_size, N, hidden_size)`."""
+    """Projection of the patches, plus their positions."""
+
+    position_embeddings: torch.Tensor
 
     def __init__(self, config: SSLAMConfig) -> None:
         super().__init__()
@@ -94,6 +86,7 @@ class SSLAMPatchEmbeddings(nn.Module):
         self.register_buffer("position_embeddings", sincos_position_table(config), persistent=False)
 
     def forward(self, input_values: torch.Tensor) -> torch.Tensor:
+        """Turn frames `(batch_size, T, num_mel_bins)` into patches `(batch_size, N, hidden_size)`."""
         input_values = check_input_values(input_values, self.config)
         dtype = self.projection.weight.dtype
         patches = self.projection(input_values[:, None].to(dtype)).flatten(2).transpose(1, 2)
@@ -110,6 +103,21 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out, with the softmax in float32.
+
+    Args:
+        module: The attention layer.
+        query: Of shape `(batch_size, num_heads, length, head_dim)`.
+        key: Of the same shape.
+        value: Of the same shape.
+        attention_mask: Added to the scores; of shape `(batch_size, 1, length, length)`.
+        scaling: Factor of the scores.
+        dropout: Rate at which probabilities are dropped in training.
+        **kwargs: Ignored; other attention functions take more arguments.
+
+    Returns:
+        `(batch_size, length, num_heads, head_dim)`, and the probabilities `(batch_size, num_heads, length, length)`.
+    """
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -118,97 +126,61 @@ def eager_attention_forward(
     return torch.matmul(probabilities, value).transpose(1, 2), probabilities
 
 
-def recomputing(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-    """`function(*inputs)`, of which the backward pass keeps the inputs alone: what lies between is computed again.
-    That ends where the last value that it needs is known, so a linear layer at the end of it is not."""
-    if not torch.is_grad_enabled():
-        return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+def _attention_implementation(config: SSLAMConfig, output_attentions: bool) -> str:
+    # Only the eager implementation returns the probabilities.
+    return "eager" if output_attentions else config._attn_implementation or "eager"
 
 
-class SSLAMLinear(nn.Linear):
-    """A linear layer that asks for its product as a 1x1 convolution where that is faster, forward and backward: on x86
-    CPUs that are not Intel's, in float32."""
+def _attention_mask(
+    token_mask: torch.Tensor, dtype: torch.dtype, implementation: str
+) -> torch.Tensor | BlockMask | None:
+    """Turn a mask of tokens `(batch_size, length)`, False for padding, into what the attention function takes.
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if not _is_faster_as_convolution(input, self.weight):
-            return super().forward(input)
-        return _convolve_tokens(input.reshape(-1, self.in_features), self.weight, self.bias).view(
-            *input.shape[:-1], self.out_features
-        )
-
-
-def _convolve_tokens(
-    tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: int = 1
-) -> torch.Tensor:
-    """Tokens `(length, in_features)` times the transposed weight, each group of features with its rows of it."""
-    # Tokens lie along the height of one image whose channels are innermost in memory, so nothing is copied.
-    image = tokens[None, :, None].permute(0, 3, 1, 2)
-    output = nn.functional.conv2d(image, weight[..., None, None], bias, groups=groups)
-    return output.permute(0, 2, 3, 1).view(len(tokens), len(weight))
-
-
-def _is_faster_as_convolution(input: torch.Tensor, weight: torch.Tensor) -> bool:
-    return (
-        input.device.type == "cpu"
-        and input.dtype == weight.dtype == torch.float32
-        and type(weight) is nn.Parameter  # others, such as quantised ones, bring products of their own
-        and ONEDNN_IS_FASTER
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_exporting()  # what others run need not have oneDNN
-        and input.numel() > 0  # a convolution refuses an empty image
-    )
-
-
-def convolution_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention as 1x1 convolutions of which a head is a group, clip by clip and some heads at a time; faster for the
-    reason that [`SSLAMLinear`] gives. Its backward pass would keep all scores.
-
-    Args:
-        query, key, value: Of shape `(batch_size, num_heads, length, head_dim)`.
-        attention_mask: Additive, of shape `(batch_size, 1, length, length)`, all rows of a clip alike.
-
-    Returns:
-        `(batch_size, length, num_heads, head_dim)`, and no probabilities.
+    Flash attention takes the mask of tokens, flex attention a block mask. The others take a bias of shape
+    `(batch_size, 1, length, length)` that is added to the scores.
     """
-    batch_size, num_heads, length, head_dim = query.shape
-    heads_at_a_time = max(1, SCORES_AT_A_TIME // length**2)
-    attended = query.new_empty(batch_size, length, num_heads, head_dim)
-    for clip in range(batch_size):
-        for head in range(0, num_heads, heads_at_a_time):
-            heads = slice(head, head + heads_at_a_time)
-            queries = (query[clip, heads] * scaling).transpose(0, 1).flatten(1)
-            keys, values = key[clip, heads].flatten(0, 1), value[clip, heads].mT.flatten(0, 1)
-            groups = len(keys) // length
-            # The mask, which is the same for all queries, is the bias of the channels: each holds the scores of a key.
-            bias = None if attention_mask is None else attention_mask[clip, 0, 0].repeat(groups)
-            scores = _convolve_tokens(queries, keys, bias, groups).unflatten(1, (groups, length))
-            mixed = _convolve_tokens(scores.softmax(-1).flatten(1), values, None, groups)
-            attended[clip, :, heads] = mixed.unflatten(1, (groups, head_dim))
-    return attended, None
+    # Attention is faster without a mask. A compiled or traced graph cannot depend on the values of the mask.
+    if not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and token_mask.all():
+        return None
+    if "flash" in implementation:
+        return token_mask
+    batch_size, length = token_mask.shape
+    if implementation == "flex_attention":
+        # Flex attention reads the mask up to the end of its last block of 128 keys.
+        whole_blocks = nn.functional.pad(token_mask, (0, -length % 128))
+        return create_block_mask(
+            lambda batch, head, query, key: whole_blocks[batch, key],
+            batch_size,
+            None,
+            length,
+            length,
+            device=token_mask.device,
+        )
+    bias = torch.zeros(token_mask.shape, dtype=dtype, device=token_mask.device)
+    bias = bias.masked_fill(~token_mask, torch.finfo(dtype).min)
+    return bias[:, None, None, :].expand(-1, 1, length, -1)
 
 
 class SSLAMAttention(nn.Module):
+    """Multi-head self-attention with one projection for queries, keys and values."""
+
     def __init__(self, config: SSLAMConfig) -> None:
         super().__init__()
         self.config = config
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = False  # read by transformers' attention functions
-        self.qkv = SSLAMLinear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
-        self.output = SSLAMLinear(config.hidden_size, config.hidden_size)
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | BlockMask | None, output_attentions: bool
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | BlockMask | None,
+        output_attentions: bool,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the attended states `(batch_size, length, hidden_size)` and, if asked for, the probabilities."""
         qkv = self.qkv(hidden_states).unflatten(-1, (3, -1, self.head_dim))
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         implementation = _attention_implementation(self.config, output_attentions)
@@ -216,38 +188,47 @@ class SSLAMAttention(nn.Module):
         attend: Callable = (
             eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
         )
-        if implementation == "sdpa" and dropout == 0.0 and self._is_faster_by_convolution(hidden_states):
-            attend = convolution_attention_forward
         attended, probabilities = attend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         return self.output(attended.flatten(2)), probabilities if output_attentions else None
 
-    def _is_faster_by_convolution(self, hidden_states: torch.Tensor) -> bool:
-        return (
-            not torch.compiler.is_compiling()  # the graph would have every clip and head in it
-            and not torch.is_grad_enabled()
-            and hidden_states.shape[1] in CONVOLVED_LENGTHS
-            and _is_faster_as_convolution(hidden_states, self.qkv.weight)
-        )
+
+def checkpoint_activations(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """Activation checkpointing: keep only `inputs` and recompute the rest in the backward pass.
+
+    Recomputation stops at the last tensor that the backward pass needs, so a final linear layer is not evaluated
+    twice. `function` must not draw random numbers: their state is not restored.
+    """
+    # A trace holds the forward pass alone, and cannot record what checkpointing does around it.
+    if not torch.is_grad_enabled() or torch.jit.is_tracing():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class SSLAMMLP(nn.Module):
+    """Linear layer, activation, linear layer.
+
+    The backward pass recomputes the activation from its input, which saves the memory of one tensor of
+    `intermediate_size` a token and block.
+    """
+
     def __init__(self, config: SSLAMConfig) -> None:
         super().__init__()
-        self.fc1 = SSLAMLinear(config.hidden_size, config.intermediate_size)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
-        self.fc2 = SSLAMLinear(config.intermediate_size, config.hidden_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return recomputing(self._activate_and_project, self.fc1(hidden_states))
+        """Map states `(batch_size, length, hidden_size)` to states of the same shape."""
+        return checkpoint_activations(self._activate_and_project, self.fc1(hidden_states))
 
     def _activate_and_project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.activation(hidden_states))
 
 
 def drop_path(branch: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
-    """Stochastic depth (Huang et al., 2016): drops a residual branch for whole clips and rescales the others."""
+    """Stochastic depth (Huang et al., 2016): drop a residual branch of whole clips and rescale the other clips'."""
     if rate == 0.0 or not training:
         return branch
     kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= rate
@@ -271,10 +252,15 @@ class SSLAMLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | BlockMask | None = None,
         output_attentions: bool = False,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Returns the block's output, its MLP's output m (which the teacher's targets are made of) and, if asked for,
-        the attention probabilities."""
-        attended, attentions = self.attention(hidden_states, attention_mask, output_attentions)
+        """Run the block on states `(batch_size, length, hidden_size)`. Attention functions get `kwargs`.
+
+        Returns:
+            The block's output; the MLP's output m, from which pre-training makes the teacher's targets; and, if asked
+            for, the attention probabilities.
+        """
+        attended, attentions = self.attention(hidden_states, attention_mask, output_attentions, **kwargs)
         attended = drop_path(self.dropout(attended), self.drop_path_rate, self.training)
         hidden_states = self.attention_layernorm(hidden_states + attended)
         ffn_output = self.mlp(hidden_states)
@@ -283,16 +269,38 @@ class SSLAMLayer(GradientCheckpointingLayer):
 
 
 class SSLAMEncoderOutput(NamedTuple):
-    """What the blocks computed, all with the CLS token at index 0; the tuples are None unless they were asked for."""
+    """Results of the blocks. Every tensor has the CLS token at index 0 of its token axis.
+
+    Attributes:
+        last_hidden_state: Output of the last block, `(batch_size, 1 + num_patches, hidden_size)`.
+        hidden_states: Input of the first block and output of each, if asked for. None in place of those that were not
+            selected.
+        attentions: Attention probabilities of each block, if asked for.
+        ffn_outputs: MLP output of each block before its residual connection, if asked for.
+    """
 
     last_hidden_state: torch.Tensor
-    hidden_states: tuple[torch.Tensor, ...] | None
+    hidden_states: tuple[torch.Tensor | None, ...] | None
     attentions: tuple[torch.Tensor, ...] | None
     ffn_outputs: tuple[torch.Tensor, ...] | None
 
 
+def selected_hidden_states(output_hidden_states: bool | int | list[int], num_hidden_states: int) -> set[int]:
+    """Turn `output_hidden_states` into the indices to return, as transformers 5 does.
+
+    Args:
+        output_hidden_states: True selects all. An index or a list of them selects these; negative ones count from the
+            end, and those out of range select nothing.
+        num_hidden_states: Number of blocks, plus one for the first block's input.
+    """
+    if isinstance(output_hidden_states, bool):
+        return set(range(num_hidden_states)) if output_hidden_states else set()
+    indices = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
+    return {index % num_hidden_states for index in indices if -num_hidden_states <= index < num_hidden_states}
+
+
 class SSLAMEncoder(nn.Module):
-    """Puts the CLS token before the patches (any subset of a clip's), normalises and runs the blocks."""
+    """CLS token before the patches (any subset of a clip's), LayerNorm, transformer blocks."""
 
     def __init__(self, config: SSLAMConfig) -> None:
         super().__init__()
@@ -308,21 +316,31 @@ class SSLAMEncoder(nn.Module):
         self,
         patches: torch.Tensor,
         patch_mask: torch.Tensor | None = None,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | int | list[int] = False,
         output_attentions: bool = False,
         output_ffn: bool = False,
+        **kwargs: Any,
     ) -> SSLAMEncoderOutput:
-        """
+        """Encode patches.
+
         Args:
-            patches: Of shape `(batch_size, num_patches, hidden_size)`, positions already added.
+            patches: Of shape `(batch_size, num_patches, hidden_size)`, with their positions added.
             patch_mask: bool of shape `(batch_size, num_patches)`, False for patches that nothing may attend to.
+            output_hidden_states: Whether to return the input of the first block and the output of every block, or
+                which of them; see [`selected_hidden_states`].
+            output_attentions: Whether to return the attention probabilities of every block.
+            output_ffn: Whether to return the MLP output of every block.
+            **kwargs: Further arguments of the attention function.
         """
         hidden_states, attention_mask = self.prepare(patches, patch_mask, output_attentions)
-        all_hidden_states, all_attentions, all_ffn_outputs = [hidden_states], [], []
-        for layer in self.layers:
-            hidden_states, ffn_output, attentions = layer(hidden_states, attention_mask, output_attentions)
-            if output_hidden_states:
-                all_hidden_states.append(hidden_states)
+        # The hooks of `_can_record_outputs` are no substitute: they get no attentions unless the implementation is
+        # eager, and those of transformers 4 run inside checkpointed layers, where states have no gradients.
+        selected = selected_hidden_states(output_hidden_states, 1 + len(self.layers))
+        all_hidden_states: list[torch.Tensor | None] = [hidden_states if 0 in selected else None]
+        all_attentions, all_ffn_outputs = [], []
+        for index, layer in enumerate(self.layers, start=1):
+            hidden_states, ffn_output, attentions = layer(hidden_states, attention_mask, output_attentions, **kwargs)
+            all_hidden_states.append(hidden_states if index in selected else None)
             if output_attentions:
                 all_attentions.append(attentions)
             if output_ffn:
@@ -337,7 +355,7 @@ class SSLAMEncoder(nn.Module):
     def prepare(
         self, patches: torch.Tensor, patch_mask: torch.Tensor | None, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | BlockMask | None]:
-        """The first block's input `(batch_size, 1 + num_patches, hidden_size)`, and the mask that all blocks take."""
+        """Compute the first block's input `(batch_size, 1 + num_patches, hidden_size)` and the mask of all blocks."""
         cls_tokens = self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype)
         hidden_states = self.layernorm(torch.cat((cls_tokens, patches), dim=1))
         if patch_mask is None:
@@ -347,61 +365,27 @@ class SSLAMEncoder(nn.Module):
         return hidden_states, _attention_mask(token_mask, hidden_states.dtype, implementation)
 
 
-def _attention_implementation(config: SSLAMConfig, output_attentions: bool) -> str:
-    # Only the eager implementation has the probabilities at hand.
-    return "eager" if output_attentions else config._attn_implementation or "eager"
-
-
-def _attention_mask(
-    token_mask: torch.Tensor, dtype: torch.dtype, implementation: str
-) -> torch.Tensor | BlockMask | None:
-    """The mask as the attention function wants it: flash attention takes the tokens' own `(batch_size, length)`, flex
-    attention a block mask, the others a bias that is added to the scores."""
-    # Attention is faster without a mask. A compiled graph cannot depend on what the mask holds.
-    if not torch.compiler.is_compiling() and token_mask.all():
-        return None
-    if "flash" in implementation:
-        return token_mask
-    batch_size, length = token_mask.shape
-    if implementation == "flex_attention":
-        # Flex attention reads the mask up to the end of its last block of 128 keys.
-        whole_blocks = nn.functional.pad(token_mask, (0, -length % 128))
-        return create_block_mask(
-            lambda batch, head, query, key: whole_blocks[batch, key],
-            batch_size,
-            None,
-            length,
-            length,
-            device=token_mask.device,
-        )
-    bias = torch.zeros(token_mask.shape, dtype=dtype, device=token_mask.device)
-    bias = bias.masked_fill(~token_mask, torch.finfo(dtype).min)
-    return bias[:, None, None, :].expand(-1, 1, length, -1)
-
-
-def patch_mask_from_frames(attention_mask: torch.Tensor, config: SSLAMConfig) -> torch.Tensor:
-    """bool `(batch_size, N)` from a mask of frames `(batch_size, T)`: a patch counts if any of its frames does."""
-    time_mask = attention_mask.bool().unflatten(1, (-1, config.patch_size)).any(-1)
-    return time_mask.repeat_interleave(config.num_mel_patches, dim=1)
-
-
 class SSLAMPreTrainedModel(PreTrainedModel):
-    """Weight initialisation, loading and saving for all SSLAM models."""
+    """Weight initialisation, loading and saving of all SSLAM models."""
 
+    config: SSLAMConfig
     config_class = SSLAMConfig
     base_model_prefix = "sslam"
     main_input_name = "input_values"
-    input_modalities = ("audio",)
+    input_modalities = ["audio"]
+    # Transformers' Trainer shall divide the loss by its gradient accumulation steps. From `**kwargs` in `forward` it
+    # would infer that the loss divides by `num_items_in_batch`, but only that of single labels does.
+    accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["SSLAMPatchEmbeddings", "SSLAMLayer"]
+    _no_split_modules = ["SSLAMPatchEmbeddings", "SSLAMLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # A pre-training checkpoint holds the student under the name of the base model; encoder and classifier read that.
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^decoder\.", r"^teacher\."]
-    # The classes that the source files beside saved weights define.
+    # A pre-training checkpoint holds the student under the base model's name. Encoder and classifier load that part.
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^teacher\."]
+    # Classes in the source files that `save_pretrained` writes beside the weights.
     _auto_map: ClassVar[dict[str, str]] = {
         "AutoConfig": "configuration_sslam.SSLAMConfig",
         "AutoModel": "modeling_sslam.SSLAMModel",
@@ -414,12 +398,12 @@ class SSLAMPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        # Transformers would guess this from the wording of the source, and each major version seeks another.
+        # Transformers searches the source for a certain line, and for another one in each major version.
         return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # By torch.nn.init: transformers 5 makes those functions spare weights that were loaded.
+        # Use functions of torch.nn.init: transformers 5 makes them skip weights that were loaded.
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
@@ -431,33 +415,49 @@ class SSLAMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, SSLAMEncoder):
             nn.init.normal_(module.cls_token, std=self.config.initializer_range)
         elif isinstance(module, SSLAMPatchEmbeddings):
-            # A buffer that is not saved has no values after loading through the meta device.
+            # This buffer is not saved, so after loading through the meta device it has no values.
             module.position_embeddings.copy_(sincos_position_table(self.config))
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """As in transformers; beside the weights it writes the source files that a machine without this package needs
-        for `from_pretrained(..., trust_remote_code=True)`."""
+    def save_pretrained(self, save_directory: str | PathLike[Any], *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does, with the source files of the model.
+
+        A machine without this package loads the folder by `from_pretrained(..., trust_remote_code=True)`.
+        """
         self.config.auto_map = dict(self._auto_map)
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def patch_mask_from_frames(attention_mask: torch.Tensor, config: SSLAMConfig) -> torch.Tensor:
+    """Turn a mask of frames `(batch_size, T)` into one of patches, bool `(batch_size, N)`.
+
+    A patch that has any frame of the clip is part of the clip.
+    """
+    time_mask = attention_mask.bool().unflatten(1, (-1, config.patch_size)).any(-1)
+    return time_mask.repeat_interleave(config.num_mel_patches, dim=1)
 
 
 class SSLAMModel(SSLAMPreTrainedModel):
-    """The encoder: `input_values` to one state for each patch and one, the CLS token's, for the clip."""
+    """The encoder: one state for each patch, and the CLS token's state for the clip."""
 
-    # Nor does it miss a classifier's head.
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
+    # An encoder loaded from a classifier's checkpoint leaves the head out.
+    _keys_to_ignore_on_load_unexpected = [
         *SSLAMPreTrainedModel._keys_to_ignore_on_load_unexpected,
         r"^classifier\.",
     ]
 
     def __init__(self, config: SSLAMConfig) -> None:
         super().__init__(config)
-        self.patch_embeddings = SSLAMPatchEmbeddings(config)
+        self.patch_embeddings: nn.Module = SSLAMPatchEmbeddings(config)
         self.encoder = SSLAMEncoder(config)
         self.post_init()
 
-    def get_input_embeddings(self) -> SSLAMPatchEmbeddings:
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the patch embeddings."""
         return self.patch_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the patch embeddings by a module that maps frames to patches."""
+        self.patch_embeddings = value
 
     @can_return_tuple
     def forward(
@@ -465,25 +465,33 @@ class SSLAMModel(SSLAMPreTrainedModel):
         input_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """
+        """Encode clips.
+
         Args:
             input_values: Normalised log-mel frames of shape `(batch_size, T, num_mel_bins)` or `(batch_size, 1, T,
-                num_mel_bins)`, as [`SSLAMFeatureExtractor`] makes them; T a multiple of `patch_size`.
-            attention_mask: Of shape `(batch_size, T)`, 1 for frames of the clip and 0 for padding. Patches that are
-                padding throughout are attended to by none, so a clip gets the result it gets alone. Without it the
-                padding counts as sound, as in the published models.
-            output_attentions: Whether to return the attention probabilities (computed eagerly).
-            output_hidden_states: Whether to return the output of the embeddings and of every block.
+                num_mel_bins)`, as [`SSLAMFeatureExtractor`] makes them. T is a multiple of `patch_size`.
+            attention_mask: Of shape `(batch_size, T)`, 1 for frames of the clip and 0 for padding. No token attends
+                to patches that hold nothing but padding, so a clip gets the result that it gets alone. Without a mask
+                padding counts as sound, as in the published models. In a clip whose mask is all 0 every token attends
+                to the CLS token alone.
+            output_attentions: Whether to return the attention probabilities. They are computed by the eager
+                implementation.
+            output_hidden_states: Whether to return the input of the first block and the output of every block. An
+                index or a list of indices, also negative ones, returns only these, with None for the others.
+            **kwargs: Further arguments of the attention function. As in transformers' models, it ignores those that it
+                does not know.
 
         Returns:
             `last_hidden_state` of shape `(batch_size, 1 + N, hidden_size)`, the CLS token first ([`patch_grid`] and
-            [`frame_features`] rearrange the rest); `pooler_output` of shape `(batch_size, hidden_size)`, the CLS
+            [`frame_features`] rearrange the others); `pooler_output` of shape `(batch_size, hidden_size)`, the CLS
             token's state; `hidden_states` and `attentions` if asked for.
 
         Raises:
-            ValueError: If T or the number of mel bins does not fit the model, or the mask the input.
+            ValueError: If the model does not take T frames or this number of mel bins, or if the mask does not have
+                the input's shape.
         """
         if output_attentions is None:
             output_attentions = self.config.output_attentions
@@ -498,7 +506,7 @@ class SSLAMModel(SSLAMPreTrainedModel):
                     f"input_values it must be {(input_values.shape[0], input_values.shape[-2])}."
                 )
             patch_mask = patch_mask_from_frames(attention_mask, self.config)
-        outputs = self.encoder(patches, patch_mask, output_hidden_states, output_attentions)
+        outputs = self.encoder(patches, patch_mask, output_hidden_states, output_attentions, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=outputs.last_hidden_state[:, 0],
@@ -507,25 +515,37 @@ class SSLAMModel(SSLAMPreTrainedModel):
         )
 
     def patch_grid(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Patch states on their grid: `(batch_size, 1 + N, D)` to `(batch_size, T / 16, F / 16, D)` (for patches of
-        16): axis 1 is time in steps of 160 ms, axis 2 goes from low to high frequency."""
+        """Arrange patch states on their grid.
+
+        Args:
+            hidden_states: Of shape `(batch_size, 1 + N, hidden_size)`, the CLS token first.
+
+        Returns:
+            `(batch_size, T / patch_size, F / patch_size, hidden_size)`. Axis 1 is time, in steps of 160 ms for patches
+            of 16 frames; axis 2 goes from low to high frequency.
+        """
         return hidden_states[:, 1:].unflatten(1, (-1, self.config.num_mel_patches))
 
     def frame_features(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """A sequence in time: the mean of the patch states over frequency, `(batch_size, T / 16, D)`."""
+        """Average patch states over frequency: a sequence in time, `(batch_size, T / patch_size, hidden_size)`."""
         return self.patch_grid(hidden_states).mean(2)
 
 
 class SSLAMClassifier(nn.Module):
-    """LayerNorm and linear layer on the pooled tokens, `(batch_size, 1 + N, hidden_size)` to logits."""
+    """Pooling of the tokens, LayerNorm and a linear layer."""
 
     def __init__(self, config: SSLAMConfig) -> None:
         super().__init__()
         self.pooling = config.classifier_pooling
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.classifier_norm_eps)
+        assert config.num_labels is not None  # the configuration has two labels by default
         self.dense = nn.Linear(config.hidden_size, config.num_labels)
 
     def forward(self, hidden_states: torch.Tensor, patch_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Turn states `(batch_size, 1 + N, hidden_size)` into logits `(batch_size, num_labels)`.
+
+        Pooling over the patches of a clip whose mask has none gives 0.
+        """
         if self.pooling == "cls":
             pooled = hidden_states[:, 0]
         elif self.pooling == "mean":
@@ -538,21 +558,60 @@ class SSLAMClassifier(nn.Module):
 def _masked_mean(patches: torch.Tensor, patch_mask: torch.Tensor | None) -> torch.Tensor:
     if patch_mask is None:
         return patches.mean(1)
-    # The sum and the count in float32, as `mean` does: bfloat16 cannot even count to 512 exactly.
+    # Sum and count in float32, as `mean` does: bfloat16 cannot count to 512 exactly.
     total = patches.masked_fill(~patch_mask[..., None], 0.0).sum(1, dtype=torch.float32)
-    return (total / patch_mask.sum(1, keepdim=True)).to(patches.dtype)
+    return (total / patch_mask.sum(1, keepdim=True).clamp(min=1)).to(patches.dtype)
 
 
 def linear_softmax_pooling(states: torch.Tensor, patch_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """The logits of sum(p^2) / sum(p) over the patches, p the sigmoid of their states (Wang et al., ICASSP 2019):
-    `(batch_size, N, hidden_size)` to `(batch_size, hidden_size)`, computed in the log domain in float32."""
+    """Pool states by linear softmax (Wang et al., ICASSP 2019).
+
+    With p the sigmoid of a patch's state, the result is the logit of sum(p^2) / sum(p) over the patches, computed in
+    the log domain in float32.
+
+    Args:
+        states: Of shape `(batch_size, N, hidden_size)`.
+        patch_mask: bool of shape `(batch_size, N)`, False for patches to leave out.
+
+    Returns:
+        `(batch_size, hidden_size)`; 0 for clips whose patches are all left out.
+    """
     log_p = nn.functional.logsigmoid(states.float())
     if patch_mask is not None:
-        log_p = log_p.masked_fill(~patch_mask[..., None], -torch.inf)
-    # The published code's margin from a probability of 1, whose logit is infinite.
+        is_empty = ~patch_mask.any(1, keepdim=True)
+        # A sum over no patches would make the gradients NaN, also where its result is replaced.
+        log_p = log_p.masked_fill(~(patch_mask | is_empty)[..., None], -torch.inf)
+    # The published code keeps this distance from a probability of 1, whose logit is infinite.
     log_pooled = torch.logsumexp(2 * log_p, dim=1) - torch.logsumexp(log_p, dim=1) - 1e-6
     log_pooled = log_pooled.clamp(max=-torch.finfo(torch.float32).eps)
-    return (log_pooled - torch.log(-torch.expm1(log_pooled))).to(states.dtype)
+    pooled = (log_pooled - torch.log(-torch.expm1(log_pooled))).to(states.dtype)
+    return pooled if patch_mask is None else pooled.masked_fill(is_empty, 0.0)
+
+
+def check_labels(labels: torch.Tensor, logits: torch.Tensor, problem_type: str) -> None:
+    """Check that labels have the shape that the loss of a problem type takes.
+
+    Args:
+        labels: See [`SSLAMForAudioClassification.forward`].
+        logits: Of shape `(batch_size, num_labels)`.
+        problem_type: One of transformers' three.
+
+    Raises:
+        ValueError: If they have not. The message says which `problem_type` to set for labels of the other kind.
+    """
+    batch_size, num_labels = logits.shape
+    expected: tuple[int, ...]
+    if problem_type == "single_label_classification" or (problem_type == "regression" and num_labels == 1):
+        expected, fits = (batch_size,), labels.numel() == batch_size
+        other, kind = "multi_label_classification", "several labels a clip"
+    else:
+        expected, fits = (batch_size, num_labels), labels.shape == logits.shape
+        other, kind = "single_label_classification", "one label a clip"
+    if not fits:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}; problem_type={problem_type!r} with {num_labels} labels needs "
+            f'{expected}. For {kind} set problem_type="{other}" in `from_pretrained` or in `model.config`.'
+        )
 
 
 class SSLAMForAudioClassification(SSLAMPreTrainedModel):
@@ -560,9 +619,9 @@ class SSLAMForAudioClassification(SSLAMPreTrainedModel):
 
     def __init__(self, config: SSLAMConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
         self.sslam = SSLAMModel(config)
         self.classifier = SSLAMClassifier(config)
+        self.num_labels = self.classifier.dense.out_features
         self.post_init()
 
     @can_return_tuple
@@ -572,18 +631,29 @@ class SSLAMForAudioClassification(SSLAMPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        **kwargs: Any,
     ) -> SequenceClassifierOutput:
-        """
+        """Classify clips.
+
         Args:
-            input_values, attention_mask, output_attentions, output_hidden_states: See [`SSLAMModel.forward`].
-            labels: Targets, by `config.problem_type`: "single_label_classification", class indices of shape
-                `(batch_size,)`; "multi_label_classification", 0 or 1 (or mixed targets between) of shape `(batch_size,
-                num_labels)`; "regression", values of shape `(batch_size, num_labels)`. If it is not set, transformers'
-                rule decides from `num_labels` and the labels' dtype.
+            input_values: See [`SSLAMModel.forward`].
+            attention_mask: See [`SSLAMModel.forward`].
+            labels: Targets, by `config.problem_type`. "single_label_classification": class indices of shape
+                `(batch_size,)`. "multi_label_classification": 0, 1 or mixed targets between them, of shape
+                `(batch_size, num_labels)`. "regression": values of shape `(batch_size, num_labels)`. If it is not set,
+                transformers' rule infers it from `num_labels` and the labels' dtype.
+            output_attentions: See [`SSLAMModel.forward`].
+            output_hidden_states: See [`SSLAMModel.forward`].
+            **kwargs: Further arguments of the attention function and of the loss, such as `num_items_in_batch`, by
+                which the loss of single labels is divided instead of by the batch size.
 
         Returns:
-            `loss` if labels are given, `logits` of shape `(batch_size, num_labels)`, `hidden_states`, `attentions`.
+            `loss` if labels are given, `logits` of shape `(batch_size, num_labels)`, `hidden_states` and `attentions`
+            if asked for.
+
+        Raises:
+            ValueError: If the encoder refuses the input, or if the labels' shape does not fit `config.problem_type`.
         """
         outputs = self.sslam(
             input_values,
@@ -591,18 +661,22 @@ class SSLAMForAudioClassification(SSLAMPreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            **kwargs,
         )
         patch_mask = None if attention_mask is None else patch_mask_from_frames(attention_mask, self.config)
         logits = self.classifier(outputs.last_hidden_state, patch_mask)
         loss = None
         if labels is not None:
             problem_type = self.config.problem_type
-            if problem_type is None and self.num_labels > 1 and labels.dtype in (torch.long, torch.int):
-                problem_type = "single_label_classification"
+            if problem_type is None:
+                is_integer = labels.dtype in (torch.long, torch.int)
+                problem_type = "single_label_classification" if is_integer else "multi_label_classification"
+                problem_type = "regression" if self.num_labels == 1 else problem_type
+            check_labels(labels, logits, problem_type)
             if problem_type != "single_label_classification":
-                # Gradients of the other losses need targets of the logits' own dtype.
+                # The other losses have gradients only if targets have the logits' dtype.
                 labels = labels.to(logits.dtype)
-            loss = self.loss_function(labels, logits, self.config)
+            loss = self.loss_function(labels, logits, self.config, **kwargs)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

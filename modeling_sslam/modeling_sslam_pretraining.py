@@ -1,15 +1,15 @@
-"""Pre-training of SSLAM (Alex et al., ICLR 2025, arXiv 2506.12222): masked latent prediction against an EMA teacher,
-on clips ("unmixed audio", EAT's objective and SSLAM's first stage) and on mixtures of them with source retention (the
-second stage).
+"""Pre-training of SSLAM (Alex et al., ICLR 2025, arXiv 2506.12222): masked latent prediction against an EMA teacher.
 
-In the order of the data: masks and mixtures, the decoder, the teacher and its targets, the losses.
+The first stage learns from clips ("unmixed audio", EAT's objective), the second also from mixtures of two clips, with
+source retention. The file follows the data: masks and mixtures, the decoder, targets, losses, the model.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import reduce
+from os import PathLike
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,26 +18,43 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_sslam import SSLAMConfig
-from .modeling_sslam import SSLAMLinear, SSLAMModel, SSLAMPreTrainedModel, check_input_values, recomputing
+from .modeling_sslam import (
+    SSLAMEncoderOutput,
+    SSLAMModel,
+    SSLAMPreTrainedModel,
+    check_input_values,
+    checkpoint_activations,
+    patch_mask_from_frames,
+)
 
 logger = logging.get_logger(__name__)
 
-# Of the 64 time patches of a 10 s clip, each of the two unmixed windows takes 15, and the first starts within the
-# first 31 (published at this length only; other lengths take the same proportions).
+# The batches that each objective learns from, in the order of their concatenation: "ua" has the unmixed clips, "pma"
+# their partial mixtures.
+BATCHES = {"ua": ("ua",), "pma": ("pma",), "ua+pma": ("ua", "pma"), "sslam": ("ua", "pma")}
+# In a clip of 64 time patches (10 s) each of the two unmixed windows has 15 of them, and the first window starts at
+# patch 31 at the latest. This is published for 10 s only; other lengths use the same proportions.
 MIXING_GRID, WINDOW_PATCHES, LAST_FIRST_START = 64, 15, 31
-# Of the norms that have no weights: the decoder's and those of the targets.
+# Epsilon of the norms without weights: the decoder's and those of the targets.
 NORM_EPS = 1e-5
-# The decoder takes a batch in this many parts and computes each again for the backward pass, so that the values
-# between its layers are in memory for one part at a time.
+# The decoder computes a batch in this many parts and recomputes each in the backward pass, so that only one part's
+# intermediate values are in memory at a time.
 DECODER_PARTS = 8
 
 
 def inverse_block_masks(
     batch_size: int, time_patches: int, config: SSLAMConfig, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Draws masks that leave blocks of patches visible, one for each clip and clone (paper section 3.1; "inverse block
-    masking" of data2vec 2.0): block centres anywhere on the grid, their blocks clamped to it, then single patches
-    opened or closed at random until exactly `int(N * (1 - mask_prob))` are visible.
+    """Draw masks that leave blocks of patches visible (paper section 3.1; data2vec 2.0's "inverse block masking").
+
+    Block centres are drawn anywhere on the grid, and their blocks are clamped to it. Then single patches are opened or
+    closed at random until exactly `int(N * (1 - mask_prob))` are visible.
+
+    Args:
+        batch_size: Number of clips; each has a mask for every clone.
+        time_patches: Patches of a clip along time.
+        config: The model's configuration.
+        generator: Source of random numbers; torch's own CPU generator if not given.
 
     Returns:
         bool of shape `(batch_size, num_clones, N)`, True for masked patches, on the generator's device.
@@ -56,7 +73,7 @@ def inverse_block_masks(
     mel = (centers % mel_patches + offsets).clamp(0, mel_patches - 1)
     in_block = torch.zeros(masks, num_patches, device=device)
     in_block.scatter_(1, (time * mel_patches + mel).flatten(1), 1.0)
-    # Ranked by a random number, patches in blocks before all others: the first ones are as the text above says.
+    # Rank patches at random, in-block patches first, and keep the top `num_visible`.
     rank = in_block + torch.rand(masks, num_patches, generator=generator, device=device)
     visible = rank.topk(num_visible, dim=1).indices
     masked = torch.ones(masks, num_patches, dtype=torch.bool, device=device).scatter_(1, visible, False)
@@ -64,14 +81,14 @@ def inverse_block_masks(
 
 
 def unmixed_window_width(time_patches: int) -> int:
-    """Width of each of the two unmixed windows, in time patches."""
+    """Return the width of each of the two unmixed windows, in time patches."""
     return max(1, round(WINDOW_PATCHES * time_patches / MIXING_GRID))
 
 
 def draw_unmixed_starts(
     time_patches: int, config: SSLAMConfig, generator: torch.Generator | None = None
 ) -> tuple[int, int]:
-    """Draws where a batch's two unmixed windows start, in frames: the first uniformly, then the second after it."""
+    """Draw the first frames of a batch's two unmixed windows: the first uniformly, the second uniformly after it."""
     width = unmixed_window_width(time_patches)
     last_first = min(LAST_FIRST_START * time_patches // MIXING_GRID, time_patches - 2 * width - 1)
     device = generator.device if generator is not None else torch.device("cpu")
@@ -84,9 +101,123 @@ def draw_unmixed_starts(
     return first * config.patch_size, second * config.patch_size
 
 
+def split_by_mask(
+    bool_masked_pos: torch.Tensor, batch_size: int, num_patches: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Check masks and turn them into indices.
+
+    Args:
+        bool_masked_pos: bool `(batch_size, num_clones, num_patches)`, True for masked patches.
+        batch_size: Number of clips.
+        num_patches: Patches of a clip.
+
+    Returns:
+        Indices of the visible and of the masked patches, `(batch_size, num_clones, ...)`, in ascending order.
+
+    Raises:
+        ValueError: If the masks have another shape, or if the number of masked patches differs between them, or is 0
+            or `num_patches`.
+    """
+    if bool_masked_pos.ndim != 3 or bool_masked_pos.shape[::2] != (batch_size, num_patches):
+        raise ValueError(
+            f"bool_masked_pos has shape {tuple(bool_masked_pos.shape)}; these input_values need ({batch_size}, "
+            f"num_clones, {num_patches})."
+        )
+    counts = bool_masked_pos.sum(-1)
+    num_masked = int(counts.flatten()[0])
+    if not bool((counts == num_masked).all()) or not 0 < num_masked < num_patches:
+        raise ValueError(
+            f"bool_masked_pos masks {int(counts.min())} to {int(counts.max())} of {num_patches} patches; every "
+            "row must mask the same number, neither none nor all."
+        )
+    order = bool_masked_pos.to(torch.uint8).argsort(dim=-1, stable=True)
+    visible, masked = order.split((num_patches - num_masked, num_masked), dim=-1)
+    return visible, masked
+
+
+def check_not_padded(attention_mask: torch.Tensor, clips: torch.Tensor, config: SSLAMConfig) -> None:
+    """Check that every patch has a frame of its clip.
+
+    Args:
+        attention_mask: `(batch_size, T)`, 1 for frames of the clip and 0 for padding.
+        clips: Log-mel frames `(batch_size, T, num_mel_bins)`.
+        config: The model's configuration.
+
+    Raises:
+        ValueError: If the mask has another shape, or if a whole patch is padding.
+    """
+    if attention_mask.shape != clips.shape[:2]:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; it masks frames, so for these input_values it "
+            f"must be {tuple(clips.shape[:2])}."
+        )
+    is_padded = ~patch_mask_from_frames(attention_mask, config).all(1)
+    if is_padded.any():
+        raise ValueError(
+            f"By attention_mask, {int(is_padded.sum())} of {len(clips)} clips are padded by whole patches, which the "
+            "pre-training objective would predict as if they were sound. Cut the clips to one length, or leave "
+            "attention_mask out: padding then counts as sound, as in the published pre-training."
+        )
+
+
+def check_can_be_mixed(batch_size: int, time_patches: int, config: SSLAMConfig) -> None:
+    """Check that a batch has clips to mix and that two windows fit into them.
+
+    Raises:
+        ValueError: If the batch has a single clip, or clips of fewer than four time patches.
+    """
+    if batch_size < 2:
+        raise ValueError(
+            f"A batch of {batch_size} clip has no foreign clip to mix in; the objective "
+            f'"{config.pretraining_objective}" needs at least 2 clips on every device. Drop the batch.'
+        )
+    if time_patches < 4:
+        raise ValueError(
+            f"Clips of {time_patches} time patches cannot be mixed; use at least {4 * config.patch_size} frames."
+        )
+
+
+def unmixed_time_patches(starts: tuple[int, int], time_patches: int, config: SSLAMConfig) -> torch.Tensor:
+    """Mark the time patches of the two windows in which a mixture holds its own clip alone.
+
+    Args:
+        starts: First frames of the windows.
+        time_patches: Patches of a clip along time.
+        config: The model's configuration.
+
+    Returns:
+        bool `(time_patches,)`.
+
+    Raises:
+        ValueError: If the windows do not lie on patches, one after the other, within the clip.
+    """
+    width, patch_size = unmixed_window_width(time_patches), config.patch_size
+    first, second = (start // patch_size for start in starts)
+    if any(start % patch_size for start in starts) or not (0 <= first <= second - width <= time_patches - 2 * width):
+        raise ValueError(
+            f"unmixed_starts={tuple(starts)} do not fit: they must be multiples of {patch_size} and start two windows "
+            f"of {width * patch_size} frames, one after the other, within the clip's {time_patches * patch_size}."
+        )
+    is_unmixed = torch.zeros(time_patches, dtype=torch.bool)
+    is_unmixed[first : first + width] = True
+    is_unmixed[second : second + width] = True
+    return is_unmixed
+
+
+def mix_clips(clips: torch.Tensor, is_unmixed: torch.Tensor) -> torch.Tensor:
+    """Mix each clip with the previous one of the batch (the paper's partial mixing).
+
+    A mixture is the element-wise maximum of the two clips' log-mel values. In the unmixed windows it is its own clip.
+
+    Args:
+        clips: Log-mel frames `(batch_size, T, num_mel_bins)`.
+        is_unmixed: bool `(T,)`, True for frames in the windows.
+    """
+    return torch.where(is_unmixed[:, None], clips, torch.maximum(clips, clips.roll(1, 0)))
+
+
 class SSLAMDecoderLayer(nn.Conv2d):
-    """A grouped convolution over the patch grid `(batch_size, time_patches, mel_patches, hidden_size)`, followed by
-    LayerNorm (no weights) and GELU and with a residual."""
+    """Grouped convolution over the patch grid, LayerNorm without weights and GELU, with a residual connection."""
 
     def __init__(self, config: SSLAMConfig) -> None:
         super().__init__(
@@ -98,31 +229,33 @@ class SSLAMDecoderLayer(nn.Conv2d):
         )
 
     def forward(self, grid: torch.Tensor) -> torch.Tensor:
-        # Channels stay innermost in memory: what the convolution sees is a channels-last tensor.
+        """Map a grid `(batch_size, time_patches, mel_patches, hidden_size)` to one of the same shape."""
+        # Channels stay innermost in memory, so the convolution gets a channels-last tensor.
         update = super().forward(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         update = nn.functional.layer_norm(update, update.shape[-1:], eps=NORM_EPS)
         return grid + nn.functional.gelu(update)
 
 
 class SSLAMDecoder(nn.Module):
-    """Predicts the teacher's targets at masked patches: layers of convolutions, then a linear one."""
+    """Prediction of the teacher's targets at masked patches: convolutional layers, then a linear one."""
 
     def __init__(self, config: SSLAMConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(SSLAMDecoderLayer(config) for _ in range(config.decoder_num_layers))
-        self.projection = SSLAMLinear(config.hidden_size, config.hidden_size)
+        self.projection = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, grid: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """
+        """Predict the targets of some patches.
+
         Args:
-            grid: `(batch_size, time_patches, mel_patches, hidden_size)`.
+            grid: Visible states and noise, `(batch_size, time_patches, mel_patches, hidden_size)`.
             index: int64 `(batch_size, num_masked)`, the patches to predict.
 
         Returns:
             `(batch_size, num_masked, hidden_size)`.
         """
         parts = zip(grid.chunk(DECODER_PARTS), index.chunk(DECODER_PARTS), strict=True)
-        return torch.cat([recomputing(self._predict, *part) for part in parts])
+        return torch.cat([checkpoint_activations(self._predict, *part) for part in parts])
 
     def _predict(self, grid: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
@@ -130,72 +263,145 @@ class SSLAMDecoder(nn.Module):
         return self.projection(_gather(grid.flatten(1, 2), index))
 
 
-def _normalised_mean(ffn_outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Targets out of MLP outputs `(batch_size, num_patches, hidden_size)`: instance norm (each channel over the clip's
-    patches), mean over the blocks, layer norm, all in float32."""
+class LocalAndGlobal(NamedTuple):
+    """Predictions, or targets, of a batch.
+
+    Attributes:
+        local: Of patches. Predictions `(batch_size, num_clones, num_masked, hidden_size)`, at masked patches alone;
+            targets `(batch_size, N, hidden_size)`, of all patches.
+        global_: Of clips. Predictions `(batch_size, num_clones, hidden_size)`; targets `(batch_size, hidden_size)`.
+    """
+
+    local: torch.Tensor
+    global_: torch.Tensor
+
+    def chunk(self, num_parts: int) -> list["LocalAndGlobal"]:
+        """Split the batch into parts. Unlike a chunk's, the gradient of a slice is as large as the whole batch."""
+        pairs = zip(self.local.chunk(num_parts), self.global_.chunk(num_parts), strict=True)
+        return [LocalAndGlobal(*pair) for pair in pairs]
+
+
+def normalised_mean(ffn_outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Make targets out of the teacher's MLP outputs, in float32.
+
+    Each block's output is normalised by instance norm, over the patches of a clip for each channel. The mean over
+    blocks is normalised by LayerNorm. Neither norm has weights.
+
+    Args:
+        ffn_outputs: Of each block, `(batch_size, num_patches, hidden_size)`.
+
+    Returns:
+        `(batch_size, num_patches, hidden_size)`.
+    """
     total: torch.Tensor | float = 0.0
     for output in ffn_outputs:
         output = output.float()
         centered = output - output.mean(1, keepdim=True)  # torch.var_mean is several times as slow along tokens
         total = total + centered * torch.rsqrt(centered.square().mean(1, keepdim=True) + NORM_EPS)
-    mean_over_blocks = total / len(ffn_outputs)
+    mean_over_blocks = torch.as_tensor(total / len(ffn_outputs))
     return nn.functional.layer_norm(mean_over_blocks, mean_over_blocks.shape[-1:], eps=NORM_EPS)
 
 
 def _gather(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Tokens `(batch_size, N, D)` at `index` `(batch_size, M)`: `(batch_size, M, D)`."""
+    """Gather tokens `(batch_size, N, D)` at `index` `(batch_size, M)` into `(batch_size, M, D)`."""
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
-def _local_loss(predictions: torch.Tensor, targets: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """Sum over all masked places of squared error / sqrt(D), in float32.
+def local_error(predictions: torch.Tensor, targets: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """Sum squared errors / sqrt(hidden_size) over all masked patches, in float32.
 
     Args:
         predictions: `(batch_size, num_clones, num_masked, hidden_size)`.
         targets: `(batch_size, N, hidden_size)`, the same for all clones of a clip.
-        masked: int64 `(batch_size, num_clones, num_masked)`.
+        masked: int64 `(batch_size, num_clones, num_masked)`, the patches that are predicted.
     """
-    # Clone by clone, so that no more than one copy of the targets is ever in memory.
-    errors = (
-        (prediction.float() - _gather(targets, index)).square().sum()
-        for prediction, index in zip(predictions.unbind(1), masked.unbind(1), strict=True)
-    )
-    return sum(errors) / math.sqrt(targets.shape[-1])
+    error = torch.zeros((), device=predictions.device)
+    # Clone by clone, so that no more than one copy of the targets is in memory at a time.
+    for prediction, index in zip(predictions.unbind(1), masked.unbind(1), strict=True):
+        error = error + (prediction.float() - _gather(targets, index)).square().sum()
+    return error / math.sqrt(targets.shape[-1])
 
 
-def _global_loss(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The same for clips: `(batch_size, num_clones, hidden_size)` against `(batch_size, hidden_size)`."""
+def global_error(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum squared errors / sqrt(hidden_size) over all clips and clones, in float32.
+
+    Args:
+        predictions: `(batch_size, num_clones, hidden_size)`.
+        targets: `(batch_size, hidden_size)`, the same for all clones of a clip.
+    """
     return (predictions.float() - targets[:, None]).square().sum() / math.sqrt(targets.shape[-1])
 
 
-def _mean_deviation(count: int, mean: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
-    """Mean over channels of the standard deviation of all ranks' tokens, given this rank's number of tokens, their
-    mean and the sum of squares around it, both float32 `(hidden_size,)`.
+def pretraining_losses(
+    predictions: LocalAndGlobal,
+    targets: LocalAndGlobal,
+    retention_targets: torch.Tensor | None,
+    masked: torch.Tensor,
+    config: SSLAMConfig,
+) -> dict[str, torch.Tensor]:
+    """Compute the terms of the objective, weighted as in the published code, which add up to the loss.
 
-    Around the mean, not around 0: when all tokens become alike, which is what this is watched for, the difference of
-    two large sums would be rounding, of either sign.
+    Args:
+        predictions: Of the batches that `BATCHES` lists for the objective, one after the other.
+        targets: Of the same batches.
+        retention_targets: Targets of the mixtures' source retention, `(batch_size, N, hidden_size)`, if the objective
+            has it.
+        masked: int64 `(batch_size, num_clones, num_masked)`, the masked patches, the same in each batch.
+        config: The model's configuration.
+    """
+    batches = BATCHES[config.pretraining_objective]
+    predicted = dict(zip(batches, predictions.chunk(len(batches)), strict=True))
+    target = dict(zip(batches, targets.chunk(len(batches)), strict=True))
+    per_token = 1.0 / (len(batches) * masked.numel())
+    weight = config.global_loss_weight
+    losses = {}
+    if "ua" in batches:
+        ua, ua_target = predicted["ua"], target["ua"]
+        losses["ua_local_loss"] = local_error(ua.local, ua_target.local, masked) * per_token
+        losses["ua_global_loss"] = weight * global_error(ua.global_, ua_target.global_)
+    if "pma" in batches:
+        pma, pma_target = predicted["pma"], target["pma"]
+        losses["pma_local_loss"] = local_error(pma.local, pma_target.local, masked) * per_token
+        losses["pma_global_loss"] = weight * global_error(pma.global_, pma_target.global_)
+    if retention_targets is not None:
+        error = local_error(predicted["pma"].local, retention_targets, masked)
+        losses["srl_loss"] = config.retention_loss_weight * error * per_token
+    return losses
+
+
+def _mean_deviation(count: int, mean: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+    """Compute the mean over channels of the standard deviation of all ranks' tokens.
+
+    Args:
+        count: This rank's number of tokens.
+        mean: Their mean, float32 `(hidden_size,)`.
+        squares: The sum of their squared distances from the mean, float32 `(hidden_size,)`. Around 0 instead, the
+            variance would be the difference of two large sums. When all tokens become alike, which is what this
+            watches for, that is rounding of either sign.
     """
     mean, squares = mean.double(), squares.double()
     moments = torch.stack((torch.full_like(mean, count), count * mean, squares + count * mean.square()))
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(moments)
-    count, total, total_squares = moments
-    variance = (total_squares - total.square() / count) / (count - 1)
+    total_count, total, total_squares = moments
+    variance = (total_squares - total.square() / total_count) / (total_count - 1)
     return (variance + 1e-6).sqrt().mean().float()
 
 
 @torch.no_grad()
 def prediction_deviation(predictions: torch.Tensor) -> torch.Tensor:
-    """pred_var of predictions `(batch_size, num_clones, num_masked, hidden_size)`."""
+    """Compute pred_var of predictions `(batch_size, num_clones, num_masked, hidden_size)`."""
     mean = predictions.mean((0, 1, 2), dtype=torch.float32)
-    # Clone by clone, so that there is never a float32 copy of all.
-    squares = sum((clone.float() - mean).square().sum((0, 1)) for clone in predictions.unbind(1))
+    squares = torch.zeros_like(mean)
+    # Clone by clone, so that the float32 copy is of one clone at a time.
+    for clone in predictions.unbind(1):
+        squares = squares + (clone.float() - mean).square().sum((0, 1))
     return _mean_deviation(predictions[..., 0].numel(), mean, squares)
 
 
 @torch.no_grad()
 def target_deviation(targets: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """target_var of targets `(batch_size, N, hidden_size)`, each counted once for every clone that masks it."""
+    """Compute target_var of targets `(batch_size, N, hidden_size)`, each counted once a clone that masks it."""
     index = masked.flatten(1)
     counts = torch.zeros(targets.shape[:2], device=targets.device)
     counts = counts.scatter_add_(1, index, torch.ones_like(index, dtype=counts.dtype)).flatten()
@@ -206,41 +412,48 @@ def target_deviation(targets: torch.Tensor, masked: torch.Tensor) -> torch.Tenso
 
 @dataclass
 class SSLAMForPreTrainingOutput(ModelOutput):
-    """Output of [`SSLAMForPreTraining`]. Terms that the objective leaves out are `None`; each of the others is already
-    divided by the number of masked tokens, so that they add up to `loss`.
+    """Output of [`SSLAMForPreTraining`].
+
+    Every tensor but the last two entries' is a scalar. The five terms are weighted and divided as the objective says,
+    so they add up to `loss`; those that the objective leaves out are None.
 
     Attributes:
-        loss: Scalar, the objective.
-        ua_local_loss: Patches of unmixed clips. (Scalar, like all that follow.)
-        ua_global_loss: CLS of unmixed clips; a sum over the clips and clones of the batch, as published.
+        loss: The objective.
+        ua_local_loss: Patches of unmixed clips; a mean over masked tokens.
+        ua_global_loss: CLS tokens of unmixed clips; a sum over the clips and clones of the batch, as published.
         pma_local_loss: Patches of partial mixtures.
-        pma_global_loss: CLS of partial mixtures.
+        pma_global_loss: CLS tokens of partial mixtures.
         srl_loss: Source retention.
-        pred_var: Mean over channels of the standard deviation of the predictions at masked places, over all ranks.
-        target_var: The same of the targets. Either going to 0 means collapse.
+        pred_var: Mean over channels of the standard deviation of predictions at masked patches, over all ranks.
+        target_var: The same of the targets. Collapse shows as either of the two going to 0.
         masked_fraction: Share of patches that is masked.
-        num_masked_tokens: Masked tokens S of the batch over all clips, mixtures and clones: what sums are divided by.
+        num_masked_tokens: Number of masked tokens of the batch, over all clips, mixtures and clones.
+        hidden_states: The student's, if asked for, each `(num_inputs * num_clones, 1 + num_visible, hidden_size)`. The
+            inputs are the unmixed clips, then the mixtures, as far as the objective has them.
+        attentions: The student's attention probabilities, if asked for.
     """
 
-    loss: torch.FloatTensor | None = None
-    ua_local_loss: torch.FloatTensor | None = None
-    ua_global_loss: torch.FloatTensor | None = None
-    pma_local_loss: torch.FloatTensor | None = None
-    pma_global_loss: torch.FloatTensor | None = None
-    srl_loss: torch.FloatTensor | None = None
-    pred_var: torch.FloatTensor | None = None
-    target_var: torch.FloatTensor | None = None
-    masked_fraction: torch.FloatTensor | None = None
-    num_masked_tokens: torch.LongTensor | None = None
+    loss: torch.Tensor | None = None
+    ua_local_loss: torch.Tensor | None = None
+    ua_global_loss: torch.Tensor | None = None
+    pma_local_loss: torch.Tensor | None = None
+    pma_global_loss: torch.Tensor | None = None
+    srl_loss: torch.Tensor | None = None
+    pred_var: torch.Tensor | None = None
+    target_var: torch.Tensor | None = None
+    masked_fraction: torch.Tensor | None = None
+    num_masked_tokens: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class SSLAMForPreTraining(SSLAMPreTrainedModel):
     """Student, decoder and teacher, with the objective that `config.pretraining_objective` names.
 
-    A training step is: forward, backward, optimiser step n (counted from 1), `update_teacher(ema_decay(n))`. The
-    folder it saves is a checkpoint of all three; [`SSLAMModel`] and [`SSLAMForAudioClassification`] read the student
-    from it, and `SSLAMForPreTraining.from_pretrained(folder).teacher` is an [`SSLAMModel`] too. Whatever is done to
-    the model, its teacher stays in float32 and in evaluation mode.
+    A training step is: forward, backward, optimiser step n (counted from 1), `update_teacher(ema_decay(n))`. A saved
+    folder holds all three. [`SSLAMModel`] and [`SSLAMForAudioClassification`] load the student from it;
+    `SSLAMForPreTraining.from_pretrained(folder).teacher` is an [`SSLAMModel`] too. The teacher stays in float32 and in
+    evaluation mode, whatever is done to the model.
     """
 
     _keep_in_fp32_modules_strict = ["teacher"]
@@ -258,24 +471,32 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *args: Any, output_loading_info: bool = False, **kwargs: Any
-    ) -> "SSLAMForPreTraining | tuple[SSLAMForPreTraining, dict[str, Any]]":
-        """As in transformers. From a checkpoint without a teacher, such as an encoder's, it becomes a copy of the
-        student."""
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        cls, pretrained_model_name_or_path: str | PathLike[Any] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Load as transformers does.
+
+        If the checkpoint holds no teacher, as an encoder's, the teacher becomes a copy of the student.
+
+        Returns:
+            A [`SSLAMForPreTraining`]; with `output_loading_info=True` a tuple of it and a dictionary.
+        """
+        output_loading_info = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
         if any(name.startswith("teacher.") for name in info["missing_keys"]):
             logger.warning(f"{pretrained_model_name_or_path} holds no teacher: it starts as a copy of the student.")
             model.update_teacher(0.0)
-        model.teacher.requires_grad_(False)  # transformers 5 loads weights as new, trainable parameters
+        model.teacher.requires_grad_(False)  # transformers 5 replaces parameters by new, trainable ones
         return (model, info) if output_loading_info else model
 
     def train(self, mode: bool = True) -> "SSLAMForPreTraining":
+        """Set the mode of student and decoder; the teacher stays in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
         return self
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "SSLAMForPreTraining":
-        # `to`, `half` and the like come through here. At the decays in use a half-precision average would never move.
+        # `to`, `half` and the like call this. In half precision an average with these decays would never move.
         teacher_ids = {id(tensor) for tensor in (*self.teacher.parameters(), *self.teacher.buffers())}
 
         def apply(tensor: torch.Tensor) -> torch.Tensor:
@@ -287,14 +508,14 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         return super()._apply(apply, recurse)
 
     def ema_decay(self, update: int) -> float:
-        """The teacher's decay after optimiser update `update` (counted from 1): linear, then constant."""
+        """Return the teacher's decay after an optimiser update, counted from 1: linear in it, then constant."""
         config = self.config
         progress = min(update / config.ema_anneal_end_step, 1.0)
         return config.ema_decay + progress * (config.ema_end_decay - config.ema_decay)
 
     @torch.no_grad()
     def update_teacher(self, decay: float) -> None:
-        """teacher = decay * teacher + (1 - decay) * student, in float32; 0 makes it a copy of the student."""
+        """Set teacher = decay * teacher + (1 - decay) * student, in float32. A decay of 0 copies the student."""
         student = [parameter.detach().float() for parameter in self.sslam.parameters()]
         torch._foreach_lerp_(list(self.teacher.parameters()), student, 1.0 - decay)
 
@@ -305,176 +526,174 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         bool_masked_pos: torch.Tensor | None = None,
         unmixed_starts: tuple[int, int] | None = None,
         generator: torch.Generator | None = None,
+        attention_mask: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        **kwargs: Any,
     ) -> SSLAMForPreTrainingOutput:
-        """
+        """Compute the loss of a batch (paper sections 3.1 to 3.3).
+
         Args:
-            input_values: Normalised log-mel frames `(batch_size, T, num_mel_bins)`; for objectives with mixtures at
+            input_values: Normalised log-mel frames `(batch_size, T, num_mel_bins)`. Objectives with mixtures need at
                 least two clips of at least four time patches.
-            bool_masked_pos: bool `(batch_size, num_clones, N)`, True for masked patches, as many in every row; a
-                mixture has the masks of the clip it is made of. Drawn by [`inverse_block_masks`] if not given.
-            unmixed_starts: First frames of the two unmixed windows of the mixtures, multiples of `patch_size`. Drawn
-                by [`draw_unmixed_starts`] if not given.
-            generator: What masks and windows are drawn from; torch's own CPU generator if not given. (The noise at the
-                decoder's masked places comes from torch's own generator of the device, as dropout does.)
+            bool_masked_pos: bool `(batch_size, num_clones, N)`, True for masked patches, the same number in every row.
+                A mixture has the masks of its own clip. Drawn by [`inverse_block_masks`] if not given.
+            unmixed_starts: First frames of the mixtures' two unmixed windows, multiples of `patch_size`. Drawn by
+                [`draw_unmixed_starts`] if not given.
+            generator: Source of masks and windows; torch's own CPU generator if not given. The noise at the decoder's
+                masked patches comes from the device's own generator, as dropout does.
+            attention_mask: As the feature extractor makes it; it changes nothing. The published objective has no
+                padded clips, so a mask by which a whole patch is padding is an error.
+            output_attentions: Whether to return the student's attention probabilities.
+            output_hidden_states: Whether to return the student's hidden states, or which; see [`SSLAMModel.forward`].
+            **kwargs: Further arguments of the student's attention function; see [`SSLAMModel.forward`].
 
         Returns:
             [`SSLAMForPreTrainingOutput`].
 
         Raises:
-            ValueError: If the batch cannot be mixed, or masks or windows do not fit it.
-
-        Source: paper sections 3.1 to 3.3; the weighting of the terms is the published code's.
+            ValueError: If the batch is padded or cannot be mixed, or if masks or windows do not fit it.
+            RuntimeError: If the model is traced.
         """
-        input_values = check_input_values(input_values, self.config)
-        config, objective = self.config, self.config.pretraining_objective
-        batch_size, time_patches = len(input_values), input_values.shape[1] // config.patch_size
-        has_ua, has_pma, has_srl = objective != "pma", objective != "ua", objective == "sslam"
-
-        # Masks and windows are made on the CPU, where checking them does not wait for an accelerator.
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                "SSLAMForPreTraining draws masks and mixtures anew for every batch, which a trace would freeze. Trace "
+                "its encoder, `model.sslam`, instead."
+            )
+        config = self.config
+        clips = check_input_values(input_values, config)
+        batch_size, time_patches = len(clips), clips.shape[1] // config.patch_size
+        if attention_mask is not None:
+            check_not_padded(attention_mask, clips, config)
+        # Draw and check on the CPU: a check on an accelerator would wait for it.
         if bool_masked_pos is None:
             bool_masked_pos = inverse_block_masks(batch_size, time_patches, config, generator)
-        visible, masked = self._split_patches(bool_masked_pos, batch_size, time_patches * config.num_mel_patches)
-        inputs = input_values
-        if has_pma:
-            is_unmixed = self._unmixed_patches(batch_size, time_patches, unmixed_starts, generator)
-            own_alone = is_unmixed.repeat_interleave(config.patch_size)[:, None].to(input_values.device)
-            mixtures = torch.where(own_alone, input_values, torch.maximum(input_values, input_values.roll(1, 0)))
-            inputs = torch.cat((input_values, mixtures)) if has_ua else mixtures
-        num_passes = len(inputs) // batch_size
-        visible, masked = (index.to(inputs.device).repeat(num_passes, 1, 1) for index in (visible, masked))
+        visible, masked = split_by_mask(bool_masked_pos, batch_size, time_patches * config.num_mel_patches)
+        is_unmixed = torch.ones(time_patches, dtype=torch.bool)
+        if "pma" in BATCHES[config.pretraining_objective]:
+            check_can_be_mixed(batch_size, time_patches, config)
+            if unmixed_starts is None:
+                unmixed_starts = draw_unmixed_starts(time_patches, config, generator)
+            is_unmixed = unmixed_time_patches(unmixed_starts, time_patches, config)
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        return self._objective(
+            clips,
+            visible,
+            masked,
+            is_unmixed,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
+
+    def _objective(
+        self,
+        clips: torch.Tensor,
+        visible: torch.Tensor,
+        masked: torch.Tensor,
+        is_unmixed: torch.Tensor,
+        **encoder_options: Any,
+    ) -> SSLAMForPreTrainingOutput:
+        """Compute the loss, given what was drawn for the batch.
+
+        Args:
+            clips: Log-mel frames `(batch_size, T, num_mel_bins)`.
+            visible: int64 `(batch_size, num_clones, num_visible)`, the visible patches.
+            masked: int64 `(batch_size, num_clones, num_masked)`, the masked patches.
+            is_unmixed: bool `(time_patches,)` on the CPU, True in the unmixed windows.
+            **encoder_options: Further arguments of the student's encoder.
+        """
+        config, batch_size, device = self.config, len(clips), clips.device
+        batches = BATCHES[config.pretraining_objective]
+        visible, masked = visible.to(device), masked.to(device)
+        inputs = clips
+        if "pma" in batches:
+            mixtures = mix_clips(clips, is_unmixed.repeat_interleave(config.patch_size).to(device))
+            inputs = torch.cat((clips, mixtures)) if "ua" in batches else mixtures
+        # A mixture has the masks of its own clip.
+        all_visible, all_masked = (index.repeat(len(batches), 1, 1) for index in (visible, masked))
 
         with torch.no_grad():
             teacher_patches = self.teacher.patch_embeddings(inputs)
-            local_targets, global_targets = self._targets(teacher_patches)
-            if has_srl:
-                # Before the student's pass, whose intermediate values stay in memory.
-                mixed = (~is_unmixed).repeat_interleave(config.num_mel_patches).nonzero().squeeze(1).to(inputs.device)
-                retention = self._retention_targets(teacher_patches[:batch_size], local_targets[:batch_size], mixed)
-        global_predictions, predictions = self._predict(inputs, visible, masked)
-
-        # Clips and mixtures in chunks, since the gradient of a slice is as large as what it was cut from.
-        local_parts, global_parts = (
-            tuple(zip(*(tensor.chunk(num_passes) for tensor in tensors), strict=True))
-            for tensors in ((predictions, local_targets, masked), (global_predictions, global_targets))
-        )
-        names = [name for name, is_used in (("ua", has_ua), ("pma", has_pma)) if is_used]
-        scale = 1.0 / masked.numel()
-        terms: dict[str, torch.Tensor] = {}
-        for name, local_part, global_part in zip(names, local_parts, global_parts, strict=True):
-            terms[f"{name}_local_loss"] = _local_loss(*local_part) * scale
-            terms[f"{name}_global_loss"] = config.global_loss_weight * _global_loss(*global_part)
-        if has_srl:
-            of_mixtures, _, masked_of_mixtures = local_parts[-1]
-            error = _local_loss(of_mixtures, retention, masked_of_mixtures)
-            terms["srl_loss"] = config.retention_loss_weight * error * scale
+            targets = self._targets(teacher_patches)
+            retention_targets = None
+            if config.pretraining_objective == "sslam":
+                # Compute these before the student's pass, whose intermediate values stay in memory.
+                mixed = (~is_unmixed).repeat_interleave(config.num_mel_patches).nonzero().squeeze(1).to(device)
+                retention_targets = self._retention_targets(
+                    teacher_patches[:batch_size], targets.local[:batch_size], mixed
+                )
+        encoded = self._encode_visible(inputs, all_visible, **encoder_options)
+        predictions = self._predict(encoded.last_hidden_state, all_visible, all_masked)
+        losses = pretraining_losses(predictions, targets, retention_targets, masked, config)
 
         return SSLAMForPreTrainingOutput(
-            loss=sum(terms.values()),
-            **terms,
-            pred_var=prediction_deviation(predictions),
-            target_var=target_deviation(local_targets, masked),
-            masked_fraction=torch.tensor(masked.shape[2] / local_targets.shape[1]),
-            num_masked_tokens=torch.tensor(masked.numel()),
+            loss=reduce(torch.add, losses.values()),
+            **losses,
+            pred_var=prediction_deviation(predictions.local),
+            target_var=target_deviation(targets.local, all_masked),
+            masked_fraction=torch.tensor(masked.shape[2] / targets.local.shape[1]),
+            num_masked_tokens=torch.tensor(all_masked.numel()),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
         )
 
-    def _split_patches(
-        self, bool_masked_pos: torch.Tensor, batch_size: int, num_patches: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices of visible and masked patches, each `(batch_size, num_clones, ...)` and in the patches' order."""
-        if bool_masked_pos.ndim != 3 or bool_masked_pos.shape[::2] != (batch_size, num_patches):
-            raise ValueError(
-                f"bool_masked_pos has shape {tuple(bool_masked_pos.shape)}; these input_values need ({batch_size}, "
-                f"num_clones, {num_patches})."
-            )
-        counts = bool_masked_pos.sum(-1)
-        num_masked = int(counts.flatten()[0])
-        if not bool((counts == num_masked).all()) or not 0 < num_masked < num_patches:
-            raise ValueError(
-                f"bool_masked_pos masks {int(counts.min())} to {int(counts.max())} of {num_patches} patches; every "
-                "row must mask the same number, neither none nor all."
-            )
-        order = bool_masked_pos.to(torch.uint8).argsort(dim=-1, stable=True)
-        return order.split((num_patches - num_masked, num_masked), dim=-1)
-
-    def _unmixed_patches(
-        self,
-        batch_size: int,
-        time_patches: int,
-        unmixed_starts: tuple[int, int] | None,
-        generator: torch.Generator | None,
-    ) -> torch.Tensor:
-        """bool `(time_patches,)`, True inside the two windows where the mixtures hold their own clip alone."""
-        if batch_size < 2:
-            raise ValueError(
-                f"A batch of {batch_size} clip has no foreign clip to mix in; the objective "
-                f'"{self.config.pretraining_objective}" needs at least 2 clips on every device. Drop the batch.'
-            )
-        if time_patches < 4:
-            raise ValueError(
-                f"Clips of {time_patches} time patches cannot be mixed; use at least "
-                f"{4 * self.config.patch_size} frames."
-            )
-        if unmixed_starts is None:
-            unmixed_starts = draw_unmixed_starts(time_patches, self.config, generator)
-        width, patch_size = unmixed_window_width(time_patches), self.config.patch_size
-        first, second = (start // patch_size for start in unmixed_starts)
-        if any(start % patch_size for start in unmixed_starts) or not (
-            0 <= first <= second - width <= time_patches - 2 * width
-        ):
-            raise ValueError(
-                f"unmixed_starts={tuple(unmixed_starts)} do not fit: they must be multiples of {patch_size} and start "
-                f"two windows of {width * patch_size} frames, one after the other, within the clip's "
-                f"{time_patches * patch_size}."
-            )
-        is_unmixed = torch.zeros(time_patches, dtype=torch.bool)
-        is_unmixed[first : first + width] = True
-        is_unmixed[second : second + width] = True
-        return is_unmixed
-
     def _ffn_outputs(self, patches: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What the teacher's MLPs make of the patches, block by block, without the CLS token."""
-        return tuple(output[:, 1:] for output in self.teacher.encoder(patches, output_ffn=True).ffn_outputs)
+        """Compute the outputs of the teacher's MLPs, block by block, without the CLS token."""
+        outputs = self.teacher.encoder(patches, output_ffn=True).ffn_outputs
+        return tuple(output[:, 1:] for output in outputs)
 
-    def _targets(self, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Local `(batch_size, num_patches, D)` and global `(batch_size, D)` targets, in float32."""
+    def _targets(self, patches: torch.Tensor) -> LocalAndGlobal:
+        """Make targets, in float32, from the teacher's patches `(batch_size, N, hidden_size)`."""
         ffn_outputs = self._ffn_outputs(patches)
         num_layers = self.config.num_target_layers or len(ffn_outputs)
         num_global_layers = self.config.num_global_target_layers
         if num_global_layers is None:
             num_global_layers = len(ffn_outputs) if self.config.pretraining_objective == "ua" else 1
-        local = _normalised_mean(ffn_outputs[-num_layers:])
+        local = normalised_mean(ffn_outputs[-num_layers:])
         if num_global_layers == num_layers:
-            return local, local.mean(1)
-        return local, _normalised_mean(ffn_outputs[-num_global_layers:]).mean(1)
+            return LocalAndGlobal(local, local.mean(1))
+        return LocalAndGlobal(local, normalised_mean(ffn_outputs[-num_global_layers:]).mean(1))
 
     def _retention_targets(
         self, patches: torch.Tensor, own_targets: torch.Tensor, mixed: torch.Tensor
     ) -> torch.Tensor:
-        """What a mixture should still tell of both its sources: at the patches `mixed`, the mean of the two clips'
-        targets, the foreign clip's made from these patches alone; elsewhere the own clip's target."""
+        """Make the targets of source retention, which a mixture should keep of both its sources.
+
+        At mixed patches they are the mean of both clips' targets; the foreign clip's are made from its mixed patches
+        alone. At unmixed patches they are the own clip's targets.
+
+        Args:
+            patches: The teacher's patches of the unmixed clips, `(batch_size, N, hidden_size)`.
+            own_targets: Local targets of the unmixed clips, of the same shape.
+            mixed: int64 `(num_mixed,)`, the mixed patches.
+        """
         ffn_outputs = self._ffn_outputs(patches[:, mixed])
-        foreign_targets = _normalised_mean(ffn_outputs[-(self.config.num_target_layers or len(ffn_outputs)) :])
+        foreign_targets = normalised_mean(ffn_outputs[-(self.config.num_target_layers or len(ffn_outputs)) :])
         retention = own_targets.clone()
         retention[:, mixed] = (own_targets[:, mixed] + foreign_targets.roll(1, 0)) / 2
         return retention
 
-    def _predict(
-        self, inputs: torch.Tensor, visible: torch.Tensor, masked: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The student's global `(batch_size, num_clones, D)` and local `(batch_size, num_clones, num_masked, D)`
-        predictions, the latter at masked places only."""
+    def _encode_visible(self, inputs: torch.Tensor, visible: torch.Tensor, **options: Any) -> SSLAMEncoderOutput:
+        """Run the student on the visible patches of every clone."""
+        patches = self.sslam.patch_embeddings(inputs)
+        clones = _gather(patches, visible.flatten(1)).view(-1, visible.shape[2], self.config.hidden_size)
+        return self.sslam.encoder(clones, **options)
+
+    def _predict(self, states: torch.Tensor, visible: torch.Tensor, masked: torch.Tensor) -> LocalAndGlobal:
+        """Make predictions from the student's states of every clone; the local ones at masked patches alone."""
         config = self.config
         num_patches = visible.shape[2] + masked.shape[2]
-        patches = self.sslam.patch_embeddings(inputs)
-        clones = _gather(patches, visible.flatten(1)).view(-1, visible.shape[2], config.hidden_size)
-        states = self.sslam.encoder(clones).last_hidden_state
-
         grid = torch.empty(len(states), num_patches, config.hidden_size, device=states.device, dtype=states.dtype)
         grid.normal_(std=config.mask_noise_std)
         index = visible.flatten(0, 1)[..., None].expand(-1, -1, config.hidden_size)
         grid = grid.scatter_(1, index, states[:, 1:]).unflatten(1, (-1, config.num_mel_patches))
         local = self.decoder(grid, masked.flatten(0, 1))
-        return states[:, 0].unflatten(0, visible.shape[:2]), local.unflatten(0, visible.shape[:2])
+        clips_and_clones = visible.shape[:2]
+        return LocalAndGlobal(local.unflatten(0, clips_and_clones), states[:, 0].unflatten(0, clips_and_clones))
 
 
 SSLAMForPreTraining.register_for_auto_class("AutoModelForPreTraining")

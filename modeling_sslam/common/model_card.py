@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from huggingface_hub import ModelCardData
 
-from .terminal import terminal_text
+from .text import escape_controls
 
 TAGS = ("audio", "sslam")
 PAPER = "[SSLAM](https://arxiv.org/abs/2506.12222)"
@@ -92,7 +92,7 @@ inputs = extractor(waveform, sampling_rate={sampling_rate}, return_tensors="pt")
 
 def code_span(text: str) -> str:
     """Return text from a file as code in a line of Markdown. Control characters become Python's escapes."""
-    text = terminal_text(text)
+    text = escape_controls(text)
     # A span of code ends at as many backticks as it begins with.
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
@@ -101,4 +101,4 @@ def code_span(text: str) -> str:
 def _cell(value: object) -> str:
     """Escape text for a cell of a Markdown table. `html.unescape` returns the text."""
     lines = html.escape(str(value), quote=False).replace("|", "&#124;").split("\n")
-    return "&#10;".join(map(terminal_text, lines))
+    return "&#10;".join(map(escape_controls, lines))

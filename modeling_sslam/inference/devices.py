@@ -1,4 +1,4 @@
-"""Where and how wide to compute, when the user leaves it to us."""
+"""Choice of device, dtype and batch size."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -8,21 +8,22 @@ import torch
 from ..common.errors import InferenceError
 from ..configuration_sslam import SSLAMConfig
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
-# On a CPU the matrix products of a few clips keep every core busy; more only take memory.
+# On a CPU the matrix products of a few clips keep every core busy. Larger batches only take more memory.
 CPU_BATCH_SIZE = 8
-# Beyond this a GPU gains nothing from more clips of 10 s.
+# A GPU gains nothing from larger batches of 10 s clips.
 MAX_BATCH_SIZE = 256
-# Of the memory that is free: other programs and fragmentation need some too.
+# Share of the free memory that a batch may take. Other programs and fragmentation need some too.
 MEMORY_SHARE = 0.5
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device of that name; "auto" is the accelerator of this machine or else the CPU.
+    """Return the device of a name. "auto" is this machine's accelerator, or the CPU if it has none.
 
     Raises:
-        InferenceError: If there is no such device here.
+        InferenceError: If this machine has no such device.
     """
     if device == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -36,32 +37,39 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    """What `from_pretrained(dtype=...)` takes: "auto" as it is, a name as torch's type of that name; for "int8", which
-    weights are rounded to later, float32."""
+    """Return what `from_pretrained(dtype=...)` takes: "auto", or the dtype of a name.
+
+    "int8" gives float32, since weights are rounded to int8 after they are loaded.
+    """
     if dtype == "int8":
         return torch.float32
     return dtype if dtype == "auto" or isinstance(dtype, torch.dtype) else getattr(torch, dtype)
 
 
 def choose_batch_size(config: SSLAMConfig, num_frames: int, device: torch.device, dtype: torch.dtype) -> int:
-    """Clips of `num_frames` frames that fit into the device's free memory when no gradients are kept."""
+    """Return how many clips of `num_frames` frames fit into the device's free memory in inference."""
     if device.type != "cuda":
         return CPU_BATCH_SIZE
     tokens = 1 + num_frames // config.patch_size * config.num_mel_patches
-    # Residual, its norm, query, key, value and the attended, beside the MLP before and after its activation.
+    # Residual, its norm, query, key, value, attended values; the MLP before and after its activation.
     values = tokens * (6 * config.hidden_size + 2 * config.intermediate_size)
     free, _ = torch.cuda.mem_get_info(device)
     return min(MAX_BATCH_SIZE, max(1, int(MEMORY_SHARE * free / (values * dtype.itemsize))))
 
 
 def compute_in_parts(compute: Callable[[Sequence[T]], R], batch: Sequence[T], size: int) -> tuple[list[R], int]:
-    """Applies `compute` to a batch in parts of `size`, of half as many each time the device runs out of memory.
+    """Apply `compute` to a batch in parts, and halve the parts whenever the device runs out of memory.
+
+    Args:
+        compute: A function of several items.
+        batch: The items.
+        size: Number of items in a part at first.
 
     Returns:
         The results of the parts, in order, and the size that fitted.
 
     Raises:
-        InferenceError: If there is too little memory even for one.
+        InferenceError: If the memory does not suffice for a single item.
     """
     results: list[R] = []
     start = 0
@@ -78,6 +86,6 @@ def compute_in_parts(compute: Callable[[Sequence[T]], R], batch: Sequence[T], si
         else:
             start += len(part)
             continue
-        # Outside of `except`, where the error still holds the tensors of the failed computation.
+        # Not inside `except`: there the error still holds the tensors of the failed computation.
         torch.cuda.empty_cache()
     return results, size

@@ -1,8 +1,8 @@
-"""Models from folders and from the Hub, and what is there instead of them."""
+"""Loading of models from folders and from the Hub, with errors that say what was found instead."""
 
 import pickle
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -11,17 +11,16 @@ from transformers.utils import cached_file
 
 from ..common.errors import InferenceError
 from ..common.model_folder import check_front_end, expected_shapes, read_json, shard_names
-from ..common.terminal import terminal_text
+from ..common.text import escape_controls
 from ..configuration_sslam import SSLAMConfig
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMPreTrainedModel
+from ..onednn_sslam import is_allowed
 from .devices import resolve_device, resolve_dtype
-from .packed_blocks import PRECISIONS, can_optimize, optimize_for_cpu
+from .packed_blocks import PRECISIONS, Model, can_optimize, optimize_for_cpu
 
 # Weights that an error lists by name.
 MAX_NAMES = 8
-
-Model = TypeVar("Model", bound=SSLAMPreTrainedModel)
 
 
 def load_pretrained(
@@ -32,7 +31,7 @@ def load_pretrained(
     revision: str | None,
     remedy: str = "",
 ) -> tuple[Model, SSLAMFeatureExtractor]:
-    """Load a model onto its device, with its feature extractor. No code from the folder or repository is run.
+    """Load a model to a device, with its feature extractor. No code from the folder or repository is run.
 
     The sizes that the configurations state are compared with the stored weights before anything is built.
 
@@ -42,17 +41,17 @@ def load_pretrained(
         device: See [`resolve_device`].
         dtype: See [`resolve_dtype`].
         revision: Branch, tag or commit on the Hub.
-        remedy: What to do where weights of this class are missing.
+        remedy: Sentence that the error ends with if weights of this class are missing.
 
     Raises:
-        InferenceError: If there is no SSLAM model there, or not all of this class, or no such device.
+        InferenceError: If there is no SSLAM model, if it lacks weights of this class, or if there is no such device.
     """
     device = resolve_device(device)
     try:
         for name in ("config.json", "preprocessor_config.json"):
             if path := _find(model, name, revision):
                 read_json(path)
-        # Transformers would take any model for this class, and make up weights that are not there.
+        # Transformers loads any model into this class, and initialises missing weights at random.
         settings, _ = SSLAMConfig.get_config_dict(model, revision=revision)
         if not settings:
             raise InferenceError(f"{model} has no config.json: it is no folder of a model.")
@@ -61,13 +60,13 @@ def load_pretrained(
                 f"{model} holds a model of type {settings.get('model_type')!r}, not 'sslam'. Published checkpoints of "
                 "SSLAM and EAT are converted first: python -m conversion."
             )
-        config = SSLAMConfig.from_pretrained(model, revision=revision)
-        extractor = SSLAMFeatureExtractor.from_pretrained(model, revision=revision)
+        config = SSLAMConfig.from_pretrained(model, revision=revision or "main")
+        extractor = SSLAMFeatureExtractor.from_pretrained(model, revision=revision or "main")
         check_front_end(extractor, config)
         if missing := _missing_weights(model_class, config, _stored_shapes(model, revision)):
             others = f" and {len(missing) - MAX_NAMES} more" if len(missing) > MAX_NAMES else ""
             raise InferenceError(f"{model} has no weights for {', '.join(missing[:MAX_NAMES])}{others}.{remedy}")
-        loaded = model_class.from_pretrained(model, revision=revision, dtype=resolve_dtype(dtype))
+        loaded: Any = model_class.from_pretrained(model, revision=revision or "main", dtype=resolve_dtype(dtype))
     except InferenceError:
         raise
     # The folder's files may hold any type where a number is expected.
@@ -83,7 +82,7 @@ def load_pretrained(
         pickle.UnpicklingError,
     ) as error:
         where = "" if Path(model).is_dir() else " (no such folder here, so it was looked for on the Hub)"
-        raise InferenceError(f"{model} cannot be loaded{where}: {terminal_text(error)}") from error
+        raise InferenceError(f"{model} cannot be loaded{where}: {escape_controls(str(error))}") from error
     return loaded.to(device), extractor
 
 
@@ -138,13 +137,16 @@ def _missing_weights(
 
 
 def speed_up(model: Model, dtype: str | torch.dtype) -> Model:
-    """The loaded model with faster blocks where its device and the processor have them: see [`optimize_for_cpu`].
+    """Optimise a loaded model by [`optimize_for_cpu`], if it is on a CPU that has kernels for its precision.
+
+    With `SSLAM_ONEDNN=0` in the environment only "int8", which is asked for by name, is optimised.
 
     Args:
-        dtype: As it was given to [`load_pretrained`].
+        model: Encoder or classifier.
+        dtype: The dtype given to [`load_pretrained`].
 
     Raises:
-        InferenceError: If "int8" is asked for and cannot be had.
+        InferenceError: If "int8" is asked for, and the device or the processor cannot do it.
     """
     precision = "int8" if dtype == "int8" else str(model.dtype).removeprefix("torch.")
     on_cpu = model.device.type == "cpu"
@@ -154,5 +156,5 @@ def speed_up(model: Model, dtype: str | torch.dtype) -> Model:
 
 
 def _has_kernels(precision: str) -> bool:
-    # What was asked for by name is tried, so that the error says what is missing.
-    return precision == "int8" or (precision in PRECISIONS and can_optimize(precision))
+    # int8 was asked for by name. Try it even without kernels: the error says what is missing.
+    return precision == "int8" or (precision in PRECISIONS and is_allowed() and can_optimize(precision))

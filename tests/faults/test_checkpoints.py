@@ -31,7 +31,6 @@ from modeling_sslam import SSLAMConfig, SSLAMForAudioClassification
 from modeling_sslam.common import files
 from modeling_sslam.common.files import TargetInUseError, replacing, write_text
 from modeling_sslam.common.model_card import code_span, render_card
-from modeling_sslam.common.terminal import terminal_text
 from modeling_sslam.inference import InferenceError
 from modeling_sslam.inference.loading import load_pretrained
 
@@ -698,24 +697,6 @@ def test_a_cell_of_a_model_card_parses_back(text):
     assert row.count("|") == 3
     assert html.unescape(row.removeprefix("| Key | ").removesuffix(" |")) == text.replace("\r", r"\r")
     assert ModelCard(card).data.to_dict()["license"] == text
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("plain Text, Größe 音 👩‍🚒 نیم‌فاصله", "plain Text, Größe 音 👩‍🚒 نیم‌فاصله"),
-        ("\x1b[2J\x07", r"\x1b[2J\x07"),
-        ("a\nb\r\tc", r"a\nb\r\tc"),
-        ("\x9b31m\x7f", r"\x9b31m\x7f"),
-        ("\u202egnp.exe\u2066", r"\u202egnp.exe\u2066"),
-        ("\u2028\u2029", r"\u2028\u2029"),
-        (os.fsdecode(b"caf\xe9"), r"caf\udce9"),
-        (3, "3"),
-    ],
-)
-def test_a_terminal_prints_text_and_does_not_obey_it(text, shown):
-    assert terminal_text(text) == shown
-    terminal_text(text).encode("utf-8")
 
 
 def test_code_in_a_card_stays_in_its_line():

@@ -1,3 +1,5 @@
+"""Fixtures of the models' tests."""
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -5,10 +7,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from torch import nn
 
 from modeling_sslam import SSLAMConfig, SSLAMForAudioClassification
 
-# From the published names to this package's, a substring at a time.
+# Substrings of published names, and what replaces them in this package.
 RENAMED = {
     "model.": "sslam.",
     "local_encoder.proj.": "patch_embeddings.projection.",
@@ -27,7 +30,7 @@ PUBLISHED_POSITIONS = "model.fixed_positional_encoder.positions"
 
 @pytest.fixture(scope="session")
 def load_published(golden_dir: Path) -> Callable[..., tuple[SSLAMForAudioClassification, torch.Tensor]]:
-    """`load_published("hub_finetuned", **config)`: a model with the weights of a published checkpoint, in eval mode,
+    """`load_published("hub_finetuned", **config)` returns a model with a published checkpoint's weights, in eval mode,
     and that checkpoint's own position table."""
 
     def load(name: str, **config) -> tuple[SSLAMForAudioClassification, torch.Tensor]:
@@ -50,7 +53,41 @@ def load_published(golden_dir: Path) -> Callable[..., tuple[SSLAMForAudioClassif
 
 @pytest.fixture
 def transformers_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What transformers logs, which it hides from the root logger otherwise."""
+    """Records that transformers logs. It hides them from the root logger otherwise."""
     transformers.utils.logging.enable_propagation()
     yield caplog
     transformers.utils.logging.disable_propagation()
+
+
+@pytest.fixture
+def assert_rounds_like() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
+    """`assert_rounds_like(found, plain, exact)` for float32 results of the same computation in another order.
+
+    How far torch's own float32 result `plain` lies from `exact`, the float64 one, is the size of the rounding that the
+    computation has. `found` may lie twice as far from it, by Euclidean distance.
+    """
+
+    def check(found: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
+        assert found.dtype == plain.dtype == torch.float32
+        assert exact.dtype == torch.float64
+        error, rounding = (found.double() - exact).norm().item(), (plain.double() - exact).norm().item()
+        assert error <= 2 * rounding, f"{error:.3g} from the exact result; plain torch's is {rounding:.3g} from it"
+
+    return check
+
+
+@pytest.fixture
+def results_and_gradients() -> Callable[..., list[torch.Tensor]]:
+    """`results_and_gradients(function, module, *inputs)`: the result for the inputs, then the gradients of
+    the inputs and of the module's parameters."""
+
+    def compute(function: Callable, module: nn.Module, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        inputs = tuple(x.detach().clone().requires_grad_() for x in inputs)
+        module.zero_grad()
+        output = function(*inputs)
+        # Drawn in float32, so that every dtype gets the same gradient.
+        gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
+        output.backward(gradient.to(output.dtype))
+        return [output.detach(), *(x.grad for x in (*inputs, *module.parameters()))]
+
+    return compute

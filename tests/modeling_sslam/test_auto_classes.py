@@ -1,3 +1,5 @@
+"""transformers' Auto classes, with this package and without it, where the code beside the weights is used."""
+
 import ast
 import json
 import os
@@ -28,7 +30,7 @@ from modeling_sslam import (
 
 SOURCES = {"configuration_sslam.py", "feature_extraction_sslam.py", "filter_bank_sslam.py", "modeling_sslam.py"}
 
-# A machine without this package and without a network: neither can be reached from here on.
+# Simulates a machine without this package and without a network.
 ISOLATED = """
 import socket, sys
 
@@ -47,7 +49,7 @@ socket.socket.connect = socket.create_connection = socket.getaddrinfo = no_netwo
 
 @pytest.fixture
 def saved(tmp_path, make_config) -> Path:
-    """A classifier's folder with its feature extractor."""
+    """Folder of a classifier with its feature extractor."""
     folder = tmp_path / "saved"
     config = make_config(
         num_mel_bins=128,
@@ -61,9 +63,9 @@ def saved(tmp_path, make_config) -> Path:
 
 
 def run_isolated(script: str, folder: Path, tmp_path: Path) -> str:
-    """Runs the script on a machine like the one above; `folder` is its first argument."""
+    """Run a script on such a machine, with `folder` as its first argument, and return what it prints."""
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    # Another version of transformers is laid over the environment by this path; the repository is not on it.
+    # Keep paths that put another version of transformers before the installed one; drop the repository's.
     paths = [Path(path).resolve() for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     overlay = [str(path) for path in paths if (path / "transformers").is_dir()]
     environment = {
@@ -172,12 +174,13 @@ print(transformers.__version__)
     with torch.no_grad():
         states = SSLAMModel.from_pretrained(saved)(**inputs).last_hidden_state
         logits = SSLAMForAudioClassification.from_pretrained(saved)(**inputs).logits
+    # The other process may use more threads, and so sum in another order.
     torch.testing.assert_close(outputs["states"], states, atol=1e-6, rtol=0)
     torch.testing.assert_close(outputs["logits"], logits, atol=1e-6, rtol=0)
 
 
 def test_isolation_works(saved, tmp_path):
-    """What the test above relies on."""
+    """The tests above rely on this."""
     script = """
 try:
     import modeling_sslam

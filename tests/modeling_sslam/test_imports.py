@@ -1,4 +1,4 @@
-"""What `import modeling_sslam` imports, and that its classes are there all the same."""
+"""`import modeling_sslam` imports little, and its classes are available all the same."""
 
 import json
 import os
@@ -20,7 +20,7 @@ LIST_OPTIONAL = f"import sys; print([name for name in {OPTIONAL} if name in sys.
 
 
 def run(script: str, *arguments: str) -> str:
-    """What a new process prints that runs the script from the repository."""
+    """Run a script in a new process and return what it prints."""
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     result = subprocess.run(
         [sys.executable, "-c", script, *arguments],
@@ -40,15 +40,17 @@ def saved(tmp_path, make_config) -> Path:
 
 
 def test_import_brings_no_optional_package():
-    # Before version 5 transformers' own Auto classes bring scipy.
+    assert run(f"import modeling_sslam; modeling_sslam.SSLAMConfig(); {LIST_OPTIONAL}") == "[]"
+    # Before version 5 transformers' own Auto classes import scipy.
     auto_classes = run(f"from transformers import AutoConfig, AutoFeatureExtractor, AutoModel; {LIST_OPTIONAL}")
-    assert run(f"import modeling_sslam; modeling_sslam.SSLAMConfig(); {LIST_OPTIONAL}") == auto_classes
+    both = "import modeling_sslam; from transformers import AutoConfig, AutoFeatureExtractor, AutoModel"
+    assert run(f"{both}; {LIST_OPTIONAL}") == auto_classes
     if int(transformers.__version__.split(".")[0]) >= 5:
         assert auto_classes == "[]"
 
 
 def test_optional_packages_are_installed():
-    """Or the test above would show nothing."""
+    """Otherwise the test above would show nothing."""
     assert [name for name in OPTIONAL if find_spec(name) is None] == []
 
 
@@ -101,11 +103,40 @@ assert not hasattr(stand_in, "__wrapped__") and mapping[modeling_sslam.SSLAMConf
 assert stand_in.base_model_prefix == "sslam"
 model_class = modeling_sslam.SSLAMModel
 assert mapping[modeling_sslam.SSLAMConfig] is model_class
+class Derived(stand_in):
+    pass
+assert Derived.__bases__ == (model_class,)
 model = stand_in(modeling_sslam.SSLAMConfig(num_hidden_layers=1))
 assert type(model) is model_class and isinstance(model, stand_in) and issubclass(model_class, stand_in)
 assert pickle.loads(pickle.dumps(stand_in)) is model_class
 """
     run(script)
+
+
+def test_tables_hold_the_classes_once_their_modules_are_imported():
+    """In any order, and also if a module is imported by its own name."""
+    script = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+import modeling_sslam, transformers
+from modeling_sslam import feature_extraction_sslam, modeling_sslam_pretraining
+config = modeling_sslam.SSLAMConfig
+assert vars(modeling_sslam).get("SSLAMModel") is None
+model_file = sys.modules["modeling_sslam.modeling_sslam"]
+assert transformers.MODEL_MAPPING[config] is model_file.SSLAMModel
+assert transformers.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING[config] is model_file.SSLAMForAudioClassification
+assert transformers.MODEL_FOR_PRETRAINING_MAPPING[config] is modeling_sslam_pretraining.SSLAMForPreTraining
+assert transformers.FEATURE_EXTRACTOR_MAPPING[config] is feature_extraction_sslam.SSLAMFeatureExtractor
+class Derived(transformers.MODEL_MAPPING[config]):
+    pass
+Derived(config(num_hidden_layers=1))
+"""
+    for names in (
+        ("modeling_sslam.modeling_sslam", "transformers.models.auto.modeling_auto"),
+        ("modeling_sslam", "transformers.models.auto.modeling_auto", "modeling_sslam.modeling_sslam"),
+    ):
+        run(script, *names)
 
 
 def test_stand_in_leaves_what_was_registered_meanwhile():
@@ -133,7 +164,7 @@ def test_every_name_is_there():
     with pytest.raises(AttributeError, match="no attribute 'SSLAMTokenizer'"):
         modeling_sslam.SSLAMTokenizer  # noqa: B018
     with pytest.raises(ImportError, match="SSLAMTokenizer"):
-        pass
+        from modeling_sslam import SSLAMTokenizer  # noqa: F401
 
 
 def test_classes_are_pickled_by_where_they_are_defined():
@@ -142,3 +173,13 @@ def test_classes_are_pickled_by_where_they_are_defined():
     extractor = pickle.dumps(SSLAMFeatureExtractor(max_length=64))
     script = "import pickle, sys; print(type(pickle.loads(bytes.fromhex(sys.argv[1]))).__name__)"
     assert run(script, extractor.hex()) == "SSLAMFeatureExtractor"
+
+
+def test_classes_are_registered_where_the_auto_classes_were_imported_before():
+    script = """
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
+import modeling_sslam
+config = AutoConfig.for_model("sslam", num_hidden_layers=1)
+print(type(config).__name__, type(AutoModel.from_config(config)).__name__)
+"""
+    assert run(script) == "SSLAMConfig SSLAMModel"

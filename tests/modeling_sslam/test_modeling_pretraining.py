@@ -1,5 +1,7 @@
-"""The objective against the published code's vectors, against a plain transcription of the paper's text at other
-sizes, and the promises that the teacher, the masks and the mixtures make."""
+"""The objective against the published code's vectors and, at other sizes, against a plain transcription of the paper.
+
+Besides, properties of the teacher, the masks and the mixtures.
+"""
 
 import copy
 import json
@@ -32,7 +34,7 @@ TERMS_OF = {"ua": TERMS[:2], "pma": TERMS[2:4], "ua+pma": TERMS[:4], "sslam": TE
 def make_model(make_config):
     def make(**overrides) -> SSLAMForPreTraining:
         model = SSLAMForPreTraining(make_config(**({"mask_noise_std": 0.0} | overrides))).train()
-        # A teacher of its own, so that a mix-up of the two shows.
+        # Teacher and student differ, so that a mix-up of the two shows.
         for parameter in model.teacher.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
         return model
@@ -44,7 +46,7 @@ def make_model(make_config):
 
 
 def plain_mask(time_patches: int, config: SSLAMConfig, rng: random.Random) -> list[bool]:
-    """The text of the paper and its code, patch by patch."""
+    """Draw a mask as the paper and its code describe it, patch by patch."""
     mel_patches, size = config.num_mel_patches, config.mask_block_size
     num_patches = time_patches * mel_patches
     visible = set()
@@ -93,6 +95,21 @@ def test_masks_have_the_published_distribution(config):
     torch.testing.assert_close(histogram, expected, atol=0.005, rtol=0)
     scattered = neighbour_histogram(masks[:, torch.randperm(512)])
     assert (scattered - expected).abs().max() > 0.05, "the statistic must tell blocks from scattered patches"
+
+
+@pytest.mark.parametrize(
+    ("time_patches", "mask_prob", "num_visible"),
+    [
+        (4, 0.8, 1),  # 1.6 of 8 patches
+        (7, 0.8, 2),  # 2.8 of 14
+        (5, 0.75, 2),  # 2.5 of 10
+        (4, 0.95, 1),  # 0.4 of 8: never none
+        (4, 0.05, 7),  # 7.6 of 8: never all
+    ],
+)
+def test_number_of_visible_patches_is_rounded_down(make_config, time_patches, mask_prob, num_visible):
+    masks = inverse_block_masks(3, time_patches, make_config(mask_prob=mask_prob))
+    assert ((~masks).sum(-1) == num_visible).all()
 
 
 def test_masks_come_from_the_generator_and_differ_between_clips_and_clones(tiny_config):
@@ -197,7 +214,7 @@ def test_losses_and_gradients_are_the_published_ones(stage, objective, golden_mo
 def plain_loss(
     model: SSLAMForPreTraining, clips: torch.Tensor, masks: torch.Tensor, starts: tuple[int, int] | None
 ) -> dict[str, torch.Tensor]:
-    """The objective clip by clip and clone by clone, nothing shared, nothing vectorised."""
+    """Compute the objective clip by clip and clone by clone, with nothing shared and nothing vectorised."""
     config = model.config
     depth, width = config.num_hidden_layers, config.hidden_size
     batch_size, num_frames, _ = clips.shape
@@ -224,6 +241,7 @@ def plain_loss(
         return states[0], model.decoder.projection(grid[0].flatten(1).T)
 
     objective = config.pretraining_objective
+    local_layers = config.num_target_layers or depth
     global_layers = config.num_global_target_layers or (depth if objective == "ua" else 1)
     mixed = []
     if starts is not None:
@@ -240,11 +258,11 @@ def plain_loss(
             continue
         for i in range(batch_size):
             clip = clips[i] if kind == "ua" else mixtures[i]
-            local = teacher_target(clip, depth)
+            local = teacher_target(clip, local_layers)
             clip_target = teacher_target(clip, global_layers).mean(0)
             if "srl_loss" in sums:
-                retention = teacher_target(clips[i], depth)
-                foreign = teacher_target(clips[i - 1], depth, mixed)
+                retention = teacher_target(clips[i], local_layers)
+                foreign = teacher_target(clips[i - 1], local_layers, mixed)
                 retention[mixed] = (retention[mixed] + foreign) / 2
             for mask in masks[i]:
                 masked_tokens += int(mask.sum())
@@ -265,6 +283,8 @@ def plain_loss(
         (112, {"hidden_size": 48, "decoder_groups": 8, "num_clones": 3, "decoder_kernel_size": 5}),
         (80, {"num_mel_bins": 48, "hidden_act": "relu", "num_global_target_layers": 2}),
         (48, {"patch_size": 8, "num_mel_bins": 24, "decoder_num_layers": 1}),
+        (64, {"num_target_layers": 2}),
+        (64, {"num_target_layers": 1, "num_global_target_layers": 3}),
     ],
 )
 def test_any_size_follows_the_plain_transcription(objective, num_frames, overrides, make_model):
@@ -291,6 +311,7 @@ def test_any_size_follows_the_plain_transcription(objective, num_frames, overrid
     sum(reference.values()).backward()
     for name, parameter in model.named_parameters():
         if not name.startswith("teacher."):
+            # Some elements are small differences of sums over all tokens, and have the rounding of those sums.
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5)
 
 
@@ -313,7 +334,7 @@ def test_deviations_are_those_of_all_masked_tokens(make_model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_deviations_of_a_collapsed_model_are_numbers(dtype):
-    # All alike and far from 0, where sums of squares around 0 would give rounding for a variance, or NaN for its root.
+    # All tokens are alike and far from 0. From sums of squares around 0 the variance would be rounding, its root NaN.
     value = torch.linspace(-300.0, 300.0, 8)
     predictions = value.to(dtype).expand(3, 2, 50, 8)
     masked = torch.arange(50).expand(3, 2, 50)
@@ -369,6 +390,7 @@ def test_bfloat16_autocast_stays_close_and_sums_in_float32(make_model):
         mixed = model(clips, generator=torch.Generator().manual_seed(0))
     for name in ("loss", *TERMS):
         assert mixed[name].dtype == torch.float32
+        # About a dozen roundings in a row, by 2^-8 each.
         torch.testing.assert_close(mixed[name], plain[name], rtol=0.05, atol=0)
     mixed.loss.backward()
 
@@ -453,7 +475,9 @@ def test_three_updates_end_at_the_published_weights(golden_model, golden_dir, ex
     student = {name: parameter.detach() for name, parameter in trained.items()}
     teacher = {f"sslam.{name}": parameter for name, parameter in model.teacher.named_parameters()}
     parity("trajectory student (relative, by norm)", worst("final.", student), 3e-4)
-    parity("trajectory teacher (relative, by norm)", worst("final_ema.", teacher), 3e-4)
+    # Each update gives the teacher 1 - decay of the student's error, and rounds it by at most 2^-24.
+    share = sum(1 - model.ema_decay(update) for update in (1, 2, 3))
+    parity("trajectory teacher (relative, by norm)", worst("final_ema.", teacher), share * 3e-4 + 3 * 2**-24)
 
 
 # Folders

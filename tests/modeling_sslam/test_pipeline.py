@@ -1,3 +1,5 @@
+"""transformers' audio-classification pipeline with a classifier and its feature extractor."""
+
 import warnings
 from pathlib import Path
 
@@ -18,7 +20,7 @@ KNOWS_MULTI_LABEL = int(transformers.__version__.split(".")[0]) >= 5
 
 @pytest.fixture
 def make_folder(tmp_path, make_config):
-    """Saves a classifier of a problem type with its feature extractor."""
+    """Save a classifier of a problem type with its feature extractor."""
 
     def make(problem_type: str | None) -> Path:
         config = make_config(num_mel_bins=128, max_position_embeddings=32, id2label=LABELS, problem_type=problem_type)
@@ -30,7 +32,7 @@ def make_folder(tmp_path, make_config):
 
 
 def read(audio_dir: Path, name: str) -> dict:
-    """A recording as `datasets` would give it."""
+    """Read a recording as `datasets` does."""
     samples, sampling_rate = soundfile.read(audio_dir / f"{name}.flac", dtype="float32", always_2d=True)
     return {"array": samples.mean(1), "sampling_rate": sampling_rate}
 
@@ -64,7 +66,7 @@ def test_multi_label_gives_sigmoid(make_folder, audio_dir):
     logits = expected_logits(folder, audio)
     classify = pipeline("audio-classification", folder)
     assert_scores(classify(audio, top_k=None, function_to_apply="sigmoid"), logits.sigmoid())
-    # Transformers 4 knows softmax alone unless it is told.
+    # Transformers 4 applies softmax unless told otherwise.
     assert_scores(classify(audio, top_k=None), logits.sigmoid() if KNOWS_MULTI_LABEL else logits.softmax(-1))
 
 
