@@ -2,7 +2,8 @@
 
 The modules in the order of the work. Each uses only those above it:
 
-- `reader` reads weights and settings from a file and executes nothing in it.
+- `pickles` runs a pickle's program without calling anything, `torch_files` finds the tensors of a `.pt` file.
+- `reader` reads weights and settings from a file or folder.
 - `layouts` holds the published names as tables.
 - `configuration` derives the model's configuration from weights and settings.
 - `writer` writes a model in a layout and checks the result; `onnx_export` writes an ONNX graph.
