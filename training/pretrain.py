@@ -63,7 +63,7 @@ class FeatureConfig:
 
 @dataclass
 class PretrainWatchConfig(WatchConfig):
-    """What is logged, and when a failing or collapsed run stops."""
+    """Logging, and the limits at which a failing or collapsed run stops."""
 
     min_pred_var: float = field(
         default=0.0, metadata={"help": "Stop when the predictions' deviation falls below this. 0: never."}

@@ -187,7 +187,7 @@ def test_absurd_rates_are_refused_by_name(tmp_path, rate):
 )
 @pytest.mark.parametrize("max_taps", [resampling.MAX_KERNEL_TAPS, 0])
 def test_every_rate_is_resampled_as_by_torchaudio(monkeypatch, rate, target, max_taps):
-    """Of a kernel that is too large only the taps that are not zero are built; 0 builds every kernel so."""
+    """A kernel that is too large is built from its nonzero taps; 0 builds every kernel so."""
     monkeypatch.setattr(resampling, "MAX_KERNEL_TAPS", max_taps)
     waveform = 0.3 * torch.randn(round(0.3 * rate) + 50)
     expected = torchaudio.functional.resample(waveform, rate, target)

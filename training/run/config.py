@@ -34,7 +34,7 @@ class CheckpointConfig:
 
 @dataclass
 class WatchConfig:
-    """What is logged, and when a failing run stops."""
+    """Logging, and the limits at which a failing run stops."""
 
     every: int = field(default=100, metadata={"help": "Updates between two lines of the log."})
     tracker: str = field(
