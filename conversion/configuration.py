@@ -13,9 +13,7 @@ import torch
 
 from modeling_sslam import DATASET_PRESETS, SSLAMConfig, SSLAMFeatureExtractor
 from modeling_sslam.common.labels import AUDIOSET_NUM_LABELS, audioset_labels
-
-from . import ConversionError
-from .layouts import (
+from modeling_sslam.layouts import (
     CLASSIFIER_NORM_EPS,
     FAIRSEQ_ENCODER_CONSTANTS,
     FAIRSEQ_POOLINGS,
@@ -26,6 +24,8 @@ from .layouts import (
     POSITIONS,
     Layout,
 )
+
+from . import ConversionError
 from .reader import Checkpoint
 
 # Channels per attention head in the base and large models.

@@ -17,12 +17,12 @@ from modeling_sslam import (
     SSLAMPreTrainedModel,
 )
 from modeling_sslam.common.files import replacing
+from modeling_sslam.layouts import CLASSIFIER_NORM_EPS, POSITIONS, Layout, recognise, to_theirs
 from modeling_sslam.modeling_sslam import sincos_position_table
 
 from . import ConversionError
 from .card import model_card
 from .configuration import Choices, describe
-from .layouts import CLASSIFIER_NORM_EPS, POSITIONS, Layout, recognise, to_theirs
 from .onnx_export import write_onnx
 from .reader import read_checkpoint
 from .writer import Check, write_fairseq, write_hub, write_transformers

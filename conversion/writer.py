@@ -19,10 +19,7 @@ from modeling_sslam import (
     SSLAMModel,
     SSLAMPreTrainedModel,
 )
-from modeling_sslam.modeling_sslam import sincos_position_table
-
-from . import ConversionError
-from .layouts import (
+from modeling_sslam.layouts import (
     FAIRSEQ_CLASSIFICATION,
     FAIRSEQ_ENCODER_CONSTANTS,
     FAIRSEQ_POOLINGS,
@@ -38,6 +35,9 @@ from .layouts import (
     Layout,
     to_theirs,
 )
+from modeling_sslam.modeling_sslam import sincos_position_table
+
+from . import ConversionError
 from .reader import read_checkpoint
 
 Tensors = dict[str, torch.Tensor]

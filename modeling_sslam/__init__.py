@@ -8,6 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .after_import import after_import
+from .auto_classes import extend_feature_extractor_lookup
+from .layouts import PUBLISHED_MODEL_TYPE
 from .lazy_class import LazyClass
 
 if TYPE_CHECKING:
@@ -40,10 +42,13 @@ _MODULES = {
 
 
 def _register_config() -> None:
-    from transformers.models.auto.configuration_auto import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
     config = _load("SSLAMConfig")
     AutoConfig.register(config.model_type, config)
+    # `AutoConfig.register` refuses a second type for a class. A model of this type in transformers would stay.
+    if PUBLISHED_MODEL_TYPE not in CONFIG_MAPPING:
+        CONFIG_MAPPING.register(PUBLISHED_MODEL_TYPE, config)
 
 
 def _register(mapping: Any, name: str) -> None:
@@ -53,8 +58,10 @@ def _register(mapping: Any, name: str) -> None:
 
 
 def _register_feature_extractor() -> None:
+    from transformers.feature_extraction_utils import FeatureExtractionMixin
     from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
 
+    extend_feature_extractor_lookup(FeatureExtractionMixin)
     _register(FEATURE_EXTRACTOR_MAPPING, "SSLAMFeatureExtractor")
 
 
@@ -66,6 +73,7 @@ def _register_models() -> None:
     _register(modeling_auto.MODEL_FOR_PRETRAINING_MAPPING, "SSLAMForPreTraining")
 
 
+after_import(f"{__name__}.configuration_sslam", lambda: import_module(".published", __name__))
 # Importing the tables here would take seconds, also for `sslam --help`.
 for _table, _callback in (
     ("configuration_auto", _register_config),

@@ -2,7 +2,8 @@
 
 import pytest
 
-from conversion.layouts import (
+from modeling_sslam import SSLAMForAudioClassification, SSLAMForPreTraining
+from modeling_sslam.layouts import (
     FAIRSEQ_CLASSIFICATION,
     FAIRSEQ_PRETRAINING,
     HUB_EAT,
@@ -12,7 +13,6 @@ from conversion.layouts import (
     to_ours,
     to_theirs,
 )
-from modeling_sslam import SSLAMForAudioClassification, SSLAMForPreTraining
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.title)
