@@ -213,7 +213,7 @@ class SSLAMConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Create a configuration from a config.json as transformers does; one in a published layout is turned into ours.
+        """Create a configuration as transformers does; settings of a published layout are turned into ours.
 
         `AutoConfig` reads the file itself and calls this.
         """

@@ -286,6 +286,6 @@ FAIRSEQ_POOLINGS = {
     2: "cls",
     3: "lin_softmax",
 }
-# Epsilon of the classifier's LayerNorm, None where it has no norm. The code that reads the layout fixes it; no settings
-# state it.
+# Epsilon of the classifier's LayerNorm, None where it has no norm. The code that reads the layout fixes it; no
+# settings state it.
 CLASSIFIER_NORM_EPS: dict[str, float | None] = {"fairseq": 1e-6, "hub-eat": 1e-5, "avex": None}

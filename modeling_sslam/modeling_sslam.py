@@ -414,7 +414,7 @@ class SSLAMPreTrainedModel(PreTrainedModel):
         loading_base_model_from_task_state_dict: bool = False,
         loading_task_model_from_base_state_dict: bool = False,
     ) -> dict[str, str]:
-        # Only transformers 4 calls this. It compares the names with `base_model_prefix` before it renames them, but the
+        # Only transformers 4 calls this. It looks for `base_model_prefix` in the names before it renames them, but the
         # prefix comes with the renaming.
         if any(re.match(pattern, key) for pattern in key_mapping or () for key in checkpoint_keys):
             loading_base_model_from_task_state_dict = not hasattr(self, self.base_model_prefix)

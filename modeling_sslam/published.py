@@ -1,8 +1,8 @@
 """Loading of published checkpoints by `from_pretrained`, without a conversion and without the code beside them.
 
 The published repositories (`ta012/SSLAM_*`, `worstchan/EAT-*`) hold weights and settings under the names of a class
-`EATModel` with `model_type` "eat", and no preprocessor_config.json. Importing this module lets our classes read them: the
-classes translate the settings, and rename each weight while it is read.
+`EATModel` with `model_type` "eat", and no preprocessor_config.json. Importing this module lets our classes read them:
+the classes translate the settings, and rename each weight while it is read.
 
 This module does not travel beside saved weights, so it may use AudioSet's class names, which do not travel either.
 """
