@@ -13,7 +13,6 @@ import torch
 
 from modeling_sslam import DATASET_PRESETS, SSLAMConfig, SSLAMFeatureExtractor
 from modeling_sslam.common.labels import AUDIOSET_NUM_LABELS, audioset_labels
-from modeling_sslam.published import clip_frames, contradiction, encoder_fields
 from modeling_sslam.layouts import (
     CLASSIFIER_NORM_EPS,
     FAIRSEQ_ENCODER_CONSTANTS,
@@ -23,6 +22,7 @@ from modeling_sslam.layouts import (
     POSITIONS,
     Layout,
 )
+from modeling_sslam.published import clip_frames, contradiction, encoder_fields
 
 from . import ConversionError
 from .reader import Checkpoint

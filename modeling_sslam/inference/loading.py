@@ -42,8 +42,8 @@ def load_pretrained(
             raise InferenceError(f"{model} has no config.json: it is no folder of a model.")
         if settings.get("model_type") != SSLAMConfig.model_type:
             raise InferenceError(
-                f"{model} holds a model of type {settings.get('model_type')!r}, not 'sslam'. Published checkpoints of "
-                "SSLAM and EAT are converted first: python -m conversion."
+                f"{model} holds a model of type {settings.get('model_type')!r}, not 'sslam'. Checkpoints of "
+                "fairseq are converted first: sslam convert."
             )
         extractor = SSLAMFeatureExtractor.from_pretrained(model, revision=revision or "main")
         model_and_info: Any = model_class.from_pretrained(
