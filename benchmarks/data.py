@@ -48,6 +48,7 @@ from modeling_sslam.common.resampling import resample
 from training.data.config import DataConfig
 from training.data.loader import AudioLoader, make_loader
 from training.data.seeding import generator_for
+from training.data.sources import open_source
 from training.preparation.shards import card_header, write_shards
 from training.pretrain import compile_blocks
 from training.soundscapes.scene import soundscape
@@ -109,7 +110,7 @@ def own_loader(
     folder: Path, extractor: SSLAMFeatureExtractor, workers: int, front_end: str, endless: bool = False
 ) -> AudioLoader:
     config = DataConfig(str(folder), num_workers=workers, front_end=front_end, shuffle_buffer=BATCH_SIZE)
-    return make_loader(config, extractor, batch_size=BATCH_SIZE, seed=0, repeat=endless)
+    return make_loader(open_source(config), extractor, batch_size=BATCH_SIZE, seed=0, repeat=endless)
 
 
 def own_batches(
@@ -153,8 +154,8 @@ class Pass:
 
 def stages(folder: Path, extractor: SSLAMFeatureExtractor, num_clips: int) -> dict[str, Callable[[], object]]:
     """Return a run of each stage alone over the same clips, and of the whole pipeline."""
-    source = own_loader(folder, extractor, 0, "worker").stream.source
-    encoded = [source.audio(row)[0] for row in islice(source.dataset, num_clips)]
+    stream = own_loader(folder, extractor, 0, "worker").stream
+    encoded = [stream.source.audio(row)[0] for row in islice(stream.dataset, num_clips)]
 
     def decode(audio: bytes) -> torch.Tensor:
         with soundfile.SoundFile(io.BytesIO(audio)) as file:
@@ -165,7 +166,7 @@ def stages(folder: Path, extractor: SSLAMFeatureExtractor, num_clips: int) -> di
     waveforms = [read_waveform(audio, extractor.sampling_rate, max_samples) for audio in encoded]
     batches = [waveforms[start : start + BATCH_SIZE] for start in range(0, num_clips, BATCH_SIZE)]
     return {
-        "read": lambda: list(islice(source.dataset, num_clips)),
+        "read": lambda: list(islice(stream.dataset, num_clips)),
         "decode": lambda: [decode(audio) for audio in encoded],
         "resample": lambda: [resample(waveform, RATE, extractor.sampling_rate) for waveform in decoded],
         "filter bank": lambda: [extractor(batch, extractor.sampling_rate, return_tensors="pt") for batch in batches],

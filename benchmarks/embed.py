@@ -29,6 +29,7 @@ from benchmarks.measurement import CallTime, print_ratios, time_call
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMModel
 from modeling_sslam.inference import Embedder
 from modeling_sslam.inference.embedding.folder import embed_to_folder
+from modeling_sslam.onednn_sslam import use_onednn
 
 CLIP_SECONDS, RATE = 10.24, 44_100
 
@@ -49,7 +50,7 @@ def run_bare_model(model: SSLAMModel, input_values: torch.Tensor, num_batches: i
 def measure_throughput(clips: int, batch_size: int, rounds: int, device: str, config: SSLAMConfig) -> None:
     extractor = SSLAMFeatureExtractor()
     model = SSLAMModel(config).eval().to(device)
-    embedder = Embedder(model, extractor, batch_size=batch_size)
+    embedder = Embedder(use_onednn(model), extractor, batch_size=batch_size)
     input_values = torch.randn(batch_size, extractor.max_length, extractor.num_mel_bins, device=device)
     num_batches = math.ceil(clips / batch_size)
     with tempfile.TemporaryDirectory() as folder:

@@ -26,6 +26,7 @@ from benchmarks.measurement import CallTime, print_ratios, time_call
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification
 from modeling_sslam.inference import EventSettings, SSLAMTagger
 from modeling_sslam.inference.commands.timeline import add_arguments, write_timeline
+from modeling_sslam.onednn_sslam import use_onednn
 
 # The number of AudioSet's classes, for each of which scores are kept, filtered and written.
 NUM_LABELS = 527
@@ -41,7 +42,7 @@ def write_noise(path: Path, duration: float, rate: int, channels: int) -> None:
 
 
 def make_tagger(config: SSLAMConfig, batch_size: int, device: str) -> SSLAMTagger:
-    return SSLAMTagger(SSLAMForAudioClassification(config).to(device), SSLAMFeatureExtractor(), batch_size)
+    return SSLAMTagger(use_onednn(SSLAMForAudioClassification(config).to(device)), SSLAMFeatureExtractor(), batch_size)
 
 
 def run_timeline(tagger: SSLAMTagger, recording: Path, window: float, hop: float) -> None:

@@ -1,10 +1,10 @@
-"""Dataclasses to settings of a run: defaults, then a YAML file, then `--section.key value` on the command line.
+"""Settings from dataclasses: defaults, then a YAML file, then `--section.key value` on the command line.
 
     config = parse(PretrainConfig)    # reads sys.argv
 
-A field that is itself a dataclass is a section. Types are checked, whichever way a value came, and a key that does not
-exist is refused with the nearest one that does: a misspelt setting that silently stays at its default costs a training
-run. A field's `metadata["help"]` is its line in `--help`.
+A field that is itself a dataclass is a section. Types are checked for every value. An unknown key is an error that
+names the nearest known one: a misspelt setting that silently keeps its default would cost a training run. A field's
+`metadata["help"]` is its line in `--help`.
 """
 
 import argparse
@@ -12,8 +12,8 @@ import difflib
 import inspect
 import re
 import types
-from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, Field, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -23,38 +23,49 @@ T = TypeVar("T")
 
 
 class Setting(NamedTuple):
-    """One key: where it is, what it takes and what holds if it is not given."""
+    """A key of a configuration.
+
+    Attributes:
+        key: Its dotted name.
+        type: The annotation of its field.
+        default: Its value if it is not given; MISSING if it is required.
+        help: Its line in `--help`.
+        metadata: The metadata of its field.
+    """
 
     key: str
     type: Any
-    default: Any  # MISSING if it must be given
+    default: Any
     help: str
     metadata: dict[str, Any]
 
 
 def settings(config_class: type, prefix: str = "", defaults: Any = None) -> Iterator[Setting]:
-    """All keys of a configuration class, those of its sections by their dotted names.
+    """Yield all keys of a configuration class, those of its sections by their dotted names.
 
     Args:
-        defaults: An instance whose values stand in for the class's defaults.
+        config_class: The class.
+        prefix: Put before all names.
+        defaults: An instance whose values replace the class's defaults.
     """
     hints = get_type_hints(config_class)
     for item in fields(config_class):
         default, hint = _default(item, defaults), hints[item.name]
-        if is_dataclass(hint):
+        if isinstance(hint, type) and is_dataclass(hint):
             yield from settings(hint, f"{prefix}{item.name}.", None if default is MISSING else default)
         else:
             yield Setting(prefix + item.name, hint, default, item.metadata.get("help", ""), dict(item.metadata))
 
 
 def parse(config_class: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
-    """The configuration that the command line asks for; `--config FILE` names a YAML file to start from.
+    """Return the configuration that the command line describes; `--config FILE` names a YAML file to start from.
 
-    Ends the program with a message, as argparse does, if a key or a value is wrong.
+    A wrong key or value ends the program with a message, as in argparse.
 
     Args:
-        argv: Arguments without the program's name; `sys.argv[1:]` if not given.
-        description: Opens the `--help`.
+        config_class: The class.
+        argv: Arguments without the program's name; `None` for those of the command line.
+        description: The text at the top of `--help`.
     """
     known = {setting.key: setting for setting in settings(config_class)}
     parser = argparse.ArgumentParser(
@@ -74,7 +85,7 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, description:
         else:
             default = "null" if setting.default is None else setting.default
             state = f"default: {setting.metadata.get('default', default)}"
-        # The setting that most stand for: `--data X` for `--data.source X`.
+        # A section's main setting also has the section's name: `--data X` for `--data.source X`.
         names = [f"--{setting.key}"] + ([f"--{section}"] if setting.metadata.get("stands_for_section") else [])
         groups[section].add_argument(
             *names,
@@ -98,10 +109,10 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, description:
 
 
 def read_yaml(path: str | Path, config_class: type) -> dict[str, Any]:
-    """The values of a YAML file by their dotted keys, checked and converted.
+    """Read a YAML file. Return its values by their dotted keys, checked and converted.
 
     Raises:
-        ValueError: If the file cannot be read, or a key is unknown or a value of the wrong type, naming it.
+        ValueError: If the file cannot be read, a key is unknown or a value has the wrong type. The message names it.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -130,10 +141,10 @@ def read_yaml(path: str | Path, config_class: type) -> dict[str, Any]:
 
 
 def build(config_class: type[T], values: dict[str, Any]) -> T:
-    """An instance out of values by their dotted keys; the others are at their defaults.
+    """Make an instance from values by their dotted keys. The others keep their defaults.
 
     Raises:
-        ValueError: If a key without default is missing, or the class itself refuses the values.
+        ValueError: If a required key is missing, or a check of the class fails.
     """
 
     def make(cls: type, prefix: str, defaults: Any) -> Any:
@@ -157,13 +168,25 @@ def build(config_class: type[T], values: dict[str, Any]) -> T:
 
 
 def changed_default(config_class: type, name: str, default: Any) -> Any:
-    """The field `name` of `config_class` for a subclass, with another default."""
+    """Return the field `name` of another configuration class with another default."""
+    return field(default=default, metadata=_field_of(config_class, name).metadata)
+
+
+def same_field(config_class: type, name: str) -> Any:
+    """Return the field `name` of another configuration class with its default and help."""
+    item = _field_of(config_class, name)
+    if item.default_factory is not MISSING:
+        return field(default_factory=item.default_factory, metadata=item.metadata)
+    return field(default=item.default, metadata=item.metadata)
+
+
+def _field_of(config_class: type, name: str) -> Field:
     (item,) = (item for item in fields(config_class) if item.name == name)
-    return field(default=default, metadata=item.metadata)
+    return item
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """The values of a configuration by their dotted keys."""
+    """Return the values of a configuration by their dotted keys."""
     flat: dict[str, Any] = {}
     for item in fields(config):
         value = getattr(config, item.name)
@@ -172,7 +195,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def to_yaml(config: Any) -> str:
-    """A file that `--config` reads back to the same configuration. What is `None` is left out."""
+    """Return the text of a file from which `--config` reads the same configuration. It omits values of `None`."""
     nested: dict[str, Any] = {}
     for key, value in flatten(config).items():
         if value is not None:
@@ -184,26 +207,42 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(nested, sort_keys=False, allow_unicode=True)
 
 
-def optional_section(name: str, source: type) -> type:
-    """A dataclass of the fields that `source` annotates, all of them `None` by default and helped by its docstring's
-    "Args": for settings that only say what to change in an object that has its own values."""
+def with_optional_fields(source: type) -> Callable[[type[T]], type[T]]:
+    """Return a class decorator that adds the fields of `source`, all of them `None` by default.
+
+    The result is for a section that lists changes to an object with values of its own. Each field's help is its
+    description in the docstring of `source` (section "Args").
+
+        @dataclass
+        @with_optional_fields(SSLAMConfig)
+        class ModelOverrides: ...
+    """
     described = dict(
         re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.cleandoc(source.__doc__ or ""), re.MULTILINE)
     )
-
-    def unset(key: str) -> Any:
-        text = " ".join(described.get(key, "").split())
-        return field(default=None, metadata={"help": text, "default": f"as it was, a new one {getattr(source, key)}"})
-
     hints = inspect.get_annotations(source, eval_str=True)
-    return make_dataclass(name, [(key, hint | None, unset(key)) for key, hint in hints.items()])
+
+    def decorate(section: type[T]) -> type[T]:
+        section.__annotations__ = {key: hint | None for key, hint in hints.items()}
+        for key in hints:
+            text = " ".join(described.get(key, "").split())
+            default = f"as it was, a new one {getattr(source, key)}"
+            setattr(section, key, field(default=None, metadata={"help": text, "default": default}))
+        return section
+
+    return decorate
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
-    """A value out of YAML, or a text from the command line, as the type that the annotation `hint` names.
+    """Convert a value from YAML, or a text from the command line, to the type of an annotation.
+
+    Args:
+        value: The value.
+        hint: The annotation.
+        where: Where the value comes from, for the error message.
 
     Raises:
-        ValueError: If it is none, naming `where`.
+        ValueError: If the value does not have the type.
     """
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
@@ -212,7 +251,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         (inner,) = (argument for argument in arguments if argument is not type(None))
         return convert(value, inner, where)
     if origin is Literal:
-        # To YAML 1.1 a bare `no` is not a word.
+        # YAML 1.1 reads a bare `no` as False.
         word = "no" if value is False else value
         if word in arguments:
             return word
@@ -227,7 +266,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         if truth is not None:
             return truth
     elif hint in (int, float) and not isinstance(value, bool) and isinstance(value, (int, float, str)):
-        # PyYAML reads 5e-4 as a text: YAML 1.1 wants a dot in it.
+        # YAML 1.1 requires a dot in a number, so PyYAML reads 5e-4 as a text.
         try:
             number = hint(value)
         except (ValueError, OverflowError):
@@ -240,14 +279,14 @@ def convert(value: Any, hint: Any, where: str) -> Any:
 
 
 def _default(item: Field, defaults: Any) -> Any:
-    """A field's value if it is not given; MISSING if it must be."""
+    """Return a field's value if it is not given; MISSING if it is required."""
     if defaults is not None:
         return getattr(defaults, item.name)
     return item.default if item.default_factory is MISSING else item.default_factory()
 
 
 def _name(hint: Any) -> str:
-    """A type as `--help` and errors call it."""
+    """Return a type's name for `--help` and errors."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return "|".join("null" if argument is type(None) else _name(argument) for argument in arguments)
@@ -261,7 +300,7 @@ def _name(hint: Any) -> str:
 
 
 def _nearest(key: str, known: dict[str, Setting]) -> str:
-    """Names the known key that was meant, most likely: by its whole name or, in a wrong section, by its last part."""
+    """Suggest a known key with a similar name or, in another section, with a similar last part."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not close:
         by_name = {name.rpartition(".")[2]: name for name in known}

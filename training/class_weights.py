@@ -67,7 +67,7 @@ def write_class_weights(config: ClassWeightsConfig) -> np.ndarray:
     if config.output.exists() and not config.overwrite:
         raise FileExistsError(f"{config.output} exists already; name another file, or add --overwrite true.")
     data = dataclasses.replace(config.data, label_column=config.data.label_column or "auto", shuffle_buffer=0)
-    source = open_source(data, num_readers=1, seed=0)
+    source = open_source(data)
     ids, labels = [], []
     for id_, names in tqdm(source.ids_and_labels(), unit="clip", desc="Labels", mininterval=0.5):
         ids.append(id_)

@@ -1,15 +1,15 @@
-"""How good a classifier is on a labelled split, in numbers, tables and pictures.
+"""Evaluation of a classifier on a labelled split: numbers, tables and pictures.
 
     python -m training.evaluate --model DIR --data SOURCE [--data.split test] [--any.key value]
     accelerate launch -m training.evaluate --model DIR --data SOURCE
 
-Clips with any number of labels: mean average precision over the classes that occur (mAP), AP and AUC per class, mean
-AUC and d-prime. Clips with one label: accuracy, recall per class and the confusion matrix. Which of the two is the
-model's `problem_type`; for a model without one the data decide. Where the data say how many sources a clip has
-(`num_sources`, or another --data.group_column), everything is reported by that too.
+For clips with any number of labels: mean average precision over the classes that occur (mAP), AP and AUC per class,
+mean AUC and d-prime. For clips with one label: accuracy, recall per class and the confusion matrix. The model's
+`problem_type` selects one of the two; for a model without one the data decide. If the data say how many sources a clip
+has (`num_sources`, or another --data.group_column), all metrics are also reported by that number.
 
-Every clip counts once, however many processes share the work. Results are written to DIR/evaluation/DATASET-SPLIT
-(see `training/evaluation/results.py` for the files), their means into the `model-index` of DIR/README.md.
+Every clip counts once, for any number of processes. Results are written to DIR/evaluation/DATASET-SPLIT (see
+`training/evaluation/results.py` for the files), and their means into the `model-index` of DIR/README.md.
 """
 
 import json
@@ -32,11 +32,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.utils.logging import set_verbosity_error
 
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
+from modeling_sslam.onednn_sslam import use_onednn
 from training.arguments import parse
 from training.data.config import DataError, EvaluationDataConfig
 from training.data.labels import LabelSet, find_label_set
 from training.data.loader import make_loader
-from training.data.sources import Source
+from training.data.sources import Source, open_source
 from training.evaluation.card import read_card, write_results_to_card
 from training.evaluation.facts import PACKAGES, card_results, dataset_facts, dataset_name, describe, split_name
 from training.evaluation.metrics import problem_type_of
@@ -62,18 +63,18 @@ class EvaluateConfig:
         },
     )
     update_card: bool = field(
-        default=True, metadata={"help": "Whether the results go into the model folder's README.md as well."}
+        default=True, metadata={"help": "Whether to write the results into the model folder's README.md too."}
     )
     label_file: str | None = field(
         default=None,
         metadata={
-            "help": "Table index,id,name (or index,name) of the classes, where the data label clips by ids and bring "
-            "no such table, or where the model has no names for its classes."
+            "help": "Table index,id,name (or index,name) of the classes: for data that label clips by ids without "
+            "such a table, or for a model without class names."
         },
     )
     batch_size: int = field(default=32, metadata={"help": "Clips per device and forward pass."})
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
-        default=None, metadata={"help": "Overrides what accelerate was launched with."}
+        default=None, metadata={"help": "Overrides the precision that accelerate was launched with."}
     )
 
     def __post_init__(self) -> None:
@@ -82,10 +83,11 @@ class EvaluateConfig:
 
 
 class EvaluationError(Exception):
-    """The evaluation cannot start or end; the message says why and what to do."""
+    """The evaluation cannot start or end. The message gives the reason and the remedy."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
     config = parse(EvaluateConfig, argv, description=__doc__)
     try:
         evaluate(config)
@@ -94,21 +96,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     PartialState().destroy_process_group()
 
 
-def evaluate(config: EvaluateConfig) -> Evaluation:
-    """One evaluation, from the model's folder to the files; returns what it found, in every process."""
+def evaluate(config: EvaluateConfig, opened: Source | None = None) -> Evaluation:
+    """Evaluate a model folder and write the results. Call it in every process.
+
+    Args:
+        config: The settings.
+        opened: A source that is open already. It is used if it has the data that `config` names.
+
+    Returns:
+        The evaluation, in every process.
+
+    Raises:
+        EvaluationError: If the model, the data or the places of the results do not allow it.
+    """
     try:
         accelerator = make_accelerator(config.mixed_precision)
     except ValueError as error:
         raise EvaluationError(f"accelerate: {error}") from error
-    set_verbosity_error()  # its report of missing weights; see load_classifier
+    set_verbosity_error()  # hides transformers' report of missing weights: load_classifier reports them
 
-    # What can be wrong with the places of the results is found out before the work.
+    # Errors of the places of the results are found before the work.
     model_dir = path if (path := Path(config.model).expanduser()).is_dir() else None
     output_dir = config.output_dir or results_dir(config, model_dir)
-    has_card = config.update_card and model_dir is not None
+    card_dir = model_dir if config.update_card else None
     try:
-        if has_card:
-            read_card(model_dir)
+        if card_dir is not None:
+            read_card(card_dir)
         if accelerator.is_main_process:
             check_results_dir(output_dir, config)
     except (OSError, ValueError) as error:
@@ -116,8 +129,9 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
     model, feature_extractor = load_classifier(config.model)
     try:
+        source = open_source(config.data) if opened is None else opened.read_as(config.data)
         loader = make_loader(
-            config.data,
+            source,
             feature_extractor,
             batch_size=config.batch_size,
             seed=0,
@@ -125,28 +139,27 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             world_size=accelerator.num_processes,
             repeat=False,
         )
-        source = loader.stream.source
         labels = find_labels(config, model.config, source)
     except (ValueError, OSError) as error:
         raise EvaluationError(f"data.source={config.data.source!r}: {error}") from error
 
     with logging_redirect_tqdm():
-        predictions = predict(model.to(accelerator.device), loader, labels, accelerator)
+        predictions = predict(use_onednn(model.to(accelerator.device)), loader, labels, accelerator)
     skipped = skipped_clips(loader)
     problem_type = problem_type_of(model.config.problem_type, predictions)
     if model.config.problem_type is None:
         reason = "Every clip has" if problem_type == "single_label_classification" else "Not every clip has"
         logger.info("The model has no problem_type. %s one label: taken for %s.", reason, problem_type)
-    group_column = source.group_column if config.data.group_column == "auto" else config.data.group_column
+    group_column = source.columns.group if config.data.group_column == "auto" else config.data.group_column
     evaluation = Evaluation.of(predictions, problem_type, labels.names, group_column)
     if accelerator.is_main_process:
         title = f"{'/'.join(Path(config.model).parts[-2:])} on {describe(config.data)}"
         try:
             files = write_results(output_dir, evaluation, title, facts(config, accelerator, evaluation, skipped))
-            if has_card:
+            if card_dir is not None:
                 results = card_results(config.data, evaluation)
-                write_results_to_card(model_dir, results, set(MAIN_METRICS[problem_type]))
-                files.append(model_dir / "README.md")
+                write_results_to_card(card_dir, results, set(MAIN_METRICS[problem_type]))
+                files.append(card_dir / "README.md")
         except OSError as error:
             raise EvaluationError(f"The results cannot be written: {error}") from error
         print(summary(evaluation, title, skipped), "", *files, sep="\n")
@@ -154,34 +167,34 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
 
 def load_classifier(model: str) -> tuple[SSLAMForAudioClassification, SSLAMFeatureExtractor]:
-    """A classifier and its feature extractor, of a folder or the Hub.
+    """Load a classifier in eval mode, and its feature extractor, from a folder or the Hub.
 
     Raises:
-        EvaluationError: If they cannot be read, or there is no classifier among the weights.
+        EvaluationError: If they cannot be read, or the weights do not include a classifier.
     """
     try:
-        classifier, loading = SSLAMForAudioClassification.from_pretrained(
-            model, dtype=torch.float32, output_loading_info=True
-        )
+        # transformers annotates the model alone, without the loading information.
+        loaded: Any = SSLAMForAudioClassification.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
+        classifier, loading = loaded
         feature_extractor = SSLAMFeatureExtractor.from_pretrained(model)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise EvaluationError(f"model={model!r}: {' '.join(str(error).split())}") from error
     if loading["missing_keys"] or loading.get("mismatched_keys"):
         raise EvaluationError(
-            f"model={model!r} has weights without a classifier, which would be random. Fine-tune it first, by "
+            f"model={model!r} has weights without a classifier, which would be random. Fine-tune it first, with "
             "training.finetune or training.linear_eval."
         )
     return classifier.eval(), feature_extractor
 
 
 def find_labels(config: EvaluateConfig, model_config: Any, source: Source) -> LabelSet:
-    """The model's classes, by the names and ids that the data may call them.
+    """Return the model's classes, with the ids that the data may use for them.
 
     Raises:
         ValueError: If the label file cannot be read.
     """
     labels = LabelSet.of_model(model_config)
-    table = find_label_set(config.data, source, config.label_file)
+    table = find_label_set(source, config.label_file)
     if table is None:
         return labels
     is_unnamed = all(re.fullmatch(r"LABEL_\d+", name) for name in labels.names)
@@ -196,24 +209,26 @@ def find_labels(config: EvaluateConfig, model_config: Any, source: Source) -> La
 
 
 def results_dir(config: EvaluateConfig, model_dir: Path | None) -> Path:
-    """
+    """Return the folder for the results of a model folder.
+
     Raises:
         EvaluationError: If the model is not a folder.
     """
     if model_dir is None:
         raise EvaluationError(
-            f"model={config.model!r} is not a folder that results could be put into. If it is an id on the Hub, name "
-            "a folder by --output_dir."
+            f"model={config.model!r} is not a folder. If it is an id on the Hub, name a folder for the results by "
+            "--output_dir."
         )
     name = re.sub(r"[^\w.+-]+", "_", f"{dataset_name(config.data)}-{split_name(config.data)}")
     return model_dir / "evaluation" / name
 
 
 def check_results_dir(folder: Path, config: EvaluateConfig) -> None:
-    """
+    """Check that results can be written into a folder.
+
     Raises:
         OSError: If it cannot be made or written to.
-        ValueError: If it holds other things than results on these data.
+        ValueError: If it holds results on other data.
     """
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not (place.is_dir() and os.access(place, os.W_OK)):
@@ -234,7 +249,7 @@ def check_results_dir(folder: Path, config: EvaluateConfig) -> None:
 def facts(
     config: EvaluateConfig, accelerator: Accelerator, evaluation: Evaluation, skipped: dict[str, int]
 ) -> dict[str, Any]:
-    """What results.json says beside the metrics."""
+    """Return the content of results.json besides the metrics."""
     return {
         "model": config.model,
         "dataset": dataset_facts(config.data),

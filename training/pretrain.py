@@ -3,66 +3,77 @@
     accelerate launch -m training.pretrain --config training/configs/pretrain_stage2.yaml --data.source SOURCE
         --init_from STAGE_1_FOLDER --output_dir runs/stage2 [--any.key value]
 
-The loop is `pretrain`, from top to bottom the run itself. Worth knowing:
+`pretrain` is the run from top to bottom.
 
 - The published objective depends on the batch *per device*: its global (CLS) term is a sum over a device's clips, and
-  clips mix with clips of the same device. 4 devices with `batch_size` 12 are 1 device with `batch_size` 12 and
-  `gradient_accumulation_steps` 4. One device with `batch_size` 48 weighs the global term 4 times as much, unless
+  clips mix with clips of the same device. 4 devices with `batch_size` 12 equal 1 device with `batch_size` 12 and
+  `gradient_accumulation_steps` 4. One device with `batch_size` 48 gives the global term 4 times the weight, unless
   `model.global_loss_weight` is 0.25, and shares the windows of a mixture among 48 clips instead of 12.
-- The gradient is that of all devices' summed losses over all devices' masked tokens. Batches are equal in size, so the
-  mean over devices and accumulation steps of the loss per masked token is just that.
-- All randomness follows from `seed`. Masks and mixing windows come from a generator of each process on the CPU, so
-  they do not depend on the kind of device; the decoder's noise comes from torch's own generator.
-- `--resume auto` goes on from the latest checkpoint as if nothing had happened (on CPU to the last bit), or starts if
-  there is none: the same command line can be submitted again and again. SIGTERM and Ctrl-C finish the update, save and
-  exit with 0; a second Ctrl-C exits at once. (A launcher that was signalled reports failure all the same, and for a
-  single process `accelerate launch` keeps a SIGTERM to itself: send it to the process group.)
+- The gradient is that of the summed losses of all devices, divided by their masked tokens. All batches have the same
+  size, so it equals the mean of the loss per masked token over devices and accumulation steps.
+- All randomness follows from `seed`. Each process draws masks and mixing windows from a generator on the CPU, so they
+  do not depend on the kind of device. The decoder's noise comes from torch's own generator.
+- `--resume auto` continues from the latest checkpoint (on a CPU exactly, to the last bit), or starts if there is none.
+  So the same command line can be submitted again and again. SIGTERM and Ctrl-C finish the update, save and exit with
+  0; a second Ctrl-C exits at once. (A launcher that was signalled reports a failure all the same. With a single
+  process, `accelerate launch` does not forward a SIGTERM: send it to the process group.)
 
-RUN_DIR gets config.yaml, metrics.jsonl, checkpoints/, tensorboard/ and at the end curves.png and model/, a folder for
-the Hub (`python -m training.report RUN_DIR` makes these two at any time).
+RUN_DIR receives config.yaml, metrics.jsonl, checkpoints/, tensorboard/ and at the end curves.png and model/, a folder
+for the Hub (`python -m training.report RUN_DIR` makes these two at any time).
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
-from accelerate import Accelerator
+from torch import nn
 
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraining
 from modeling_sslam.common.signals import StopRequest
 from modeling_sslam.feature_extraction_sslam import DATASET_PRESETS
-from training.arguments import optional_section
+from training.arguments import changed_default, with_optional_fields
 from training.data.loader import make_loader
+from training.data.sources import open_source
 from training.report import write_report
+from training.run.accumulation import accumulate_gradients
 from training.run.config import RunConfig, TrainingError, WatchConfig
 from training.run.progress import Progress
-from training.run.run import Run, run_program
+from training.run.run import open_run, run_program, stoppable
+from training.run.trainer import Trainer
 
 LOSS_TERMS = ("ua_local_loss", "ua_global_loss", "pma_local_loss", "pma_global_loss", "srl_loss")
 
-ModelOverrides = optional_section("ModelOverrides", SSLAMConfig)
+
+@dataclass
+@with_optional_fields(SSLAMConfig)
+class ModelOverrides:
+    """Changes to the model's configuration, or to the default one of a new model."""
 
 
 @dataclass
 class FeatureConfig:
     """Normalisation of the log-mel frames: (x - mean) / (2 * std)."""
 
-    mean: float = field(default=DATASET_PRESETS["audioset"]["mean"], metadata={"help": "Mean over the data set."})
-    std: float = field(default=DATASET_PRESETS["audioset"]["std"], metadata={"help": "Standard deviation over it."})
+    mean: float = field(
+        default=DATASET_PRESETS["audioset"]["mean"], metadata={"help": "Mean of the data set's log-mel frames."}
+    )
+    std: float = field(default=DATASET_PRESETS["audioset"]["std"], metadata={"help": "Their standard deviation."})
 
 
 @dataclass
 class PretrainWatchConfig(WatchConfig):
-    """What is logged, and when a run that has gone wrong stops."""
+    """What is logged, and when a failing or collapsed run stops."""
 
     min_pred_var: float = field(
-        default=0.0, metadata={"help": "Stop as collapsed when the predictions' deviation is less. 0: never."}
+        default=0.0, metadata={"help": "Stop when the predictions' deviation falls below this. 0: never."}
     )
     min_target_var: float = field(
-        default=0.0, metadata={"help": "Stop as collapsed when the targets' deviation is less. 0: never."}
+        default=0.0, metadata={"help": "Stop when the targets' deviation falls below this. 0: never."}
     )
-    collapse_after: int = field(default=5000, metadata={"help": "Updates after which those two hold."})
+    collapse_after: int = field(
+        default=5000, metadata={"help": "Updates after which min_pred_var and min_target_var apply."}
+    )
 
 
 @dataclass(kw_only=True)
@@ -75,35 +86,45 @@ class PretrainConfig(RunConfig):
     init_from: str | None = field(
         default=None,
         metadata={
-            "help": "Folder (or Hub id) to take student, teacher and model configuration from, with a fresh "
-            "optimiser: the model/ or a checkpoint of another run, or a converted one. `model` keys override its "
-            "configuration."
+            "help": "Folder (or Hub id) with student, teacher and model configuration to start from, with a new "
+            "optimiser: the model/ or a checkpoint of another run, or a converted checkpoint. `model` keys override "
+            "its configuration."
         },
     )
+    max_updates: int = changed_default(RunConfig, "max_updates", 400_000)
     batch_size: int = field(
-        default=12, metadata={"help": "Clips per device and forward pass. See the top: not neutral."}
+        default=12,
+        metadata={"help": "Clips per device and forward pass. It changes the objective: see the top of this help."},
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_program(PretrainConfig, pretrain, argv, __doc__)
+    """Run the command."""
+    run_program(PretrainConfig, stoppable(pretrain), argv, __doc__)
 
 
 def pretrain(config: PretrainConfig, stop: StopRequest) -> None:
-    """One run, or the rest of one, to its end or until `stop` is requested."""
-    run = Run(config, stop, Progress())
+    """Run or resume pre-training, to its end or until `stop` is requested.
 
-    # --- Model: new, from another run, or from this one
+    Raises:
+        TrainingError: If the settings, the data or an earlier run in the folder do not allow it, or the run failed.
+    """
+    run = open_run(config, stop)
+
+    # --- Model: new, from another run, or from this run's checkpoint
     overrides = {key: value for key, value in asdict(config.model).items() if value is not None}
     try:
-        if source := run.checkpoint or config.init_from:
-            model = SSLAMForPreTraining.from_pretrained(source, dtype=torch.float32, **overrides)
+        if start := run.checkpoint or config.init_from:
+            model_config = SSLAMConfig.from_pretrained(start, **overrides)
+            model: SSLAMForPreTraining = SSLAMForPreTraining.from_pretrained(
+                start, config=model_config, dtype=torch.float32
+            )
         else:
-            model = SSLAMForPreTraining(SSLAMConfig(**overrides))
-    except (ValueError, OSError) as error:  # fields that contradict each other; no such folder
+            model_config = SSLAMConfig(**overrides)
+            model = SSLAMForPreTraining(model_config)
+    except (ValueError, OSError) as error:
         raise TrainingError(f"model: {error}") from error
     model.train()
-    model_config = model.config
     if model_config.pretraining_objective != "ua" and config.batch_size < 2:
         raise TrainingError(
             f"batch_size={config.batch_size}: the objective {model_config.pretraining_objective!r} mixes the clips "
@@ -122,7 +143,7 @@ def pretrain(config: PretrainConfig, stop: StopRequest) -> None:
     )
     try:
         loader = make_loader(
-            config.data,
+            open_source(config.data),
             feature_extractor,
             batch_size=config.batch_size,
             seed=config.seed,
@@ -133,57 +154,54 @@ def pretrain(config: PretrainConfig, stop: StopRequest) -> None:
         raise TrainingError(f"data.source={config.data.source!r}: {error}") from error
 
     # --- Loop
-    mask_generator = torch.Generator().manual_seed(run.program_seed)
-    run.start(model, loader, feature_extractor, {"masks": mask_generator}, model_config.pretraining_objective)
-    for batches in run.updates():
+    generator = torch.Generator().manual_seed(run.program_seed)
+    trainer = Trainer(
+        run,
+        model,
+        loader,
+        feature_extractor,
+        run.progress(Progress),
+        generators={"masks": generator},
+        description=model_config.pretraining_objective,
+    )
+    compute_losses = partial(pretraining_losses, trainer.model, generator)
+    for batches in trainer.updates():
         inputs = [loader.input_values(batch, run.accelerator.device) for batch in batches]
-        outputs = accumulate_gradients(run.accelerator, run.model, inputs, mask_generator)
-        values = run.step(outputs, batches)
+        outputs = accumulate_gradients(run.accelerator, trainer.model, inputs, compute_losses)
+        values = trainer.step(outputs, batches)
         if values is None:
             continue
-        decay = run.plain_model.ema_decay(run.progress.update)
-        run.plain_model.update_teacher(decay)
-        run.log(ema_decay=decay)
-        check_collapse(config.watch, run.progress.update, values["pred_var"], values["target_var"])
-    run.end()
-    if run.accelerator.is_main_process and run.is_complete:
-        write_report(run.run_dir)
+        update = trainer.progress.update
+        decay = trainer.plain_model.ema_decay(update)
+        trainer.plain_model.update_teacher(decay)
+        trainer.log(ema_decay=decay)
+        check_collapse(config.watch, update, values["pred_var"], values["target_var"])
+    trainer.end()
+    if run.accelerator.is_main_process and trainer.is_complete:
+        write_report(run.folder)
 
 
 def compile_blocks(model: SSLAMForPreTraining) -> None:
-    """Has the blocks of student, teacher and decoder compiled. They are alike, so one of each serves for all."""
+    """Compile the blocks of student, teacher and decoder. Each stack compiles once, since its blocks are alike."""
     for layers in (model.sslam.encoder.layers, model.teacher.encoder.layers, model.decoder.layers):
         for layer in layers:
             layer.compile()
 
 
-def accumulate_gradients(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    inputs: Sequence[torch.Tensor],
-    generator: torch.Generator,
-) -> list[dict[str, torch.Tensor]]:
-    """Adds the gradient of one update to the parameters: the mean over `inputs`, one `(B, T, F)` for each forward
-    pass, and over all processes.
-
-    Returns:
-        For each forward pass the loss, those of its terms that the objective has, pred_var and target_var.
-    """
-    outputs = []
-    for i, input_values in enumerate(inputs):
-        # Processes exchange gradients once per update.
-        with nullcontext() if i == len(inputs) - 1 else accelerator.no_sync(model):
-            output = model(input_values, generator=generator)
-            accelerator.backward(output.loss)
-        names = ("loss", *LOSS_TERMS, "pred_var", "target_var")
-        outputs.append({name: output[name].detach() for name in names if output.get(name) is not None})
-    return outputs
+def pretraining_losses(
+    model: nn.Module, generator: torch.Generator, input_values: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Run a forward pass on `(B, T, F)`. Return the loss, its terms, pred_var and target_var."""
+    output = model(input_values, generator=generator)
+    names = ("loss", *LOSS_TERMS, "pred_var", "target_var")
+    return {name: output[name] for name in names if output.get(name) is not None}
 
 
 def check_collapse(config: PretrainWatchConfig, update: int, pred_var: float, target_var: float) -> None:
-    """
+    """Stop a run whose student or teacher gives all patches the same output, from which no run recovers.
+
     Raises:
-        TrainingError: If student or teacher says the same of all patches, which nothing mends.
+        TrainingError: If a deviation is below its minimum.
     """
     if update <= config.collapse_after:
         return
@@ -194,7 +212,7 @@ def check_collapse(config: PretrainWatchConfig, update: int, pred_var: float, ta
         if value < least:
             raise TrainingError(
                 f"Collapsed: {name}={value:.3g} is less than watch.min_{name}={least} at update {update}. Start again "
-                "from a checkpoint before the fall, with a lower learning rate or a slower teacher (model.ema_decay)."
+                "from an earlier checkpoint, with a lower learning rate or a slower teacher (model.ema_decay)."
             )
 
 

@@ -1,11 +1,12 @@
-"""Pictures and a model card out of a run's folder: `python -m training.report RUN_DIR`, at any time.
+"""Report of a run, at any time: `python -m training.report RUN_DIR`.
 
-Writes RUN_DIR/curves.png and RUN_DIR/model/, a folder for the Hub with the weights of the best evaluation so far, or
-for runs that are not evaluated of the latest checkpoint.
+Writes RUN_DIR/curves.png and RUN_DIR/model/, a folder for the Hub with a model card. Its weights are those of the best
+evaluation so far, or of the latest checkpoint if the run has no evaluations.
 """
 
 import argparse
 import json
+import math
 import platform
 import shutil
 import sys
@@ -23,10 +24,11 @@ from matplotlib.figure import Figure
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor
 from modeling_sslam.common.files import replacing
 from modeling_sslam.common.model_card import PAPER, render_card
+from training.data.labels import LabelSet
 from training.run.checkpointing import BEST, copy_model, latest_checkpoint
 from training.run.metrics_log import read_metrics
 
-# One panel each: title, keys, whether the axis is logarithmic.
+# Panels of the curves: title, keys, whether the axis is logarithmic.
 PANELS = (
     ("Loss", ("loss",), True),
     ("Validation", ("validation_map", "validation_accuracy", "validation_balanced_accuracy"), False),
@@ -40,17 +42,17 @@ PANELS = (
     ("Share of time waiting for data", ("data_wait_fraction",), False),
 )
 MAX_MARKED_POINTS = 40
-# Classes that the card lists.
+# Number of classes that the card lists.
 MAX_NAMES = 20
 
 
 def latest_values(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of all that was logged the latest value."""
+    """Return the latest value of each key that was logged."""
     return {key: value for row in rows for key, value in row.items()}
 
 
 def plot_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draws all curves of a run over its updates."""
+    """Draw the curves of a run over its updates."""
     logged = latest_values(rows)
     panels = [
         (name, [key for key in keys if key in logged], is_log)
@@ -58,7 +60,7 @@ def plot_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         if any(key in logged for key in keys)
     ]
     columns = 3
-    num_rows = -(-len(panels) // columns)
+    num_rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(14, 3.2 * num_rows), layout="constrained")
     grid = figure.subplots(num_rows, columns, squeeze=False)
     for axes, (name, keys, is_log) in zip(grid.flat, panels, strict=False):
@@ -86,15 +88,16 @@ def _plot_panel(axes: Axes, rows: list[dict[str, Any]], keys: list[str], is_log:
 
 
 def model_card(run_dir: Path, weights: Path, rows: list[dict[str, Any]]) -> str:
-    """README.md of a run's model: what it is, how to use it, what it was made of.
+    """Write the model card of a run as text.
 
     Args:
-        weights: The model folder that the card is of.
-        rows: What was logged until then.
+        run_dir: The run's folder.
+        weights: The model folder that the card describes.
+        rows: The lines of the log up to these weights.
     """
     settings = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     model_config = SSLAMConfig.from_pretrained(weights)
-    (model_class,) = model_config.architectures
+    (model_class,) = model_config.architectures or ()
     last = latest_values(rows)
     data = settings["data"]
     source = " ".join(str(data[key]) for key in ("source", "config_name", "split", "revision") if data.get(key))
@@ -110,9 +113,9 @@ def model_card(run_dir: Path, weights: Path, rows: list[dict[str, Any]]) -> str:
         f"{accelerate.__version__}, datasets {datasets.__version__}, Python {platform.python_version()}",
     }
     if model_class == "SSLAMForAudioClassification":
-        what = f"An audio classifier for {model_config.num_labels} classes, fine-tuned from a self-supervised encoder"
-        facts["classes"] = ", ".join(model_config.id2label[i] for i in range(min(model_config.num_labels, MAX_NAMES)))
-        facts["classes"] += ", ..." if model_config.num_labels > MAX_NAMES else ""
+        names = LabelSet.of_model(model_config).names
+        what = f"An audio classifier for {len(names)} classes, fine-tuned from a self-supervised encoder"
+        facts["classes"] = ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
         weights_hold = ""
     else:
         what = "A self-supervised audio encoder, pre-trained"
@@ -130,10 +133,10 @@ def model_card(run_dir: Path, weights: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def write_report(run_dir: Path) -> None:
-    """Writes curves.png and model/ of a run that has logged at least once.
+    """Write curves.png and model/ of a run that has logged at least one line.
 
     Raises:
-        FileNotFoundError: If the folder is not that of such a run.
+        FileNotFoundError: If the folder holds no such run.
     """
     rows = read_metrics(run_dir / "metrics.jsonl")
     if not rows:
@@ -146,15 +149,16 @@ def write_report(run_dir: Path) -> None:
     with replacing(run_dir / "model") as temporary:
         copy_model(weights, temporary)
         shutil.copy(run_dir / "curves.png", temporary)
-        # The card describes the weights beside it, so it leaves out what the run has logged since.
+        # The card describes these weights, so it omits the lines that the run has logged since.
         card = model_card(run_dir, weights, [row for row in rows if row["update"] <= update] or rows[:1])
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(
-        description="Draw a run's curves (RUN_DIR/curves.png) and make a folder for the Hub of its best or else its "
-        "latest weights (RUN_DIR/model)."
+        description="Draw a run's curves (RUN_DIR/curves.png) and make a folder for the Hub (RUN_DIR/model) with the "
+        "weights of its best evaluation, or else of its latest checkpoint."
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     run_dir = parser.parse_args().run_dir

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Two threads on a busy machine spend their time waiting for each other."""
+    """Limit torch to one thread. On a busy machine several threads mostly wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -30,7 +30,7 @@ def _one_thread():
 
 @pytest.fixture(autouse=True)
 def _no_process_state():
-    """accelerate keeps device and precision of a process's first program."""
+    """Reset accelerate, which keeps device and precision of a process's first program."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
@@ -42,7 +42,7 @@ def extractor():
 
 @pytest.fixture(scope="session")
 def encode():
-    """Encoded noise: `encode(seed, seconds, rate, channels, format)`."""
+    """A function that returns encoded noise."""
 
     def encode(seed=0, seconds=0.3, rate=16_000, channels=1, file_format="FLAC", subtype=None):
         samples = 0.1 * np.random.default_rng(seed).standard_normal((round(seconds * rate), channels))
@@ -55,7 +55,7 @@ def encode():
 
 @pytest.fixture(scope="session")
 def write_parquet(encode):
-    """Parquet shards in the columns of AudioSet on the Hub; clip names count up over the shards."""
+    """A function that writes parquet shards with the columns of AudioSet. Clips are numbered over all shards."""
 
     def write_parquet(folder, sizes, row_group_size=4, seconds=0.3, typed=True):
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def write_parquet(encode):
 
 @pytest.fixture
 def make_folder(tmp_path, encode):
-    """A folder of sound files, as many as asked for."""
+    """A function that makes a folder with a number of sound files."""
 
     def make_folder(count, name="clips", seconds=0.3):
         folder = tmp_path / name
@@ -104,14 +104,14 @@ def make_folder(tmp_path, encode):
 
 @pytest.fixture
 def launch():
-    """Runs a program in two processes to its end: what it printed."""
+    """A function that runs a program in two processes and returns its output."""
 
     def launch(*arguments) -> str:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         options = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        # By itself `accelerate launch --cpu --num_processes 2` starts one process, unless there is MPI.
+        # Without MPI `accelerate launch --cpu --num_processes 2` starts one process.
         command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port", str(port)]
         environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(

@@ -4,7 +4,7 @@ from typing import Literal
 
 import pytest
 
-from training.arguments import flatten, optional_section, parse, settings, to_yaml
+from training.arguments import flatten, parse, settings, to_yaml, with_optional_fields
 
 
 @dataclass
@@ -32,11 +32,17 @@ class Described:
 
 
 @dataclass
+@with_optional_fields(Described)
+class Change:
+    """Changes to something."""
+
+
+@dataclass
 class Outer:
     output_dir: Path
     inner: Inner
     other: Inner = field(default_factory=lambda: Inner(rate=0.25))
-    change: optional_section("Change", Described) = field(default_factory=optional_section("Change", Described))
+    change: Change = field(default_factory=Change)
     name: str | None = None
     mode: Literal["no", "fp16"] | None = None
     count: int = 3
@@ -99,7 +105,7 @@ def test_optional_settings_can_be_unset(write):
         ([], ["output_dir is not set"]),
     ],
 )
-def test_wrong_arguments_are_named(argv, words, capsys):
+def test_errors_name_wrong_arguments(argv, words, capsys):
     given = [] if not argv else ["--output_dir", "x"]
     message = refused(capsys, given + argv)
     assert all(word in message for word in words), message
@@ -118,12 +124,12 @@ def test_wrong_arguments_are_named(argv, words, capsys):
         ("a: [\n", ["not YAML"]),
     ],
 )
-def test_wrong_files_are_named(text, words, write, capsys):
+def test_errors_name_wrong_files(text, words, write, capsys):
     message = refused(capsys, ["--output_dir", "x", "--config", write(text)])
     assert all(word in message for word in words), message
 
 
-def test_a_missing_file_is_named(capsys):
+def test_error_names_a_missing_file(capsys):
     assert "nowhere.yaml" in refused(capsys, ["--config", "nowhere.yaml"])
 
 

@@ -11,6 +11,7 @@ from training.class_weights import clip_weights
 from training.data.config import DataConfig
 from training.data.loader import make_loader
 from training.data.selection import WeightedDraw
+from training.data.sources import open_source
 
 
 def read_table(path):
@@ -85,7 +86,7 @@ def test_the_loader_draws_clips_by_the_table(two_splits, tmp_path, extractor):
     config = DataConfig(
         str(two_splits), label_column="labels", num_workers=0, sample_weights=str(output), clips_per_epoch=3
     )
-    loader = make_loader(config, extractor, batch_size=8, seed=0, repeat=False)
+    loader = make_loader(open_source(config), extractor, batch_size=8, seed=0, repeat=False)
     (batch,) = loader
     draw = WeightedDraw(output, 3, 0)
     assert sorted(batch["ids"]) == [id_ for id_ in sorted(read_table(output)) if draw(id_, 0)]

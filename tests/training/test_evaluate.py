@@ -1,4 +1,4 @@
-"""`python -m training.evaluate`, from a folder with a model and one with labelled clips to files."""
+"""`python -m training.evaluate` from the command line, on generated soundscapes and models without training."""
 
 import csv
 import json
@@ -20,6 +20,7 @@ from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, S
 from training.data.config import EvaluationDataConfig
 from training.data.labels import LabelSet
 from training.data.loader import make_loader
+from training.data.sources import open_source
 from training.evaluate import EvaluateConfig, evaluate, load_classifier, main
 from training.evaluation.card import write_results_to_card
 from training.evaluation.metrics import compute_metrics
@@ -42,7 +43,7 @@ def soundscapes(tmp_path_factory):
 
 @pytest.fixture
 def make_model(make_config, tmp_path):
-    """Writes a model that was never trained."""
+    """A function that writes a model without training."""
 
     def make_model(name="model", cls=SSLAMForAudioClassification, names=NAMES, **changes):
         settings = {"num_mel_bins": 128, "problem_type": "multi_label_classification"} | changes
@@ -82,7 +83,7 @@ def test_several_labels_end_to_end(make_model, soundscapes, capsys):
     assert {path.name for path in folder.iterdir()} == expected_files
     assert all(str(folder / name) in printed for name in expected_files)
 
-    # The predictions, as other tools read them, are the model's, and the metrics are theirs.
+    # Other tools read the predictions, and scikit-learn computes the same metrics from them.
     table = pandas.read_parquet(folder / "predictions.parquet")
     rows = datasets.load_dataset("parquet", data_files=str(folder / "predictions.parquet"), split="train")
     assert rows.column_names == ["id", "labels", "scores", "group"]
@@ -107,7 +108,7 @@ def test_several_labels_end_to_end(make_model, soundscapes, capsys):
     assert [row["label"] for row in classes] == NAMES
     assert [int(row["num_positives"]) for row in classes] == targets.sum(axis=0).tolist()
     assert [row["average_precision"] != "" for row in classes] == present.tolist()
-    # By polyphony.
+    # Metrics by polyphony.
     groups = read_csv(folder / "by_group.csv")
     assert [int(row["num_sources"]) for row in groups] == sorted(set(truth["num_sources"]))
     assert sum(int(row["num_clips"]) for row in groups) == NUM_CLIPS
@@ -141,14 +142,14 @@ def test_one_label_by_the_data(make_model, make_folder, caplog):
     assert (result.metric_type, result.metric_value) == ("accuracy", results["metrics"]["accuracy"])
 
 
-def test_two_processes_find_what_one_finds(make_model, soundscapes, launch, tmp_path):
+def test_two_processes_give_the_results_of_one(make_model, soundscapes, launch, tmp_path):
     model_dir, out = make_model(), tmp_path / "out"
     out.mkdir()
     launch(Path(__file__).parent / "scripts" / "distributed_prediction.py", model_dir, soundscapes, out)
     model, extractor = load_classifier(str(model_dir))
     for split, shares in (("test", [7, 6]), ("lone", [1, 0])):
         data = EvaluationDataConfig(str(soundscapes), split=split, num_workers=0)
-        loader = make_loader(data, extractor, batch_size=4, seed=0, repeat=False)
+        loader = make_loader(open_source(data), extractor, batch_size=4, seed=0, repeat=False)
         alone = predict(model, loader, LabelSet(NAMES), Accelerator())
         both = [np.load(out / f"{split}-{rank}.npz") for rank in range(2)]
         assert [int(found["own"]) for found in both] == shares
@@ -156,7 +157,7 @@ def test_two_processes_find_what_one_finds(make_model, soundscapes, launch, tmp_
             assert found["ids"].tolist() == alone.ids
             assert found["groups"].tolist() == alone.groups
             np.testing.assert_array_equal(found["targets"], alone.targets)
-            # Clips share other batches.
+            # The batches have other clips, which changes the last bits.
             np.testing.assert_allclose(found["logits"], alone.logits, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(both[0]["logits"], both[1]["logits"])
         if split == "test":
@@ -168,7 +169,7 @@ def test_two_processes_find_what_one_finds(make_model, soundscapes, launch, tmp_
     assert results["metrics"].items() <= expected.items()
 
 
-def test_the_card_keeps_what_it_says_and_takes_results_once(make_model, soundscapes):
+def test_the_card_keeps_its_content_and_has_results_once(make_model, soundscapes):
     model = make_model()
     text = "\n# A model\r\nof mine — with `---` in it\n\n---\nlast line"
     other = {
@@ -196,7 +197,7 @@ def test_the_card_keeps_what_it_says_and_takes_results_once(make_model, soundsca
     assert len(ModelCard.load(model / "README.md").data.eval_results) == 5
 
 
-def test_metrics_no_longer_defined_leave_the_card(tmp_path):
+def test_metrics_that_became_undefined_are_removed_from_the_card(tmp_path):
     def result(metric, value, split="test"):
         place = {"task_type": "audio-classification", "dataset_type": "d", "dataset_name": "d", "dataset_split": split}
         return EvalResult(**place, metric_type=metric, metric_value=value)
@@ -218,20 +219,20 @@ def test_a_perfect_model_has_no_infinity_in_its_files(make_model, make_folder):
 
 
 def evaluate_with(model, folder, logits_of):
-    """The results of a model that knows by the enclosing folder what to say."""
+    """Return the results of a model whose logits depend on the enclosing folder."""
 
-    def say(self, input_values):
-        # Clips come in their order: clip000, clip002, then those in deeper/.
+    def forward(self, input_values):
+        # Clips are in the order of the listing: clip000, clip002, then those in deeper/.
         logits = torch.tensor([logits_of[i >= len(input_values) / 2] for i in range(len(input_values))])
         return type("Output", (), {"logits": logits.float()})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SSLAMForAudioClassification, "forward", say)
+        patch.setattr(SSLAMForAudioClassification, "forward", forward)
         run(model, folder)
     return read_json(next(model.glob("evaluation/*/results.json")))
 
 
-def test_labels_by_id_as_the_data_sets_table_explains_them(make_model, write_parquet, tmp_path):
+def test_the_data_sets_table_translates_ids_of_labels(make_model, write_parquet, tmp_path):
     model = make_model(names=["wind", "rain", "speech"])
     write_parquet(tmp_path / "data", [6])
     (tmp_path / "data" / "labels.csv").write_text("index,mid,label\n0,/m/0,rain\n1,/m/1,speech\n2,/m/2,wind\n")
@@ -258,7 +259,7 @@ def test_skipped_clips_are_counted(make_model, soundscapes, make_folder):
     assert sum(results["skipped"].values()) == 1
 
 
-def test_parts_of_a_split_have_results_of_their_own(make_model, soundscapes):
+def test_parts_of_a_split_have_separate_results(make_model, soundscapes):
     model = make_model()
     for held_out in ("true", "false"):
         run(model, soundscapes, "--data.hold_out", "0.4", "--data.held_out", held_out)
@@ -272,7 +273,7 @@ def test_parts_of_a_split_have_results_of_their_own(make_model, soundscapes):
     assert splits == {"test-held-out", "test-kept"}
 
 
-def test_results_replace_their_own_files_alone(make_model, soundscapes, tmp_path):
+def test_results_replace_only_earlier_results(make_model, soundscapes, tmp_path):
     model, out = make_model(), tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
@@ -302,7 +303,7 @@ class TestErrors:
     def test_model_without_classifier(self, fails, make_model, cls):
         assert "without a classifier, which would be random" in fails(make_model(cls=cls))
 
-    def test_model_that_is_none(self, fails, make_model, tmp_path):
+    def test_folder_without_a_model(self, fails, make_model, tmp_path):
         assert "--output_dir" in fails("somebody/model")
         (tmp_path / "empty").mkdir()
         assert "empty" in fails(tmp_path / "empty")
@@ -332,14 +333,14 @@ class TestErrors:
         (tmp_path / "file").write_text("")
         assert "cannot be put into" in fails(make_model(), "--output_dir", str(tmp_path / "file" / "out"))
 
-    def test_card_that_is_none(self, fails, make_model):
+    def test_card_that_cannot_be_read(self, fails, make_model):
         model = make_model()
         (model / "README.md").write_text("---\ntags: [\n---\n")
         assert "metadata of" in fails(model)
         assert (model / "README.md").read_text() == "---\ntags: [\n---\n"
 
 
-def test_evaluating_returns_what_it_found(make_model, soundscapes, tmp_path):
+def test_evaluate_returns_the_evaluation(make_model, soundscapes, tmp_path):
     model = make_model()
     data = EvaluationDataConfig(str(soundscapes), num_workers=0)
     evaluation = evaluate(EvaluateConfig(str(model), data, output_dir=tmp_path / "out", update_card=False))

@@ -1,5 +1,4 @@
-"""Fine-tuning as its users start it, on generated sounds and tiny encoders: what it learns, what it leaves behind,
-that it resumes exactly, and that it stops for what it should."""
+"""Fine-tuning from the command line, on generated sounds and tiny encoders: learning, files, exact resume, errors."""
 
 import csv
 import json
@@ -18,7 +17,7 @@ from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraini
 from modeling_sslam.common.signals import StopRequest
 from training import finetune
 from training.arguments import parse
-from training.run import run as loop
+from training.run import trainer
 from training.run.checkpointing import list_checkpoints
 from training.run.metrics_log import read_metrics
 
@@ -37,7 +36,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory) -> Path:
-    """A folder as pre-training leaves it: student, decoder and teacher, here with new weights."""
+    """A folder as pre-training writes it (student, decoder and teacher), with new weights."""
     folder = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(0)
     config = SSLAMConfig(
@@ -73,7 +72,7 @@ def sounds(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def table(sounds) -> Path:
-    """The same clips with several labels each, in a table with splits."""
+    """A table with splits of the same clips, with several labels each."""
     path = sounds / "clips.csv"
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
@@ -99,7 +98,7 @@ def arguments(sounds, encoder, tmp_path):
 
 @pytest.fixture
 def train(arguments, tmp_path):
-    """Runs the program in this process and gives the folder of the run."""
+    """A function that runs the program in this process and returns the folder of the run."""
 
     def train(name: str = "run", **changes) -> Path:
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -114,7 +113,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def test_it_learns_and_leaves_a_model_that_the_pipeline_runs(train, sounds, capsys):
+def test_a_run_learns_and_writes_a_model_that_the_pipeline_runs(train, sounds, capsys):
     run = train(
         max_updates=60, evaluate_every=20, **{"optimizer.learning_rate": 3e-3, "augmentation.mixup_alpha": 0.2}
     )
@@ -145,7 +144,7 @@ def test_several_labels_from_a_table(train, table):
     assert [row["update"] for row in rows] == [3, 6]
 
 
-def test_it_keeps_the_weights_of_the_best_evaluation(train, monkeypatch):
+def test_the_weights_of_the_best_evaluation_are_kept(train, monkeypatch):
     scores = iter([0.2, 0.9, 0.4])
     honest = finetune.compute_metrics
     monkeypatch.setattr(
@@ -166,13 +165,13 @@ def test_patience_ends_a_run(train, monkeypatch):
     assert read_metrics(run / "metrics.jsonl")[-1]["update"] == 3
     assert (run / "model" / "model.safetensors").is_file()
     before = weights_of(run / "model")
-    # Resumed, it is over.
+    # A resumed run ends at once.
     train(evaluate_every=1, patience=2, max_updates=50, resume="auto")
     assert all(torch.equal(value, before[name]) for name, value in weights_of(run / "model").items())
     assert read_metrics(run / "metrics.jsonl")[-1]["update"] == 3
 
 
-def test_an_interrupted_run_ends_as_one_that_was_not(train, arguments):
+def test_an_interrupted_run_resumes_exactly(train, arguments):
     straight = train("straight", **{"watch.every": 1})
     interrupted = None
     for _ in range(5):
@@ -199,7 +198,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(train, arguments):
     assert len(rows[0]) == 8
 
 
-def test_folds_are_each_validated_once_by_a_model_that_never_saw_them(train, sounds, table, tmp_path, capsys):
+def test_each_fold_is_validated_by_a_model_trained_on_the_others(train, sounds, table, tmp_path, capsys):
     rows = list(csv.DictReader(table.open()))
     folds = tmp_path / "folds.csv"
     with open(folds, "w", newline="") as file:
@@ -221,7 +220,7 @@ def test_folds_are_each_validated_once_by_a_model_that_never_saw_them(train, sou
     assert "accuracy over 2 folds" in capsys.readouterr().out
 
 
-def test_a_frozen_encoder_stays_as_it_was(train, encoder):
+def test_a_frozen_encoder_does_not_change(train, encoder):
     run = train(freeze_encoder="true", max_updates=4)
     before = weights_of(encoder)
     after = weights_of(list_checkpoints(run)[-1])
@@ -245,14 +244,14 @@ def test_a_head_for_the_same_classes_is_kept_and_another_is_not(train, table, ca
     assert SSLAMConfig.from_pretrained(other / "model").num_labels == 4
 
 
-def test_epochs_and_warm_up_are_counted_out_from_the_clips(train):
+def test_epochs_and_warm_up_become_numbers_of_updates(train):
     run = train(max_updates="null", epochs=2.5, warmup_fraction=0.2, evaluate_every="null")
     settings = yaml.safe_load((run / "config.yaml").read_text())
     held_out = json.loads(next(run.glob("model/evaluation/*/results.json")).read_text())["num_clips"]
     updates = round(2.5 * (32 - held_out) / 4)
     assert settings["max_updates"] == updates
     assert settings["optimizer"]["warmup_updates"] == round(0.2 * updates)
-    # What was written is the same run again.
+    # The file is a valid configuration.
     parse(finetune.FinetuneConfig, ["--config", str(run / "config.yaml")])
 
 
@@ -271,8 +270,8 @@ def test_memory_and_speed_options_change_no_result(train):
 
 
 @pytest.mark.parametrize(("wait_fraction", "count"), [(0.3, 1), (0.05, 0)])
-def test_waiting_for_data_is_pointed_out_once(train, monkeypatch, caplog, wait_fraction, count):
-    monkeypatch.setattr(loop.IntervalTimer, "wait_fraction", wait_fraction)
+def test_a_hint_about_waiting_for_data_appears_once(train, monkeypatch, caplog, wait_fraction, count):
+    monkeypatch.setattr(trainer.IntervalTimer, "wait_fraction", wait_fraction)
     train()
     hints = [record.message for record in caplog.records if "waiting for data" in record.message]
     assert len(hints) == count
@@ -293,7 +292,7 @@ def test_waiting_for_data_is_pointed_out_once(train, monkeypatch, caplog, wait_f
         ({"folds": "one"}, "needs two or more"),
     ],
 )
-def test_what_cannot_work_ends_with_one_line(train, tmp_path, capsys, changes, message):
+def test_impossible_settings_end_with_one_line(train, tmp_path, capsys, changes, message):
     (tmp_path / "labels.csv").write_text("index,label\n0,dog\n1,cat\n")
     changes = {
         key: value.format(tmp_path=tmp_path) if isinstance(value, str) else value for key, value in changes.items()
@@ -304,7 +303,7 @@ def test_what_cannot_work_ends_with_one_line(train, tmp_path, capsys, changes, m
 
 
 PROTOCOLS = {
-    # classes aside: frames, batch, updates, warm-up, lr, alpha, mask ratio, smoothing
+    # frames, batch, updates, warm-up, learning rate, alpha, mask ratio, smoothing
     "as2m": (1024, 4 * 24, 400_000, 40_000, 5e-5, 0.8, 0.2, 0.0),
     "as20k": (1024, 48, 40_000, 4_000, 5e-5, 0.8, 0.2, 0.0),
     "esc50": (512, 48, 4_000, 400, 5e-5, 0.0, 0.4, 0.1),
@@ -346,7 +345,7 @@ def test_shipped_protocols_are_the_published_ones(task):
     assert len(config.folds) == (5 if task == "esc50" else 0)
 
 
-def test_shipped_configurations_without_a_protocol_are_whole():
+def test_other_shipped_configurations_are_complete():
     for name in ("custom", "tiny"):
         path = Path(finetune.__file__).parent / "configs" / f"finetune_{name}.yaml"
         parse(finetune.FinetuneConfig, ["--config", str(path), "--model", "encoder"])

@@ -1,4 +1,4 @@
-"""Fine-tuning in several processes, by accelerate's launcher over gloo."""
+"""Fine-tuning in several processes (accelerate's launcher, gloo)."""
 
 import csv
 import json
@@ -12,6 +12,7 @@ from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
 from training.data.config import LabelledDataConfig
 from training.data.labels import LabelSet
 from training.data.loader import make_loader
+from training.data.sources import open_source
 from training.run.checkpointing import list_checkpoints
 from training.run.losses import loss_sum, loss_weight
 from training.run.metrics_log import read_metrics
@@ -22,7 +23,7 @@ CLASSES = ["a", "b", "c"]
 
 @pytest.fixture
 def model(make_config, tmp_path) -> Path:
-    """A classifier for the data's classes, so that fine-tuning starts from its very weights."""
+    """A classifier for the data's classes, so that fine-tuning keeps its head."""
     torch.manual_seed(0)
     config = make_config(id2label=dict(enumerate(CLASSES)), problem_type="multi_label_classification")
     SSLAMForAudioClassification(config).save_pretrained(tmp_path / "model")
@@ -32,7 +33,7 @@ def model(make_config, tmp_path) -> Path:
 
 @pytest.fixture
 def table(tmp_path) -> Path:
-    """17 training clips with none to three labels, and 7 to validate on: neither can be shared out evenly."""
+    """17 training clips with up to three labels, and 7 validation clips: two processes cannot share them evenly."""
     rows = []
     for i in range(24):
         row = make_row(("train", i), seed=0, duration=0.8, rate=16_000, max_sources=2)
@@ -54,13 +55,13 @@ def test_two_processes_give_the_gradient_of_one_batch_and_count_every_clip_once(
     (tmp_path / "labels.csv").write_text("\n".join(CLASSES))
     launch(*arguments, "--output_dir", tmp_path / "run")
 
-    # The first update, in plain words: all its clips in one batch.
+    # The first update, computed with all its clips in one batch.
     classifier = SSLAMForAudioClassification.from_pretrained(model).train()
     extractor = SSLAMFeatureExtractor.from_pretrained(model)
     batches = []
     for rank in range(2):
         config = LabelledDataConfig(str(table), num_workers=0)
-        loader = make_loader(config, extractor, batch_size=2, seed=0, rank=rank, world_size=2)
+        loader = make_loader(open_source(config), extractor, batch_size=2, seed=0, rank=rank, world_size=2)
         iterator = iter(loader)
         batches += [next(iterator) for _ in range(2)]
     targets = labels.encode([names for batch in batches for names in batch["labels"]])
@@ -78,7 +79,7 @@ def test_two_processes_give_the_gradient_of_one_batch_and_count_every_clip_once(
     assert results["num_clips"] == 7
     assert results["num_processes"] == 2
 
-    # Resumed half way, it ends where it ended.
+    # A run resumed half way ends with the same weights.
     last = list_checkpoints(tmp_path / "run")[-1]
     wanted = load_file(last / "model.safetensors")
     (last / "manifest.json").unlink()

@@ -1,4 +1,4 @@
-"""Linear evaluation as its users start it, on miniature soundscapes and tiny encoders, in both modes."""
+"""Linear evaluation from the command line in both modes, on short soundscapes and tiny encoders."""
 
 import csv
 import io
@@ -16,8 +16,12 @@ from transformers import pipeline
 
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMForPreTraining
 from training import linear_eval
+from training.arguments import parse, settings
+from training.finetune import FinetuneConfig
+from training.linear import cached
 from training.linear import features as features_module
-from training.linear.features import POOLINGS, read_features
+from training.linear.config import LinearEvalConfig
+from training.linear.features import FEATURE_POOLINGS, read_features
 from training.soundscapes import __main__ as soundscapes
 
 NUM_LAYERS = 2
@@ -25,7 +29,7 @@ NUM_LAYERS = 2
 
 @pytest.fixture(scope="session")
 def scapes(tmp_path_factory):
-    """Soundscapes of one to three sources: 42 to train, 9 to validate, 9 to test with."""
+    """Soundscapes of one to three sources: 42 for training, 9 for validation, 9 for the test."""
     folder = tmp_path_factory.mktemp("scapes") / "mini"
     arguments = ["--clips", "60", "--seconds", "1", "--max-sources", "3", "--held-out", "0.15", "--processes", "1"]
     soundscapes.main([str(folder), *arguments])
@@ -34,7 +38,7 @@ def scapes(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sounds(tmp_path_factory):
-    """Four folds, subfolders of two classes each: low tones and noises."""
+    """A table with four folds of two classes: low tones and noises."""
     folder = tmp_path_factory.mktemp("sounds")
     path = folder / "clips.csv"
     with open(path, "w", newline="") as file:
@@ -53,7 +57,7 @@ def sounds(tmp_path_factory):
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "encoder"
-    # Not the seed that new weights are drawn with.
+    # Another seed than that of new weights.
     torch.manual_seed(1)
     config = SSLAMConfig(
         hidden_size=32,
@@ -78,7 +82,7 @@ def cache_dir(tmp_path_factory):
 
 @pytest.fixture
 def run(encoder, scapes, cache_dir, tmp_path):
-    """Runs the program in this process; gives its folder and results."""
+    """A function that runs the program in this process and returns its folder and results."""
 
     def run(name="out", **changes):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -99,7 +103,7 @@ def run(encoder, scapes, cache_dir, tmp_path):
 
 
 def classified(folder, waveform):
-    """The pipeline's scores by label."""
+    """Return the pipeline's scores by label."""
     classifier = pipeline("audio-classification", str(folder), trust_remote_code=True)
     rows = classifier({"array": waveform, "sampling_rate": 16_000}, top_k=None, function_to_apply="sigmoid")
     return {row["label"]: row["score"] for row in rows}
@@ -124,7 +128,7 @@ def test_a_head_becomes_a_model_that_the_pipeline_runs(run, scapes, capsys, laye
     assert head == results["best_head"]
     assert head["pooling"] == pooling
     assert head["layer"] == (NUM_LAYERS if layer == "last" else 1)
-    # Computed on tensors for every head, and by scikit-learn for the one that is reported.
+    # Torch computes the metric of every head, scikit-learn that of the best one.
     assert head["test_map"] == pytest.approx(results["metrics"]["map"], abs=1e-5)
     assert f"{head['test_map']:.4f}" in text
     assert [row["group"] for row in results["by_group"]] == [1, 2, 3]
@@ -144,15 +148,15 @@ def test_a_head_becomes_a_model_that_the_pipeline_runs(run, scapes, capsys, laye
 def test_a_sweep_over_layers_and_poolings(run, monkeypatch):
     out, results = run(layers="all", poolings="all")
     rows = list(csv.DictReader((out / "sweep.csv").open()))
-    assert len(rows) == (NUM_LAYERS + 1) * (len(POOLINGS) + 1)
+    assert len(rows) == (NUM_LAYERS + 1) * (len(FEATURE_POOLINGS) + 1)
     assert {row["layer"] for row in rows} == {"0", "1", "2"}
-    assert {row["pooling"] for row in rows} == {*POOLINGS, "cls+mean"}
+    assert {row["pooling"] for row in rows} == {*FEATURE_POOLINGS, "cls+mean"}
     assert (out / "sweep.png").stat().st_size > 10_000
     best = max(rows, key=lambda row: float(row["validation_map"]))
     assert results["best_head"]["layer"] == int(best["layer"])
     assert results["best_head"]["pooling"] == best["pooling"]
     assert results["metrics"]["map"] == pytest.approx(float(best["test_map"]), abs=1e-5)
-    # A head in a sweep is the head by itself, and a sweep is one pass over the sound.
+    # A head in a sweep equals the head alone, and a sweep computes the features once.
     monkeypatch.setattr(features_module, "pooled_states", lambda *arguments: pytest.fail("features were computed"))
     _, alone = run("alone", layers="1", poolings="cls+mean")
     (same,) = (row for row in results["heads"] if (row["layer"], row["pooling"]) == (1, "cls+mean"))
@@ -161,15 +165,15 @@ def test_a_sweep_over_layers_and_poolings(run, monkeypatch):
     assert not (out.parent / "alone" / "model").exists()
 
 
-def test_parts_of_a_sweep_are_the_sweep(run, monkeypatch):
+def test_a_sweep_in_parts_gives_the_same_heads(run, monkeypatch):
     _, whole = run("whole", layers="0,1", poolings="cls,mean", **{"head.epochs": 2})
-    monkeypatch.setattr(linear_eval, "MAX_BYTES_IN_MEMORY", 1)
+    monkeypatch.setattr(cached, "MAX_BYTES_IN_MEMORY", 1)
     _, parts = run("parts", layers="0,1", poolings="cls,mean", **{"head.epochs": 2})
     for one, other in zip(whole["heads"], parts["heads"], strict=True):
         assert one["test_map"] == pytest.approx(other["test_map"], abs=1e-4)
 
 
-def test_new_weights_to_compare_with(run, capsys):
+def test_new_weights_for_comparison(run, capsys):
     _, results = run("new", random_weights="true", poolings="mean")
     _, trained = run("trained", poolings="mean")
     assert results["model"].endswith("new weights")
@@ -197,11 +201,11 @@ def test_folds_of_clips_with_one_label(run, sounds):
         f"fold{i}": 18 for i in range(1, 5)
     }
     assert not (out / "model").exists()
-    # Once more in the same place.
+    # The same evaluation may write into the same folder again.
     assert run(**settings, **{"head.epochs": 20, "head.batch_size": 8})[1]["heads"] == results["heads"]
 
 
-def test_held_out_clips_choose_where_there_is_no_validation_split(run, sounds):
+def test_held_out_clips_replace_a_validation_split(run, sounds):
     settings = {"data": sounds, "data.split": "fold1+fold2+fold3", "test_split": "fold4"}
     _, results = run(**settings, **{"data.hold_out": 0.3, "layers": "all"})
     size = results["num_clips"]["fold4"]
@@ -222,7 +226,7 @@ def test_published_mode_is_fine_tuning_with_a_frozen_encoder(run, encoder, capsy
     settings = (out / "config.yaml").read_text()
     for line in ("freeze_encoder: true", "learning_rate: 0.02", "warmup_updates: 0", "classifier_pooling: mean"):
         assert line in settings
-    # 42 clips twice, by 8.
+    # Two epochs of 42 clips in batches of 8.
     assert "max_updates: 10\n" in settings
     before, after = (load_file(folder / "model.safetensors") for folder in (encoder, out / "model"))
     assert len(after) > 20
@@ -258,10 +262,22 @@ def test_a_fine_tuned_model_gets_a_new_head(run, tmp_path, scapes):
         ({"model": "/no/such/folder"}, "/no/such/folder"),
     ],
 )
-def test_wrong_settings_end_in_a_line(run, capsys, changes, message):
+def test_impossible_settings_end_with_one_line(run, capsys, changes, message):
     with pytest.raises(SystemExit) as exit_:
         run(**changes)
     assert message in f"{exit_.value} {capsys.readouterr().err}"
+
+
+def test_configurations_of_fine_tuning_are_accepted():
+    keys = {setting.key for setting in settings(LinearEvalConfig)}
+    assert {setting.key for setting in settings(FinetuneConfig)} < keys
+    required = ["--model", "m", "--data", "d", "--output_dir", "o", "--mode", "published"]
+    for path in Path(linear_eval.__file__).parent.glob("configs/finetune_*.yaml"):
+        config = parse(LinearEvalConfig, ["--config", str(path), *required])
+        fitting = config.finetuning()
+        assert (fitting.max_updates, fitting.epochs, fitting.warmup_fraction) == (None, 50, None)
+        assert fitting.optimizer.learning_rate == config.head.learning_rate
+        assert fitting.freeze_encoder
 
 
 def test_results_of_another_evaluation_are_not_overwritten(run, tmp_path):
@@ -273,8 +289,8 @@ def test_results_of_another_evaluation_are_not_overwritten(run, tmp_path):
     assert (tmp_path / "out" / "results.json").read_bytes() == before
 
 
-def test_training_clips_are_no_test(run, sounds, tmp_path):
-    """A plain folder is one split whatever name is asked for."""
+def test_training_clips_cannot_be_test_clips(run, sounds, tmp_path):
+    """A plain folder gives all its clips for every split."""
     folder = tmp_path / "plain"
     for path in sorted(sounds.parent.glob("*.flac")):
         target = folder / path.name[:-7] / path.name
@@ -286,8 +302,8 @@ def test_training_clips_are_no_test(run, sounds, tmp_path):
     assert results["metric"] == "accuracy"
 
 
-def test_validation_clips_may_be_elsewhere(run, sounds):
-    """In a source of their own, under the name of the training split."""
+def test_validation_clips_from_another_source(run, sounds):
+    """Their split has the name of the training split."""
     rows = sounds.read_text().splitlines()
     elsewhere = sounds.with_name("elsewhere.csv")
     elsewhere.write_text("\n".join([rows[0], *(row.replace("fold4", "fold1") for row in rows if "fold4" in row)]))
@@ -299,7 +315,7 @@ def test_validation_clips_may_be_elsewhere(run, sounds):
     ]
 
 
-def test_two_processes_find_what_one_does(run, launch, scapes, encoder, tmp_path):
+def test_two_processes_give_the_results_of_one(run, launch, scapes, encoder, tmp_path):
     _, alone = run("alone", poolings="cls,mean")
     text = launch(
         *("-m", "training.linear_eval", "--model", encoder, "--data", scapes, "--output_dir", tmp_path / "both"),

@@ -1,5 +1,4 @@
-"""The trainer as its users start it, on generated soundscapes and a tiny model: what it learns, that it resumes
-exactly whatever kills it, and that it stops for what it should."""
+"""Pre-training from the command line, on generated soundscapes and a tiny model: learning, exact resume, stopping."""
 
 import json
 import multiprocessing
@@ -23,7 +22,7 @@ from training import pretrain
 from training.arguments import parse
 from training.data.loader import AudioLoader
 from training.run import processes as start_of_processes
-from training.run import run as loop
+from training.run import trainer
 from training.run.checkpointing import list_checkpoints
 from training.run.metrics_log import read_metrics
 from training.soundscapes.__main__ import make_row
@@ -75,7 +74,7 @@ def arguments(clips, tmp_path):
 
 @pytest.fixture
 def train(arguments, tmp_path):
-    """Runs the program in this process and gives the folder of the run."""
+    """A function that runs the program in this process and returns the folder of the run."""
 
     def train(name: str = "run", **changes) -> Path:
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -88,12 +87,12 @@ def train(arguments, tmp_path):
 
 @pytest.fixture(scope="session")
 def processes():
-    """Starts the program in processes of its own, forked from a server that has imported everything."""
+    """A function that starts the program in a new process, forked from a server that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training.pretrain"])
     before, os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS"), "1"
     started = []
-    # The method by which it was started itself would have its data workers import everything anew.
+    # With the method that started the process itself, its data workers would import everything again.
     program = "multiprocessing.set_start_method('fork', force=True); pretrain.main(argv)"
 
     def start(argv: list[str]) -> multiprocessing.Process:
@@ -123,7 +122,7 @@ def assert_identical(found, wanted) -> None:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """To the last bit the same weights, optimiser, random numbers and clips."""
+    """Check that two runs have identical weights, optimiser states, random numbers and clips."""
     for path in (one, other):
         assert not list(path.rglob(".tmp-*"))
     last, expected = list_checkpoints(one)[-1], list_checkpoints(other)[-1]
@@ -145,10 +144,10 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert rows == expected_rows
 
 
-# What it leaves, and what it learns
+# Files and learning
 
 
-def test_a_run_leaves_what_others_read(train):
+def test_files_of_a_run(train):
     run = train(**{"watch.tracker": "tensorboard"})
     assert [path.name for path in list_checkpoints(run)] == ["step-00000006", "step-00000008"]
     rows = read_metrics(run / "metrics.jsonl")
@@ -187,7 +186,7 @@ def test_second_stage_starts_from_student_and_teacher_of_the_first(train):
     after = SSLAMForPreTraining.from_pretrained(second / "model")
     assert (before.config.pretraining_objective, after.config.pretraining_objective) == ("ua", "sslam")
     assert after.config.num_clones == 2
-    # The only update had the learning rate 0, since it is the last: student and decoder are as they were.
+    # The only update is the last one, with a learning rate of 0: student and decoder are unchanged.
     for part in ("sslam", "decoder"):
         for name, tensor in getattr(before, part).state_dict().items():
             assert torch.equal(getattr(after, part).state_dict()[name], tensor)
@@ -226,10 +225,10 @@ def test_bf16_trains(train):
     assert losses[-1] < losses[0]
 
 
-# Going on
+# Resuming
 
 
-def test_killed_at_any_moment_it_ends_as_if_it_never_was(arguments, processes, tmp_path):
+def test_a_run_killed_at_any_moment_resumes_exactly(arguments, processes, tmp_path):
     changes = {
         "max_updates": 60,
         "checkpoint.every": 2,
@@ -270,13 +269,13 @@ def test_killed_at_any_moment_it_ends_as_if_it_never_was(arguments, processes, t
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_saves_and_goes_on_later(number, arguments, processes, tmp_path):
+def test_a_run_that_is_asked_to_stop_saves_and_resumes_exactly(number, arguments, processes, tmp_path):
     changes = {"max_updates": 30, "checkpoint.every": 1000, "data.num_workers": 2, "watch.every": 1, "resume": "auto"}
     metrics = tmp_path / "stopped" / "metrics.jsonl"
     process = processes(arguments("stopped", **changes))
     while not read_metrics(metrics):
         time.sleep(0.005)
-    # As terminals and launchers do it: to the workers as well.
+    # Terminals and launchers signal the workers too.
     for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
         os.kill(int(child), number)
     os.kill(process.pid, number)
@@ -324,7 +323,7 @@ def test_only_the_same_run_is_resumed(train, capsys):
 # Stopping
 
 
-def test_a_loss_that_is_not_finite_reaches_nothing(train, monkeypatch, caplog):
+def test_an_update_with_a_loss_that_is_not_finite_is_dropped(train, monkeypatch, caplog):
     honest = AudioLoader.input_values
 
     def with_a_bad_clip(self, batch, device):
@@ -371,18 +370,18 @@ def test_collapse_stops_the_run(train):
         train(**{"watch.min_target_var": 5, "watch.collapse_after": 3})
 
 
-def test_a_full_disk_stops_with_the_last_checkpoint_whole(train, monkeypatch, tmp_path):
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint_intact(train, monkeypatch, tmp_path):
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    honest = loop.save_optimizer
+    honest = trainer.save_optimizer
 
     def fill_up(folder, *arguments):
         if folder.name.endswith("6"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
         honest(folder, *arguments)
 
-    monkeypatch.setattr(loop, "save_optimizer", fill_up)
+    monkeypatch.setattr(trainer, "save_optimizer", fill_up)
     try:
         with pytest.raises(SystemExit, match="step-00000006 could not be written"):
             train()
@@ -413,7 +412,7 @@ def test_impossible_runs_are_refused(train):
 
 def test_an_overflow_in_fp16_lowers_the_loss_scale_and_nothing_else(train, monkeypatch):
     class WithScaler(start_of_processes.Accelerator):
-        """fp16's loss scaling, on the CPU too."""
+        """An accelerator with the loss scaling of fp16, also on a CPU."""
 
         def __init__(self, **kwargs):
             super().__init__(**kwargs)
@@ -438,7 +437,7 @@ def test_an_overflow_in_fp16_lowers_the_loss_scale_and_nothing_else(train, monke
 @pytest.mark.parametrize(
     "path", sorted(Path(pretrain.__file__).parent.glob("configs/pretrain_*.yaml")), ids=lambda path: path.stem
 )
-def test_shipped_configurations_are_whole(path):
+def test_shipped_configurations_are_complete(path):
     config = parse(pretrain.PretrainConfig, ["--config", str(path)])
     overrides = {key: value for key, value in asdict(config.model).items() if value is not None}
     model_config = SSLAMConfig(**overrides)

@@ -1,4 +1,4 @@
-"""Several processes, by accelerate's launcher over gloo: what they compute together is what one computes alone."""
+"""Pre-training in several processes (accelerate's launcher, gloo) gives the results of a single process."""
 
 import importlib.util
 import shutil
@@ -28,7 +28,7 @@ def script():
 
 @pytest.fixture
 def expected(script):
-    """The published rule in plain words: the gradient of all losses, summed, over all masked tokens; for 2 batches."""
+    """The published gradient of 2 batches: that of the summed losses, divided by the number of masked tokens."""
     model, generator = script.make_model(), script.mask_generator(0)
     outputs = [model(script.micro_batch(i), generator=generator) for i in range(2)]
     summed = sum(output.loss * output.num_masked_tokens for output in outputs)
@@ -58,16 +58,16 @@ def test_processes_accumulation_and_sharding_give_the_published_gradient(launch,
     for result in results.values():
         torch.testing.assert_close(result["losses"].flatten(), expected["losses"])
         assert_all_close(result["gradients"], expected["gradients"], rtol=1e-4, atol=1e-6 * scale)
-        # What AdamW makes of them and then the teacher, and what comes back from a checkpoint.
+        # AdamW's moments survive a checkpoint.
         assert_all_close(result["loaded_moments"], result["moments"], rtol=0, atol=0)
     assert_all_close(results["fsdp"]["weights"], results["ddp"]["weights"], rtol=1e-4, atol=1e-6)
-    # Over all processes, so the same in each.
+    # The deviation is computed over all processes, so it is the same in each.
     for kind in ("ddp", "fsdp"):
         assert len(set(results[kind]["pred_var"].tolist())) == 1
 
 
 def test_a_larger_batch_needs_a_smaller_weight_of_the_global_loss(make_config):
-    """Two clips on each of two devices are four on one only if each weighs half as much in the global sum."""
+    """Two devices with two clips each equal one device with four only if the global loss has half the weight."""
     model = SSLAMForPreTraining(make_config(pretraining_objective="ua", mask_noise_std=0.0)).train()
     clips, masks = torch.randn(4, 64, 32), inverse_block_masks(4, 4, model.config)
     (sum(model(clips[part], bool_masked_pos=masks[part]).loss for part in (slice(2), slice(2, 4))) / 2).backward()

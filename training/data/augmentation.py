@@ -1,5 +1,8 @@
-"""What fine-tuning does to clips and targets: on the waveform, clip by clip in the data's own random order; on the
-log-mel frames, a batch at a time on its device, drawn from torch's global generators."""
+"""Augmentation for fine-tuning.
+
+Waveforms are augmented clip by clip with the data's own generators. Log-mel frames are augmented a batch at a time on
+their device, with torch's global generators.
+"""
 
 from dataclasses import dataclass, field
 
@@ -7,35 +10,34 @@ import numpy as np
 import torch
 from torchaudio.transforms import FrequencyMasking, TimeMasking
 
-# Beta(10, 10) + 0.5 is the published gain: a mean of 1, a deviation of 0.11.
+# The published gain is Beta(10, 10) + 0.5: mean 1, standard deviation 0.11.
 GAIN_BETA = 10.0
-# Mixup happens to nine batches in ten.
+# Share of the batches that are mixed, as published.
 DEFAULT_MIXUP_PROB = 0.9
 
 
 @dataclass
 class AugmentationConfig:
-    """Augmentation of training clips; the defaults are the published ones for AudioSet."""
+    """Augmentation of training clips. The defaults are the published ones for AudioSet."""
 
     roll_and_gain: bool = field(
-        default=True, metadata={"help": "Shift waveforms round by any offset and multiply them by Beta(10,10) + 0.5."}
+        default=True, metadata={"help": "Roll waveforms by a random offset and multiply them by Beta(10,10) + 0.5."}
     )
     noise: float = field(
         default=0.0,
-        metadata={"help": "Add uniform noise in [0, 1) times up to this to the normalised frames; 0.1 for speech."},
+        metadata={"help": "Upper limit of the level of uniform noise added to the normalised frames; 0.1 for speech."},
     )
     shift_frames: int = field(
-        default=0, metadata={"help": "Shift the frames round by up to this many either way; 10 for speech."}
+        default=0, metadata={"help": "Roll the frames by up to this many in either direction; 10 for speech."}
     )
     mixup_alpha: float = field(
-        default=0.8, metadata={"help": "Mix the batch with its reverse, by lambda ~ Beta(alpha, alpha). 0: never."}
+        default=0.8,
+        metadata={"help": "Mix the batch with its reverse (mixup), with lambda ~ Beta(alpha, alpha). 0: never."},
     )
     mixup_prob: float = field(default=DEFAULT_MIXUP_PROB, metadata={"help": "Share of the batches that are mixed."})
     mask_ratio: float = field(
         default=0.2,
-        metadata={
-            "help": "SpecAugment: one mask over up to this share of the mel bins and one of the frames. 0: none."
-        },
+        metadata={"help": "SpecAugment: mask up to this share of the mel bins and of the frames. 0: no masks."},
     )
 
     def __post_init__(self) -> None:
@@ -48,21 +50,22 @@ class AugmentationConfig:
 
 
 def roll_and_gain(waveform: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """A waveform `(samples,)`, shifted round by a random offset and made louder or softer."""
+    """Roll a waveform `(samples,)` by a random offset and multiply it by a random gain."""
     return waveform.roll(int(rng.integers(len(waveform)))) * (rng.beta(GAIN_BETA, GAIN_BETA) + 0.5)
 
 
 def augment_batch(
     input_values: torch.Tensor, targets: torch.Tensor, config: AugmentationConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All of it that acts on frames, in the published order.
+    """Apply the augmentations of frames, in the published order.
 
     Args:
         input_values: Normalised log-mel frames `(B, T, F)`.
         targets: float `(B, K)`.
+        config: The augmentations.
 
     Returns:
-        Both, augmented; targets are mixed as the frames are.
+        Frames and targets. Mixup mixes both alike.
     """
     if config.noise:
         levels = config.noise * torch.rand(len(input_values), 1, 1, device=input_values.device)
@@ -77,7 +80,7 @@ def augment_batch(
 
 
 def shift_frames(input_values: torch.Tensor, most: int) -> torch.Tensor:
-    """Every clip of `(B, T, F)` shifted round by its own -most to most frames."""
+    """Roll each clip of `(B, T, F)` by its own number of frames, from -most to most."""
     batch_size, length, _ = input_values.shape
     offsets = torch.randint(-most, most + 1, (batch_size, 1), device=input_values.device)
     index = (torch.arange(length, device=input_values.device) - offsets) % length
@@ -85,16 +88,19 @@ def shift_frames(input_values: torch.Tensor, most: int) -> torch.Tensor:
 
 
 def mix(values: torch.Tensor, weight: float) -> torch.Tensor:
-    """`weight` of the batch and the rest of the batch in reverse (Zhang et al., mixup, ICLR 2018)."""
+    """Mix a batch with its reverse, `weight` to `1 - weight` (Zhang et al., mixup, ICLR 2018)."""
     return weight * values + (1 - weight) * values.flip(0)
 
 
 def mask_spectrogram(input_values: torch.Tensor, ratio: float) -> torch.Tensor:
-    """SpecAugment (Park et al., 2019) on `(B, T, F)`: in each clip 0 over at most `ratio` of the mel bins and of the
-    frames, the widths and places drawn for each clip."""
+    """Apply SpecAugment (Park et al., 2019) to `(B, T, F)`.
+
+    In each clip, one mask sets at most `ratio` of the mel bins to 0 and one as much of the frames. Widths and places
+    are drawn for each clip.
+    """
     length, num_mel_bins = input_values.shape[1:]
     widths = int(num_mel_bins * ratio), int(length * ratio)
-    # torchaudio draws for each of a batch of images only if there is an axis of channels.
+    # torchaudio draws a mask per clip only if there is an axis of channels.
     spectrograms = input_values.transpose(1, 2)[:, None]
     for masking, width in zip((FrequencyMasking, TimeMasking), widths, strict=True):
         if width:

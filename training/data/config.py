@@ -1,17 +1,17 @@
-"""TODO."""
+"""Settings of the data: which source, which columns, which clips, and how they become batches."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 from training.arguments import changed_default
 
-# A fraction means nothing over the first few clips.
+# Fewer clips are too few to judge the fraction of unusable ones.
 MIN_CLIPS_FOR_FRACTION = 100
 
 
 @dataclass
 class DataConfig:
-    """Where the sound comes from and how it becomes batches."""
+    """The source of sound and how it becomes batches."""
 
     source: str = field(
         metadata={
@@ -25,89 +25,90 @@ class DataConfig:
     split: str = field(
         default="train",
         metadata={
-            "help": "Split to read, or several joined by +. A plain folder and a .tsv manifest are one split in "
-            "themselves."
+            "help": "Split to read, or several joined by +. A plain folder and a .tsv manifest have a single split."
         },
     )
     revision: str | None = field(
         default=None,
         metadata={
-            "help": "Branch, tag or commit of a Hub dataset. Only a commit stays what it is until a run is resumed."
+            "help": "Branch, tag or commit of a Hub dataset. Only a commit is sure to be the same when a run resumes."
         },
     )
     data_files: list[str] | None = field(
-        default=None, metadata={"help": "Files, globs or URLs to read in place of what the source would choose."}
+        default=None, metadata={"help": "Files, globs or URLs to read instead of the source's own choice."}
     )
     streaming: bool = field(
         default=True,
-        metadata={"help": "Whether to stream what load_dataset reads, rather than download and cache it."},
+        metadata={"help": "Whether to stream a dataset, rather than download and cache it first."},
     )
     audio_column: str | None = field(
-        default=None, metadata={"help": "Column with the audio; found if there is just one."}
+        default=None, metadata={"help": "Column with the audio. It is found if there is only one."}
     )
     id_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column that names a clip. By default video_id, id or __key__, else the audio's path, else a "
-            "digest of its bytes. Names must differ: a clip's crops are drawn by its name."
+            "help": "Column of clip names. By default video_id, id or __key__, else the audio's path, else a digest "
+            "of its bytes. Names must be unique: they determine the random crops."
         },
     )
     label_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column whose labels go along with the clips, auto for the first of the usual names. For a .tsv "
-            "manifest any value reads the .lbl file beside it; for a plain folder, the names of the enclosing folders."
+            "help": "Column of labels, or auto for the first of the usual names. For a .tsv manifest any value reads "
+            "the .lbl file beside it; for a plain folder, the names of the enclosing folders."
         },
     )
     group_column: str | None = field(
         default=None,
-        metadata={"help": "Column by whose values results are reported, auto for num_sources where the data have it."},
+        metadata={"help": "Column by whose values results are reported, or auto for num_sources if it exists."},
     )
     sample_weights: str | None = field(
         default=None,
         metadata={
-            "help": "Table id,weight by which clips_per_epoch clips are drawn for each epoch, without replacement; "
+            "help": "Table id,weight for drawing clips_per_epoch clips per epoch, without replacement; "
             "`python -m training.class_weights` writes it."
         },
     )
-    clips_per_epoch: int | None = field(default=None, metadata={"help": "How many clips sample_weights draws."})
+    clips_per_epoch: int | None = field(default=None, metadata={"help": "Number of clips to draw by sample_weights."})
     hold_out: float = field(
         default=0.0,
-        metadata={"help": "Share of the split's clips to hold out for validation; which, follows from their names."},
+        metadata={"help": "Share of the split's clips to hold out for validation. Their names determine which."},
     )
     held_out: bool = field(
-        default=False, metadata={"help": "Whether to read the clips that are held out, rather than the others."}
+        default=False, metadata={"help": "Whether to read the clips that are held out, instead of the others."}
     )
     crop: Literal["random", "head"] = field(
         default="random",
         metadata={
-            "help": "Which part of a file longer than max_length frames: any, or (as published) always its head."
+            "help": "Part of a file that is longer than max_length frames: a random one, or (as published) its head."
         },
     )
     shuffle_buffer: int = field(
         default=500,
         metadata={
-            "help": "Clips that are shuffled among each other; every worker holds as many encoded files in memory. 0 "
-            "keeps the order of the source, the same in every epoch."
+            "help": "Number of clips that are shuffled together; every worker holds as many encoded files in memory. "
+            "0 keeps the order of the source in every epoch."
         },
     )
     num_workers: int = field(default=4, metadata={"help": "Worker processes per rank. 0 loads in the main process."})
     front_end: Literal["worker", "device"] = field(
         default="worker",
-        metadata={"help": "Where the filter bank runs: in the workers, or on the device of the model. Same numbers."},
+        metadata={
+            "help": "Where the filter bank runs: in the workers, or on the model's device. The numbers are the same."
+        },
     )
     max_skipped_fraction: float = field(
         default=0.05,
         metadata={
-            "help": f"Stop when more of a rank's clips are unusable than this, after {MIN_CLIPS_FOR_FRACTION} clips."
+            "help": f"Stop when a larger share of a rank's clips is unusable, after {MIN_CLIPS_FOR_FRACTION} clips."
         },
     )
     max_retries: int = field(
         default=8,
-        metadata={"help": "How often, at intervals that grow to a minute, to try again when a source fails."},
+        metadata={"help": "Number of retries when a source fails, at intervals that grow to a minute."},
     )
     read_timeout: float = field(
-        default=60.0, metadata={"help": "Seconds without a byte after which an http(s) connection counts as lost."}
+        default=60.0, metadata={"help": "Seconds without data after which an http(s) connection counts as lost."}
     )
 
     def __post_init__(self) -> None:
@@ -129,7 +130,7 @@ class DataConfig:
 
 @dataclass
 class LabelledDataConfig(DataConfig):
-    """Where labelled sound comes from and how it becomes batches."""
+    """The source of labelled sound and how it becomes batches."""
 
     label_column: str | None = changed_default(DataConfig, "label_column", "auto")
     group_column: str | None = changed_default(DataConfig, "group_column", "auto")
@@ -137,7 +138,7 @@ class LabelledDataConfig(DataConfig):
 
 @dataclass
 class EvaluationDataConfig(LabelledDataConfig):
-    """A labelled split, read once in its order."""
+    """A labelled split, read once in the order of the source."""
 
     split: str = changed_default(DataConfig, "split", "test")
     crop: Literal["random", "head"] = changed_default(DataConfig, "crop", "head")
@@ -145,4 +146,4 @@ class EvaluationDataConfig(LabelledDataConfig):
 
 
 class DataError(RuntimeError):
-    """The data cannot carry a run on; the message says why and what to do."""
+    """The data do not allow a run to continue. The message gives the reason and the remedy."""

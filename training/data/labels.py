@@ -1,7 +1,7 @@
-"""The classes of a labelled data set: their names, their order, and targets out of a clip's labels."""
+"""The classes of a labelled data set: their names, their order, and targets from clips' labels."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,11 +10,12 @@ from tqdm.auto import tqdm
 
 from modeling_sslam import SSLAMConfig
 from modeling_sslam.common.labels import read_label_table
-from training.data.config import DataConfig, DataError
-from training.data.selection import Selection
+from training.data.config import DataError
+from training.data.selection import selections_of
 from training.data.sources import Source
 
-# What published data sets and `training.prepare` call the table of classes, in a data set's folder or beside a list.
+# Names of the table of classes in published data sets and in the output of `training.prepare`: in a data set's folder
+# or beside a listing.
 LABEL_FILES = ("labels.csv", "label_descriptors.csv", "class_labels_indices.csv")
 
 
@@ -22,8 +23,8 @@ class LabelSet:
     """The classes in the order of a classifier's outputs.
 
     Args:
-        names: Their display names.
-        ids: Other names that data may use, such as AudioSet's machine ids: one for each class, or `None`.
+        names: Display names.
+        ids: Other names that data may use, such as AudioSet's machine ids; `None` for a class without one.
     """
 
     def __init__(self, names: Sequence[str], ids: Sequence[str | None] = ()) -> None:
@@ -32,28 +33,30 @@ class LabelSet:
         self.index |= {id_: i for i, id_ in enumerate(ids) if id_ is not None and id_ not in self.index}
 
     def __len__(self) -> int:
+        """Return the number of classes."""
         return len(self.names)
 
     @classmethod
     def of_model(cls, config: SSLAMConfig) -> "LabelSet":
-        """The classes that a model tells apart."""
-        return cls([config.id2label[i] for i in range(config.num_labels)])
+        """Return a model's classes."""
+        names = {int(i): name for i, name in (config.id2label or {}).items()}
+        return cls([names[i] for i in range(len(names))])
 
     @classmethod
     def of_file(cls, path: str | Path) -> "LabelSet":
-        """From a file with a line for each class: `index,mid,name`, `index,name` or `name`.
+        """Read a file with a line for each class: `index,mid,name`, `index,name` or `name`.
 
         Raises:
-            ValueError: If it is not such a file.
+            ValueError: If the file has another format.
         """
         table = read_label_table(Path(path))
         return cls([name for name, _ in table], [id_ for _, id_ in table])
 
     def encode(self, labels: Sequence[Sequence[str]]) -> torch.Tensor:
-        """Targets of B clips: float32 of 0 and 1, of shape `(B, K)`.
+        """Return the targets of B clips: float32 `(B, K)`, 0 or 1.
 
         Raises:
-            DataError: If a label is none of the classes.
+            DataError: If a label is not one of the classes.
         """
         targets = torch.zeros(len(labels), len(self))
         for i, names in enumerate(labels):
@@ -68,18 +71,31 @@ class LabelSet:
 
 
 class Survey(NamedTuple):
-    """What one look at all labels of a source tells."""
+    """Counts over all labels of a source.
+
+    Attributes:
+        num_clips: Number of clips.
+        counts: Number of clips by label.
+        is_single_label: Whether every clip has exactly one label.
+    """
 
     num_clips: int
     counts: Counter[str]
-    # Whether every clip has just one.
     is_single_label: bool
 
 
-def survey(source: Source, selections: Iterable[Selection] = (), description: str = "Reading labels") -> Survey:
-    """Counts a source's clips and labels, in its first epoch, without decoding any audio."""
-    num_clips, counts, is_single_label = 0, Counter(), True
-    for id_, labels in tqdm(source.ids_and_labels(), desc=description, unit="clip", leave=False, mininterval=0.5):
+def survey(source: Source, seed: int = 0) -> Survey:
+    """Count the clips and labels of a source's first epoch, without decoding audio.
+
+    Args:
+        source: Its configuration selects the clips that take part.
+        seed: Determines a weighted draw of clips.
+    """
+    selections = selections_of(source.config, seed)
+    num_clips, is_single_label = 0, True
+    counts: Counter[str] = Counter()
+    rows = tqdm(source.ids_and_labels(), desc="Reading labels", unit="clip", leave=False, mininterval=0.5)
+    for id_, labels in rows:
         if all(select(id_, 0) for select in selections):
             num_clips += 1
             counts.update(labels)
@@ -87,16 +103,19 @@ def survey(source: Source, selections: Iterable[Selection] = (), description: st
     return Survey(num_clips, counts, is_single_label)
 
 
-def find_label_set(config: DataConfig, source: Source, label_file: str | None = None) -> LabelSet | None:
-    """The classes as the user, the data set's folder or its features name them; `None` if nothing does.
+def find_label_set(source: Source, label_file: str | None = None) -> LabelSet | None:
+    """Find the classes of a source: in `label_file`, in a table beside the data or in the data's own features.
+
+    Returns:
+        The classes; `None` if there is none of these.
 
     Raises:
-        ValueError: If the file that should name them does not.
+        ValueError: If the file cannot be read as a table of classes.
     """
-    path = Path(config.source).expanduser()
+    path = Path(source.config.source).expanduser()
     folder = path if path.is_dir() else path.parent
     files = [Path(label_file)] if label_file else [folder / name for name in LABEL_FILES if path.exists()]
     found = next((file for file in files if label_file or file.is_file()), None)
     if found is not None:
         return LabelSet.of_file(found)
-    return LabelSet(source.label_names) if source.label_names else None
+    return LabelSet(source.columns.label_names) if source.columns.label_names else None

@@ -1,24 +1,25 @@
-"""From any source of sound to batches of `input_values`, the same in the same order however often a run is killed.
+"""Batches of `input_values` from any source of sound, in an order that survives any number of restarts.
 
-    loader = make_loader(DataConfig("agkphysics/AudioSet", config_name="unbalanced"), feature_extractor,
-                         batch_size=12, seed=0, rank=rank, world_size=world_size)
+    source = open_source(DataConfig("agkphysics/AudioSet", config_name="unbalanced"))
+    loader = make_loader(source, feature_extractor, batch_size=12, seed=0, rank=rank, world_size=world_size)
     for batch in loader:                      # endless: steps end a run, not epochs
         input_values = loader.input_values(batch, device)
         ...
-        checkpoint = loader.state_dict()      # of this rank; load it before iterating to go on after this batch
+        checkpoint = loader.state_dict()      # of this rank; load it before iterating to continue after this batch
 
-- **Sharing out.** The shards of a source go to the ranks, a rank's to its workers: each clip to exactly one worker per
-  epoch. Every worker fills its own batches; the batches of a rank take turns over its workers.
-- **Shuffling.** The order of the shards is drawn per epoch, and within a worker's stream blocks of `shuffle_buffer`
-  clips are permuted. While one block is used up the next fills, so about `shuffle_buffer` encoded clips are held.
+- **Sharing.** Ranks share the source's shards, and a rank's workers share its shards: each clip goes to exactly one
+  worker per epoch. Every worker fills its own batches; a rank takes its batches from its workers in turn.
+- **Shuffling.** Each epoch draws an order of the shards. Within a worker's stream, blocks of `shuffle_buffer` clips
+  are permuted. The next block fills while the current one is used, so about `shuffle_buffer` encoded clips are held.
 - **Exact resume.** A checkpoint of half a kilobyte per worker gives the same clips, crops and batches: see
-  [`training.stream`].
-- **Epochs run on.** With `repeat` each worker passes from one epoch to the next inside a batch: no clip is dropped, no
-  batch is short, and ranks that hold different numbers of clips never wait for one another. Without it the loader
-  gives one pass, whose last batches may be short and whose number differs from rank to rank: gather results after it.
-- **Crops.** A longer file is cropped *first*; the feature extractor then takes the mean of the crop, not of the file.
-- **Faults.** Unusable clips are skipped, counted and logged (see [`training.audio.ClipError`]); a source that fails is
-  opened again at the row it had come to.
+  [`training.data.stream`].
+- **Endless epochs.** With `repeat` each worker continues into the next epoch within a batch: no clip is dropped, no
+  batch is short, and ranks with different numbers of clips never wait for one another. Without `repeat` the loader
+  gives one pass. Its last batches may be short and their number differs from rank to rank, so gather results after it.
+- **Crops.** A longer file is cropped *first*; the feature extractor then subtracts the mean of the crop, not of the
+  file.
+- **Faults.** Unusable clips are skipped, counted and logged (see [`modeling_sslam.common.errors.ClipError`]). A source
+  that fails is opened again at the same row.
 """
 
 import logging
@@ -32,9 +33,9 @@ import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from modeling_sslam import SSLAMFeatureExtractor
-from training.data.config import MIN_CLIPS_FOR_FRACTION, DataConfig, DataError
+from training.data.config import MIN_CLIPS_FOR_FRACTION, DataError
 from training.data.selection import selections_of
-from training.data.sources import open_source
+from training.data.sources import Source
 from training.data.stream import Augmentation, ClipStream, input_values_of
 
 logger = logging.getLogger(__name__)
@@ -44,9 +45,9 @@ class AudioLoader:
     """Batches of one rank; see [`make_loader`].
 
     Attributes:
-        num_clips: Clips given so far.
-        skipped: How many clips were skipped so far, by reason.
-        epoch: The latest epoch that a clip given so far belongs to, counted from 0.
+        num_clips: Number of clips given so far.
+        skipped: Number of clips skipped so far, by reason.
+        epoch: The latest epoch among the clips given so far, counted from 0.
     """
 
     def __init__(self, stream: ClipStream, num_workers: int) -> None:
@@ -54,7 +55,7 @@ class AudioLoader:
         self.num_clips = 0
         self.skipped: Counter[str] = Counter()
         self.epoch = 0
-        # What the clips and their order follow from, but for the place of the data, which may have moved.
+        # Everything that determines the clips and their order, except the data's location, which may change.
         self._settings = {
             "split": stream.config.split,
             "crop": stream.config.crop,
@@ -65,7 +66,7 @@ class AudioLoader:
             "seed": stream.seed,
             "rank": stream.rank,
             "world_size": stream.world_size,
-            "num_shards": stream.source.dataset.num_shards,
+            "num_shards": stream.dataset.num_shards,
             "clips_per_epoch": stream.config.clips_per_epoch,
             "hold_out": stream.config.hold_out,
         }
@@ -73,7 +74,8 @@ class AudioLoader:
             stream,
             batch_size=None,
             num_workers=num_workers,
-            # Workers are given a seed they have no use for; without a generator it would be drawn from the global one.
+            # The loader draws a seed for its workers, which ignore it. Without a generator of its own it would draw
+            # from the global one.
             generator=torch.Generator().manual_seed(stream.seed),
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_set_up_worker,
@@ -91,17 +93,17 @@ class AudioLoader:
             )
 
     def input_values(self, batch: dict[str, Any], device: torch.device | str) -> torch.Tensor:
-        """The batch's `input_values` on `device`: moved there, or with `front_end="device"` computed there."""
+        """Return the batch's `input_values` on `device`: moved there, or computed there with `front_end="device"`."""
         if "input_values" in batch:
             return batch["input_values"].to(device, non_blocking=True)
         return input_values_of(self.stream.feature_extractor, batch, device)
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes the next iteration begin with that epoch; not for one that is resumed."""
+        """Make the next iteration begin with an epoch. A loader that was resumed ignores it."""
         self.stream.epoch = self.epoch = epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this rank is: after the batch given last. Every rank saves and loads its own."""
+        """Return this rank's position after the last batch. Every rank saves and loads its own."""
         return {
             "settings": self._settings,
             "loader": self._loader.state_dict(),
@@ -111,10 +113,10 @@ class AudioLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Makes the next iteration go on from a saved state.
+        """Make the next iteration continue from a saved position.
 
         Raises:
-            ValueError: If the loader is set up otherwise than the one that saved it: it could not give the same clips.
+            ValueError: If the settings differ from the saved ones, so that the loader would give other clips.
         """
         for name, value in self._settings.items():
             if state["settings"].get(name) != value:
@@ -145,16 +147,16 @@ class AudioLoader:
 
 
 def _set_up_worker(worker_id: int) -> None:
-    # torch keeps a worker to one thread itself.
+    # torch limits its own threads in workers to one.
     pyarrow.set_cpu_count(1)
-    # A terminal or a scheduler signals every process of a run, and a worker that died of it would take down the main
-    # process while that finishes its step and saves. The second SIGTERM is the main process's own, at its end.
+    # Terminals and schedulers signal all processes of a run. The main process still needs its workers' batches to
+    # finish the update and save. A second SIGTERM comes from the main process at its end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def make_loader(
-    config: DataConfig,
+    source: Source,
     feature_extractor: SSLAMFeatureExtractor,
     *,
     batch_size: int,
@@ -165,31 +167,35 @@ def make_loader(
     drop_last: bool = False,
     augment: Augmentation | None = None,
 ) -> AudioLoader:
-    """The batches of one rank, the same for the same arguments.
+    """Make the loader of one rank. The same arguments give the same batches.
 
     Args:
-        feature_extractor: Clips are cropped to its `max_length` frames and padded to it.
+        source: The open source, whose configuration says how to read it.
+        feature_extractor: Clips are cropped or padded to its `max_length` frames.
         batch_size: Clips per batch of this rank.
+        seed: Determines order, crops and augmentation.
+        rank: This process.
+        world_size: Number of processes.
         repeat: Whether epochs follow one another without end.
         drop_last: Without `repeat`, whether to drop a worker's last batch if it is short.
         augment: Applied to every waveform after cropping.
 
     Returns:
-        An iterable of dicts: `input_values` float32 `(B, T, F)`, or with `config.front_end == "device"` `waveforms`
-        float32 `(B, samples)` zero-padded and `num_samples` int64 `(B,)` (see [`AudioLoader.input_values`]); `ids` and
-        `epochs`, lists of length B; with `config.label_column` `labels`, a list of B lists of names; with
-        `config.group_column` `groups`, a list of B values.
+        An iterable of dicts: `input_values` float32 `(B, T, F)`, or with `front_end == "device"` `waveforms` float32
+        `(B, samples)`, zero-padded, and `num_samples` int64 `(B,)` (see [`AudioLoader.input_values`]); `ids` and
+        `epochs`, lists of length B; with a label column `labels`, a list of B lists of names; with a group column
+        `groups`, a list of B values.
 
     Raises:
-        ValueError, FileNotFoundError: If the source cannot be opened (see [`training.sources.open_source`]).
+        ValueError: If `batch_size` is less than 1, or the table of sample weights is unusable.
         DataError: While iterating, if too many clips are unusable.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
-    source = open_source(config, num_readers=world_size * max(1, config.num_workers), seed=seed)
+    config = source.config
     stream = ClipStream(
         source,
-        config,
+        source.in_shards(num_readers=world_size * max(1, config.num_workers), seed=seed),
         feature_extractor,
         batch_size,
         seed,
@@ -206,4 +212,4 @@ def make_loader(
     return AudioLoader(stream, num_workers=min(config.num_workers, num_shards))
 
 
-__all__ = ["AudioLoader", "DataConfig", "DataError", "input_values_of", "make_loader"]
+__all__ = ["AudioLoader", "make_loader"]

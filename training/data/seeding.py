@@ -1,4 +1,4 @@
-"""Random numbers that do not depend on what was drawn before, nor in which process."""
+"""Random numbers that depend neither on earlier draws nor on the process."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def generator_for(*key: int | str) -> np.random.Generator:
-    """A generator that is a function of its key alone: numbers at least 0, and names."""
+    """Return a generator that depends on its key alone: numbers of at least 0, and names."""
     words = [
         part
         if isinstance(part, int)

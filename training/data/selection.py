@@ -1,75 +1,82 @@
-"""Which clips of a source take part in an epoch: a function of seed, epoch and the clip's name.
+"""Selection of the clips that take part in an epoch: a function of seed, epoch and the clip's name.
 
-So every process and every worker decides alike without asking another, on streams as on lists, and a resumed run
-decides as before. A source that refers to its files by path passes over a clip for nothing; one that holds the audio
-itself is still read through.
+So all processes and workers agree without communication, for streams and for lists, and a resumed run decides as
+before. Skipping a clip costs nothing if the source refers to files by path. A source that holds the audio itself is
+read in full.
 """
 
 import csv
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from training.data.config import DataConfig
 from training.data.seeding import generator_for
-
-if TYPE_CHECKING:
-    from training.data.config import DataConfig
 
 
 class Selection(Protocol):
+    """A rule that chooses clips by name."""
+
     def __call__(self, clip_id: str, epoch: int) -> bool:
-        """Whether the clip takes part in the epoch."""
+        """Return whether the clip takes part in the epoch."""
 
 
-def selections_of(config: "DataConfig", seed: int) -> list[Selection]:
-    """What a configuration asks for; a clip takes part if all of these say so."""
+def selections_of(config: DataConfig, seed: int) -> list[Selection]:
+    """Return the rules that a configuration asks for. A clip takes part if all of them choose it."""
     selections: list[Selection] = []
     if config.hold_out:
-        # The same clips for every seed, so that runs can be compared on them.
-        selections.append(
-            lambda id_, _: (generator_for("hold out", id_).random() < config.hold_out) == config.held_out
-        )
-    if config.sample_weights is not None:
+        selections.append(partial(is_on_side, fraction=config.hold_out, held_out=config.held_out))
+    if config.sample_weights is not None and config.clips_per_epoch is not None:
         selections.append(WeightedDraw(config.sample_weights, config.clips_per_epoch, seed))
     return selections
 
 
 def is_on_side(clip_id: str, epoch: int, fraction: float, held_out: bool) -> bool:
-    """Whether a clip is on the side asked for of a split in two, where about `fraction` of the clips is held out: the
-    same clips in every epoch and for every seed, so that runs can be compared on them."""
+    """Return whether a clip is on one side of a split in two.
+
+    The sides are the same in every epoch and for every seed, so that runs can be compared on them.
+
+    Args:
+        clip_id: The clip's name.
+        epoch: Has no influence.
+        fraction: Share of the clips that are held out, approximately.
+        held_out: The side: the clips held out, or the others.
+    """
     return (generator_for("hold out", clip_id).random() < fraction) == held_out
 
 
 class WeightedDraw:
-    """Draws a fixed number of clips per epoch without replacement, by weights.
+    """Weighted draw of a fixed number of clips per epoch, without replacement.
 
-    Clip i has the key u_i^(1/w_i) with u_i uniform in [0, 1), and the clips with the largest keys are drawn
-    (Efraimidis and Spirakis, 2006): one after another, each with probability in proportion to its weight among those
-    that are left.
+    Clip i has the key u_i^(1/w_i) with u_i uniform in [0, 1); the clips with the largest keys are drawn (Efraimidis
+    and Spirakis, 2006). That equals drawing one clip after another, each with a probability proportional to its weight
+    among the clips that are left.
 
     Args:
         path: Table with the columns `id` and `weight`, as `python -m training.class_weights` writes it.
-        clips_per_epoch: How many are drawn.
+        clips_per_epoch: Number of clips to draw.
+        seed: Determines the draws.
 
     Raises:
-        ValueError: If the table is not such, names a clip twice, or has fewer clips of positive weight than are drawn.
+        ValueError: If the table lacks a column, names a clip twice, has a negative or non-finite weight, or has fewer
+            than `clips_per_epoch` clips of positive weight.
     """
 
     def __init__(self, path: str | Path, clips_per_epoch: int, seed: int) -> None:
         self.path = path
         self.clips_per_epoch = clips_per_epoch
         self.seed = seed
-        # Millions of names would take gigabytes in every worker.
+        # Digests instead of names, because millions of names would take gigabytes in every worker.
         self.digests, self.weights = _read_weights(path)
         if clips_per_epoch > (drawable := np.count_nonzero(self.weights)):
             raise ValueError(f"{path} has {drawable} clips of positive weight; {clips_per_epoch} cannot be drawn.")
         self._drawn: tuple[int, np.ndarray] | None = None
 
     def drawn(self, epoch: int) -> np.ndarray:
-        """For every row of the table, in the order of the clips' digests, whether it is drawn."""
+        """Return a mask over the table's rows, sorted by the clips' digests: True for the clips drawn."""
         if self._drawn is None or self._drawn[0] != epoch:
             uniform = generator_for(self.seed, "draw", epoch).random(len(self.weights))
             with np.errstate(divide="ignore"):
@@ -80,6 +87,11 @@ class WeightedDraw:
         return self._drawn[1]
 
     def __call__(self, clip_id: str, epoch: int) -> bool:
+        """Return whether the clip is drawn for the epoch.
+
+        Raises:
+            ValueError: If the table does not name the clip.
+        """
         digest = _digest(clip_id)
         row = int(np.searchsorted(self.digests, digest))
         if row == len(self.digests) or self.digests[row] != digest:

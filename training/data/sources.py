@@ -1,165 +1,296 @@
-"""Any collection of sound as one stream of examples with the audio still encoded.
+"""Any collection of sound as one stream of examples whose audio stays encoded.
 
-What `DataConfig.source` may be:
+`DataConfig.source` can be:
 - a Hub dataset (`agkphysics/AudioSet`), streamed or downloaded first, or a builder of `datasets` with `data_files`
   (`parquet`, `arrow`, `webdataset`, `json`; local paths, globs or URLs);
-- a local folder of a dataset: parquet, arrow or WebDataset tar shards, an audiofolder with its `metadata.csv` /
-  `metadata.jsonl`, or what `Dataset.save_to_disk` wrote;
-- a `.tsv` manifest: the root folder in the first line, then `relative/path.wav<TAB>number` a line; labels, if asked
-  for, from the `.lbl` file beside it;
-- a `.csv` table with a column of paths (relative to it) and, if asked for, one of labels (several in a cell are
-  separated by `;`) and one named `split`;
-- any other folder: every sound file under it, or under its subfolder of the split's name if there is one; labels, if
-  asked for, are the names of the enclosing folders.
+- a local folder of a dataset: parquet, arrow or WebDataset tar shards, an audiofolder with its `metadata.csv` or
+  `metadata.jsonl`, or the output of `Dataset.save_to_disk`;
+- a `.tsv` manifest: the root folder in the first line, then `relative/path.wav<TAB>number` in each line. Labels are
+  read from the `.lbl` file beside it;
+- a `.csv` table with a column of paths relative to it and, optionally, a column of labels (several in a cell are
+  separated by `;`) and a column `split`;
+- any other folder: all sound files in it, or in its subfolder of the split's name if there is one. Labels are the
+  names of the enclosing folders.
 
-Several splits are joined by `+`, as in `fold1+fold2`.
+`+` joins several splits: `fold1+fold2`.
 
-All of them become a `datasets.IterableDataset` cut into shards, which is what rank and worker share out and what an
-epoch shuffles. No audio is read here, and none decoded: `datasets` would need torchcodec for that.
+[`open_source`] finds the examples and their columns. [`Source.in_shards`] turns them into a `datasets.IterableDataset`
+of shards, which ranks and workers share and each epoch reorders. Neither reads or decodes audio.
 """
 
-import csv
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import aiohttp
 import datasets
 import numpy as np
-import soundfile
-from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 
-from modeling_sslam.common.encoded_audio import ID_COLUMNS, EncodedAudio
+from modeling_sslam.common.encoded_audio import EncodedAudio
+from training.data.columns import Columns, find_columns
+from training.data.config import DataConfig
+from training.data.listings import Listing, columns_of, has_split_column, list_folder, read_manifest, read_table
 
-if TYPE_CHECKING:
-    from training.data.config import DataConfig
-
-# Where a label or group column is "auto". AudioSet's `labels` are ids of the ontology, which label files explain.
-LABEL_COLUMNS = ("labels", "label", "category", "class", "target")
-GROUP_COLUMNS = ("num_sources",)
-PATH_COLUMNS = ("audio", "path", "file_name", "filename", "file")
-LABEL_SEPARATOR = ";"
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 SHARD_SUFFIXES = (".parquet", ".arrow", ".tar")
-AUDIO_SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()} | set(AudioFolder.EXTENSIONS)
-AUDIO_SUFFIXES = (AUDIO_SUFFIXES | {".aif", ".aifc", ".oga", ".m4a", ".aac", ".mka", ".weba"}) - {".raw"}
-# Enough shards that their order alone mixes a folder well, few enough that `datasets` handles them at once.
-MAX_LISTED_SHARDS = 1024
+# So many shards suffice to mix a folder by their order. `datasets` handles many more of them slowly.
+MAX_SHARDS = 1024
 
 
-@dataclasses.dataclass
-class Source:
-    """A stream of examples and the names of the columns that matter.
+class Part(Protocol):
+    """The examples of one split."""
+
+    def in_shards(self, num_readers: int, seed: int | None) -> datasets.IterableDataset:
+        """Return the examples, cut into shards.
+
+        Args:
+            num_readers: Number of worker processes over all ranks.
+            seed: Mixes examples whose order costs nothing to change; `None` keeps their order.
+        """
+
+    def rows(self, columns: Sequence[str]) -> Iterable[dict[str, Any]]:
+        """Return the examples' values in some columns, in the order of the source."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ListedPart:
+    """A listing of sound files. Mixing a listing is free, so it is mixed whole; each epoch then varies that order.
 
     Args:
-        dataset: The examples, `dataset.num_shards` shards of them.
-        audio_column: A string column of paths, or a struct of `bytes` and `path`.
-        id_column, label_column, group_column: `None` where there is none.
-        label_names: Names of an integer label column's classes.
-        openers: Open the parts of the dataset again, reading no other columns than `columns`, where its format allows.
+        listing: An Arrow table, which worker processes share; each would soon have its own copy of Python lists.
+    """
+
+    listing: datasets.Dataset
+
+    def in_shards(self, num_readers: int, seed: int | None) -> datasets.IterableDataset:
+        """See [`Part.in_shards`]."""
+        size = len(self.listing)
+        mixed = self.listing
+        if seed is not None:
+            order = np.random.default_rng(seed).permutation(size)
+            columns = self.listing.to_dict()
+            mixed = datasets.Dataset.from_dict({name: [column[i] for i in order] for name, column in columns.items()})
+        return mixed.to_iterable_dataset(choose_num_shards(size, num_readers))
+
+    def rows(self, columns: Sequence[str]) -> Iterable[dict[str, Any]]:
+        """See [`Part.rows`]."""
+        return self.listing.select_columns(list(columns))
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredPart:
+    """A dataset on disk, which can be cut anywhere."""
+
+    dataset: datasets.Dataset
+    columns: Columns
+
+    def in_shards(self, num_readers: int, seed: int | None) -> datasets.IterableDataset:
+        """See [`Part.in_shards`]."""
+        num_shards = choose_num_shards(len(self.dataset), num_readers)
+        return keep_encoded(self.dataset.to_iterable_dataset(num_shards), self.columns)
+
+    def rows(self, columns: Sequence[str]) -> Iterable[dict[str, Any]]:
+        """See [`Part.rows`]."""
+        return keep_encoded(self.dataset.to_iterable_dataset(), self.columns).select_columns(list(columns))
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedPart:
+    """A dataset that is read as a stream of files.
+
+    Args:
+        dataset: The stream.
+        columns: Its columns.
+        reopen: Opens the stream again with an argument `columns`, so that only those are read; `None` if the file
+            format stores whole rows.
     """
 
     dataset: datasets.IterableDataset
-    audio_column: str
-    id_column: str | None = None
-    label_column: str | None = None
-    group_column: str | None = None
-    label_names: list[str] | None = None
-    openers: tuple[Callable[..., datasets.IterableDataset], ...] = ()
+    columns: Columns
+    reopen: "partial[datasets.IterableDataset] | None" = None
+
+    def in_shards(self, num_readers: int, seed: int | None) -> datasets.IterableDataset:
+        """See [`Part.in_shards`]."""
+        # Parquet files can be cut further, into their row groups.
+        too_few = self.dataset.num_shards < num_readers
+        return keep_encoded(self.dataset.reshard() if too_few else self.dataset, self.columns)
+
+    def rows(self, columns: Sequence[str]) -> Iterable[dict[str, Any]]:
+        """See [`Part.rows`]."""
+        if self.reopen is not None and self.columns.audio not in columns:
+            return self.reopen(columns=list(columns))
+        return keep_encoded(self.dataset, self.columns).select_columns(list(columns))
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An open source: where its examples are and the names of their columns.
+
+    Args:
+        config: How to read it.
+        parts: The examples, split by split.
+        columns: The columns that matter.
+    """
+
+    config: DataConfig
+    parts: Sequence[Part]
+    columns: Columns
+
+    def in_shards(self, num_readers: int, seed: int) -> datasets.IterableDataset:
+        """Return all examples, cut into shards.
+
+        Args:
+            num_readers: Number of worker processes over all ranks. The number of shards is a multiple of it where the
+                format allows.
+            seed: Mixes a listing, unless `config.shuffle_buffer` is 0.
+        """
+        order_seed = seed if self.config.shuffle_buffer else None
+        parts = [part.in_shards(num_readers, order_seed) for part in self.parts]
+        return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+    def rows(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Yield the examples' values in some columns, in the order of the source."""
+        for part in self.parts:
+            yield from part.rows(columns)
 
     def id(self, row: dict[str, Any]) -> str:
-        """The name of a clip: by its column, else the audio's path, else a digest of its bytes."""
-        if self.id_column is not None:
-            return str(row[self.id_column])
+        """Return a clip's name: from the id column, else the audio's path, else a digest of its bytes."""
+        if self.columns.id is not None:
+            return str(row[self.columns.id])
         encoded, path = self.audio(row)
         return path or hashlib.blake2b(encoded or b"", digest_size=8).hexdigest()
 
     def audio(self, row: dict[str, Any]) -> tuple[bytes | None, str | None]:
-        """The encoded file of an example and its path or name."""
-        value = row[self.audio_column]
+        """Return an example's encoded file and its path or name."""
+        value = row[self.columns.audio]
         if isinstance(value, str):
             return None, value
         return (value["bytes"], value["path"]) if value else (b"", None)
 
     def labels(self, row: dict[str, Any]) -> list[str]:
-        """The labels of an example by name, however the column stores them."""
-        value = row[self.label_column]
+        """Return an example's labels by name, however the column stores them."""
+        names, value = self.columns.label_names, row[self._label_column]
         values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-        return [self.label_names[v] if self.label_names and isinstance(v, int) else str(v) for v in values]
+        return [names[v] if names and isinstance(v, int) else str(v) for v in values]
 
     def ids_and_labels(self) -> Iterator[tuple[str, list[str]]]:
-        """Of all clips, without decoding any; without reading the audio where the names do not follow from it."""
-        columns = [self.label_column, self.id_column or self.audio_column]
-        parts = [opener(columns=columns) for opener in self.openers] if self.audio_column not in columns else ()
-        for row in chain.from_iterable(parts or [self.dataset.select_columns(columns)]):
+        """Yield each clip's name and labels. Audio is read only if the names follow from it, and never decoded."""
+        for row in self.rows([self._label_column, self.columns.id or self.columns.audio]):
             yield self.id(row), self.labels(row)
 
+    def read_as(self, config: DataConfig) -> "Source":
+        """Return the source that `config` describes: this one if the data are the same, else opened anew.
 
-def open_source(config: "DataConfig", num_readers: int, seed: int) -> Source:
-    """Opens what `config.source` names.
+        Raises:
+            ValueError, FileNotFoundError: See [`open_source`].
+        """
+        if all(getattr(config, name) == getattr(self.config, name) for name in SETTINGS_OF_OPENING):
+            return dataclasses.replace(self, config=config)
+        return open_source(config)
 
-    Args:
-        num_readers: Worker processes over all ranks; sources that can choose are cut into a multiple of it.
-        seed: Mixes the listing of a folder or manifest, unless `config.shuffle_buffer` is 0.
+    @property
+    def _label_column(self) -> str:
+        if self.columns.label is None:
+            raise ValueError(f"{self.config.source} is read without labels; set label_column.")
+        return self.columns.label
+
+
+# The settings that decide what `open_source` finds.
+SETTINGS_OF_OPENING = (
+    *("source", "config_name", "split", "revision", "data_files", "streaming", "read_timeout"),
+    *("audio_column", "id_column", "label_column", "group_column"),
+)
+
+
+def open_source(config: DataConfig) -> Source:
+    """Open the source that a configuration names.
 
     Raises:
-        ValueError: If it cannot be told which column or split to read, naming those there are.
+        ValueError: If a column or split does not exist or is ambiguous. The message lists those that exist.
         FileNotFoundError: If a local source has no sound files.
     """
     path = Path(config.source).expanduser()
+    listing = None
     if path.suffix == ".tsv":
-        return _from_listing(
-            config, _read_manifest(path, with_labels=config.label_column is not None), num_readers, seed
-        )
-    if path.suffix == ".csv":
-        return _from_listing(config, _read_table(config, path), num_readers, seed)
-    if path.is_dir() and not (config.data_files or _is_dataset(path)):
-        return _from_listing(config, _list_folder(path, config), num_readers, seed)
-    splits = config.split.split("+")
-    sources = [
-        _open_split(dataclasses.replace(config, split=split.strip()), path, num_readers, seed) for split in splits
-    ]
-    if len(sources) == 1:
-        return sources[0]
-    dataset = datasets.concatenate_datasets([source.dataset for source in sources])
-    return dataclasses.replace(
-        sources[0], dataset=dataset, openers=tuple(opener for source in sources for opener in source.openers)
-    )
+        listing = read_manifest(path, with_labels=config.label_column is not None)
+    elif path.suffix == ".csv":
+        listing = read_table(path, config)
+    elif _is_plain_folder(path, config):
+        listing = list_folder(path, config)
+    if listing is not None:
+        return Source(config, [ListedPart(datasets.Dataset.from_dict(listing))], columns_of(listing))
+    opened = [_open_split(dataclasses.replace(config, split=split.strip()), path) for split in config.split.split("+")]
+    return Source(config, [part for part, _ in opened], opened[0][1])
 
 
-def is_one_split(config: "DataConfig") -> bool:
-    """Whether the source knows nothing of splits, so that every split is all of it."""
+def is_one_split(config: DataConfig) -> bool:
+    """Return whether the source ignores the split's name, so that every split is all of it."""
     path = Path(config.source).expanduser()
     if path.suffix == ".csv":
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            return "split" not in next(csv.reader(file), [])
-    if path.is_dir() and not (config.data_files or _is_dataset(path)):
+        return not has_split_column(path)
+    if _is_plain_folder(path, config):
         return not (config.label_column and (path / config.split).is_dir())
     return path.suffix == ".tsv"
 
 
-def _is_dataset(path: Path) -> bool:
-    names = [name for _, _, files in os.walk(path) for name in files]
-    return _is_saved_dataset(path) or _has_shards(names) or any(name in METADATA_FILES for name in names)
+def http_options(read_timeout: float) -> dict[str, dict[str, Any]]:
+    """Return options for fsspec by protocol: a connection is lost after `read_timeout` seconds without a byte.
+
+    By default aiohttp ends a transfer after 5 minutes, even if bytes still arrive.
+    """
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=read_timeout, sock_read=read_timeout)
+    return {protocol: {"client_kwargs": {"timeout": timeout}} for protocol in ("http", "https")}
+
+
+def choose_num_shards(num_examples: int, num_readers: int) -> int:
+    """Return a number of shards: a multiple of `num_readers` if there are enough examples."""
+    shards = min(num_examples, max(num_readers, MAX_SHARDS))
+    return shards - shards % num_readers or shards
+
+
+def keep_encoded(dataset: datasets.IterableDataset, columns: Columns) -> datasets.IterableDataset:
+    """Drop the columns that training ignores, and leave the audio encoded: `datasets` would decode with torchcodec."""
+    return dataset.select_columns(columns.names).cast_column(columns.audio, EncodedAudio())
+
+
+def _is_plain_folder(path: Path, config: DataConfig) -> bool:
+    """Return whether the source is a folder of sound files without the files of a dataset."""
+    if config.data_files or not path.is_dir():
+        return False
+    names = _names_in(path)
+    return not (_is_saved_dataset(path) or _has_shards(names) or _has_metadata(names))
+
+
+def _names_in(folder: Path) -> list[str]:
+    return [name for _, _, files in os.walk(folder) for name in files]
 
 
 def _is_saved_dataset(path: Path) -> bool:
     return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def _open_split(config: "DataConfig", path: Path, num_readers: int, seed: int) -> Source:
-    """What `datasets` reads."""
+def _has_shards(names: Iterable[str]) -> bool:
+    return any(name.endswith(SHARD_SUFFIXES) for name in names if name not in METADATA_FILES)
+
+
+def _has_metadata(names: Iterable[str]) -> bool:
+    return any(name in METADATA_FILES for name in names)
+
+
+def _open_split(config: DataConfig, path: Path) -> tuple[Part, Columns]:
+    """Open a split of a dataset with the library `datasets`."""
     if path.is_dir():
         if _is_saved_dataset(path):
-            return _from_dataset(config, _load_from_disk(path, config.split), num_readers)
-        names = [name for _, _, files in os.walk(path) for name in files]
-        if any(name in METADATA_FILES for name in names) and not _has_shards(names):
-            return _from_audiofolder(config, path, num_readers, seed)
+            saved = _load_from_disk(path, config.split)
+            columns = find_columns(config, saved.features)
+            return StoredPart(saved, columns), columns
+        names = _names_in(path)
+        if _has_metadata(names) and not _has_shards(names):
+            return _list_audiofolder(config, path)
     load = partial(
         datasets.load_dataset,
         str(path) if path.is_dir() else config.source,
@@ -171,26 +302,11 @@ def _open_split(config: "DataConfig", path: Path, num_readers: int, seed: int) -
         storage_options=http_options(config.read_timeout),
     )
     dataset = load()
+    columns = find_columns(config, dataset.features)
     if isinstance(dataset, datasets.Dataset):
-        return _from_dataset(config, dataset, num_readers)
-    if dataset.num_shards < num_readers:
-        # Row groups are shards of a parquet file.
-        dataset = dataset.reshard()
-    openers = (load,) if dataset.info.builder_name == "parquet" else ()
-    return dataclasses.replace(_select_columns(config, dataset), openers=openers)
-
-
-def http_options(read_timeout: float) -> dict[str, dict[str, Any]]:
-    """Options for fsspec by protocol: a connection is lost after `read_timeout` seconds without a byte.
-
-    (aiohttp itself gives up 5 minutes after it began, however well the bytes flow.)
-    """
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=read_timeout, sock_read=read_timeout)
-    return {protocol: {"client_kwargs": {"timeout": timeout}} for protocol in ("http", "https")}
-
-
-def _has_shards(names: list[str]) -> bool:
-    return any(name.endswith(SHARD_SUFFIXES) for name in names if name not in METADATA_FILES)
+        return StoredPart(dataset, columns), columns
+    reopen = load if dataset.info.builder_name == "parquet" else None
+    return StreamedPart(dataset, columns, reopen), columns
 
 
 def _load_from_disk(path: Path, split: str) -> datasets.Dataset:
@@ -202,162 +318,24 @@ def _load_from_disk(path: Path, split: str) -> datasets.Dataset:
     return dataset
 
 
-def _list_folder(path: Path, config: "DataConfig") -> dict[str, list]:
-    """Ids (relative paths), paths and, as audiofolder has them, the names of the enclosing folders as labels."""
-    root = path / config.split if config.label_column and (path / config.split).is_dir() else path
-    files = sorted(
-        file
-        for file in root.rglob("*")
-        if file.suffix.lower() in AUDIO_SUFFIXES and not file.name.startswith(".") and file.is_file()
-    )
-    if not files:
-        raise FileNotFoundError(f"No sound files under {root} (looked for {', '.join(sorted(AUDIO_SUFFIXES))}).")
-    columns = {"id": [file.relative_to(path).as_posix() for file in files], "path": [str(file) for file in files]}
-    return columns | ({"labels": [[file.parent.name] for file in files]} if config.label_column else {})
-
-
-def _read_manifest(path: Path, with_labels: bool) -> dict[str, list]:
-    """Ids (relative paths), paths and labels of a `.tsv` manifest."""
-    root, *lines = path.read_text(encoding="utf-8").splitlines()
-    ids = [line.split("\t")[0] for line in lines if line.strip()]
-    if not ids:
-        raise ValueError(
-            f"{path} lists no files. A manifest has the root folder in its first line, then "
-            "relative/path.wav<TAB>number in each."
-        )
-    columns = {"id": ids, "path": [os.path.join(root.strip(), id_) for id_ in ids]}
-    if with_labels:
-        label_file = path.with_suffix(".lbl")
-        entries = [line.split("\t") for line in label_file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        # Named by the stem or, as SPASS's are, by the path without its suffix.
-        if len(entries) != len(ids) or any(
-            entry[0] not in (Path(id_).stem, os.path.splitext(id_)[0]) for entry, id_ in zip(entries, ids, strict=True)
-        ):
-            raise ValueError(f"{label_file} does not list the stems of {path} in the same order.")
-        columns["labels"] = [entry[1].split(",") for entry in entries]
-    return columns
-
-
-def _read_table(config: "DataConfig", path: Path) -> dict[str, list]:
-    """The columns of a `.csv` table, its rows of `config.split` if it names splits."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        rows, names = list(reader), reader.fieldnames or []
-    if "split" in names:
-        wanted = [split.strip() for split in config.split.split("+")]
-        present = sorted({row["split"] for row in rows})
-        if missing := [split for split in wanted if split not in present]:
-            raise ValueError(f"{path} has no split {missing[0]!r}; it has {', '.join(present)}.")
-        rows = [row for row in rows if row["split"] in wanted]
-    audio = _find_column(path, names, config.audio_column or "auto", PATH_COLUMNS, "audio_column")
-    paths = [row[audio] for row in rows]
-    columns = {
-        "id": [row[config.id_column] if config.id_column else row[audio] for row in rows],
-        "path": [value if "://" in value else os.path.join(path.parent, value) for value in paths],
-    }
-    label = _find_column(path, names, config.label_column, LABEL_COLUMNS, "label_column")
-    if label is not None:
-        cells = [(row[label] or "").split(LABEL_SEPARATOR) for row in rows]
-        columns["labels"] = [[name.strip() for name in cell if name.strip()] for cell in cells]
-    if (group := _find_group(path, names, config.group_column)) is not None:
-        columns[group] = [row[group] for row in rows]
-    return columns
-
-
-def _find_column(
-    source: str | Path, names: list[str], wanted: str | None, candidates: tuple[str, ...], key: str
-) -> str | None:
-    """The column that a key of the configuration asks for by name, or by "auto" for the first of the usual names."""
-    if wanted is None or wanted in names:
-        return wanted
-    found = next((name for name in candidates if name in names), None) if wanted == "auto" else None
-    if found is None:
-        asked = "of the usual names" if wanted == "auto" else repr(wanted)
-        raise ValueError(f"{source} has no column {asked}; set {key} to one of those it has: {', '.join(names)}.")
-    return found
-
-
-def _find_group(source: str | Path, names: list[str], wanted: str | None) -> str | None:
-    """As [`_find_column`], but data that are not grouped are no error where nobody said they are."""
-    if wanted == "auto":
-        return next((name for name in GROUP_COLUMNS if name in names), None)
-    return _find_column(source, names, wanted, (), "group_column")
-
-
-def _from_listing(config: "DataConfig", columns: dict[str, list], num_readers: int, seed: int) -> Source:
-    """A listing costs nothing to mix whole, once; the epochs then vary that order."""
-    size = len(columns["id"])
-    order = np.random.default_rng(seed).permutation(size) if config.shuffle_buffer else np.arange(size)
-    dataset = datasets.Dataset.from_dict({name: [column[i] for i in order] for name, column in columns.items()})
-    return Source(
-        dataset.to_iterable_dataset(_num_shards(len(dataset), num_readers)),
-        audio_column="path",
-        id_column="id",
-        label_column="labels" if "labels" in columns else None,
-        group_column=next((name for name in columns if name not in ("id", "path", "labels")), None),
-    )
-
-
-def _num_shards(num_examples: int, num_readers: int) -> int:
-    """A multiple of `num_readers` where there are examples enough."""
-    shards = min(num_examples, max(num_readers, MAX_LISTED_SHARDS))
-    return shards - shards % num_readers or shards
-
-
-def _from_dataset(config: "DataConfig", dataset: datasets.Dataset, num_readers: int) -> Source:
-    return _select_columns(config, dataset.to_iterable_dataset(_num_shards(len(dataset), num_readers)))
-
-
-def _from_audiofolder(config: "DataConfig", path: Path, num_readers: int, seed: int) -> Source:
-    """An audiofolder is one shard of paths to `datasets`; listed here, it can be shared out."""
+def _list_audiofolder(config: DataConfig, folder: Path) -> tuple[Part, Columns]:
+    """List an audiofolder: `datasets` reads it as a single shard, a listing can be shared."""
     stream = datasets.load_dataset(
-        "audiofolder", data_dir=str(path), data_files=config.data_files, split=config.split, streaming=True
+        "audiofolder", data_dir=str(folder), data_files=config.data_files, split=config.split, streaming=True
     )
-    source = _select_columns(config, stream)
-    rows = list(source.dataset)
-    paths = [source.audio(row)[1] for row in rows]
-    columns = {
-        "id": [
-            os.path.relpath(p, path) if source.id_column is None else row[source.id_column]
-            for p, row in zip(paths, rows, strict=True)
-        ],
-        "path": paths,
-    }
-    if source.label_column:
-        columns["labels"] = [source.labels(row) for row in rows]
-    if source.group_column:
-        columns[source.group_column] = [row[source.group_column] for row in rows]
-    return dataclasses.replace(_from_listing(config, columns, num_readers, seed), label_names=source.label_names)
+    columns = find_columns(config, stream.features)
+    source = Source(config, [StreamedPart(stream, columns)], columns)
+    listing: Listing = {"id": [], "path": []}
+    for row in source.rows(columns.names):
+        _, path = source.audio(row)
+        listing["path"].append(path)
+        listing["id"].append(os.path.relpath(str(path), folder) if columns.id is None else row[columns.id])
+        if columns.label is not None:
+            listing.setdefault("labels", []).append(source.labels(row))
+        if columns.group is not None:
+            listing.setdefault(columns.group, []).append(row[columns.group])
+    part = ListedPart(datasets.Dataset.from_dict(listing))
+    return part, columns_of(listing)._replace(label_names=columns.label_names)
 
 
-def _select_columns(config: "DataConfig", dataset: datasets.IterableDataset) -> Source:
-    """Finds the columns, keeps the audio encoded and drops the rest."""
-    features = dataset.features
-    if features is None:
-        raise ValueError(f"The columns of {config.source} are not known before it is read; set streaming to false.")
-    audio_column = config.audio_column
-    if audio_column is None:
-        candidates = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
-        candidates = candidates or [name for name in ("audio",) if name in features]
-        if len(candidates) != 1:
-            raise ValueError(
-                f"{config.source} has {'several' if candidates else 'no'} audio columns; set audio_column to one of "
-                f"{', '.join(candidates or features)}."
-            )
-        audio_column = candidates[0]
-    id_column = config.id_column or next((name for name in ID_COLUMNS if name in features), None)
-    label_column = _find_column(config.source, list(features), config.label_column, LABEL_COLUMNS, "label_column")
-    group_column = _find_group(config.source, list(features), config.group_column)
-    columns = [name for name in (audio_column, id_column, label_column, group_column) if name is not None]
-    for name in columns:
-        if name not in features:
-            raise ValueError(f"{config.source} has no column {name!r}; it has {', '.join(features)}.")
-    label_names = None
-    if label_column is not None:
-        label = features[label_column]
-        label_names = getattr(getattr(label, "feature", label), "names", None)
-    dataset = dataset.select_columns(list(dict.fromkeys(columns))).cast_column(audio_column, EncodedAudio())
-    return Source(dataset, audio_column, id_column, label_column, group_column, label_names)
-
-
-__all__ = ["Source", "http_options", "open_source"]
+__all__ = ["SHARD_SUFFIXES", "Source", "http_options", "is_one_split", "open_source"]

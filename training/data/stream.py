@@ -1,9 +1,8 @@
-"""One worker's stream of clips and the batches it makes of them, at a position that can be saved and found again.
+"""One worker's stream of clips and the batches it makes of them, with a position that can be saved and restored.
 
-Nothing is drawn here that is not a function of (seed, epoch, block, worker) or of (seed, epoch, clip id), and nothing
-is kept between two batches but a [`Position`]: the state of the source at the start of a block of clips and the number
-of them used since. To resume, the block is read once more, still encoded. (The shuffle buffer of `datasets` loses its
-content instead.)
+All random numbers are functions of (seed, epoch, block, worker) or of (seed, epoch, clip id). Between two batches the
+only state is a [`Position`]: the state of the source at the start of a block of clips, and the number of clips used
+since. To resume, the block is read again, still encoded. (The shuffle buffer of `datasets` would lose its content.)
 """
 
 import logging
@@ -12,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import aiohttp
 import datasets
@@ -32,12 +31,9 @@ from training.data.seeding import generator_for
 from training.data.selection import Selection
 from training.data.sources import Source, http_options
 
-if TYPE_CHECKING:
-    from training.data.config import DataConfig
-
 logger = logging.getLogger(__name__)
 
-# What a remote source may raise that another attempt can mend.
+# Errors of a remote source that may not occur again.
 TRANSIENT_ERRORS = (
     OSError,
     FSTimeoutError,
@@ -50,12 +46,21 @@ TRANSIENT_ERRORS = (
 PERMANENT_ERRORS = (FileNotFoundError, PermissionError)
 PERMANENT_STATUS = (401, 403, 404, 410)
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 1.0, 60.0
-# Skipped clips travel with the next batch; where none comes about they are handed over by themselves.
+# Skipped clips are reported with the next batch. So many without a batch are reported alone.
 MAX_UNREPORTED_SKIPS = 64
 
 
-def with_retries(action: Callable[[], Any], max_retries: int, name: str) -> Any:
-    """The result of `action`, called again at doubling intervals while it fails in a way that time may mend."""
+T = TypeVar("T")
+
+
+def with_retries(action: Callable[[], T], max_retries: int, name: str) -> T:
+    """Return the result of `action`. After a transient error, call it again, at intervals that double.
+
+    Args:
+        action: The function.
+        max_retries: How often it is called again.
+        name: What it does, for the log.
+    """
     retry, seconds = 0, FIRST_RETRY_SECONDS
     while True:
         try:
@@ -73,7 +78,7 @@ def with_retries(action: Callable[[], Any], max_retries: int, name: str) -> Any:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """fsspec calls any file missing whose size a server would not tell; what it was stands behind that."""
+    """Return the error behind an error of fsspec, which reports any file of unknown size as missing."""
     while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -85,16 +90,18 @@ def _is_permanent(cause: BaseException) -> bool:
     return isinstance(cause, PERMANENT_ERRORS) or status in PERMANENT_STATUS
 
 
-# A waveform `(samples,)` and the generator to draw from, a function of seed, epoch and clip, to another waveform.
+# Maps a waveform `(samples,)` and a generator that depends on seed, epoch and clip to another waveform.
 Augmentation = Callable[[torch.Tensor, np.random.Generator], torch.Tensor]
 
 
 class Rows:
-    """The rows of a dataset from a saved state on, opened again where it was if reading fails.
+    """The rows of a dataset from a saved state on. If reading fails, the dataset is opened again at the same row.
 
     Args:
-        dataset: Its epoch set; private to this process.
-        state: What an earlier `state_dict()` gave, or `None` for the start.
+        dataset: A dataset of this process alone, with its epoch set.
+        state: The result of an earlier `state_dict()`, or `None` for the start.
+        max_retries: How often to open again.
+        name: What is read, for the log.
     """
 
     def __init__(self, dataset: datasets.IterableDataset, state: dict | None, max_retries: int, name: str) -> None:
@@ -107,7 +114,7 @@ class Rows:
         self.rows: Iterator[dict] | None = None
 
     def state_dict(self) -> dict | None:
-        """The state of the source after the rows given so far; `None` at its start."""
+        """Return the state of the source after the rows given so far; `None` at its start."""
         if self.rows is not None:
             self.checkpoint, self.rows_since_checkpoint = self.dataset.state_dict(), 0
         return self.checkpoint
@@ -124,8 +131,8 @@ class Rows:
         return row
 
     def _read(self) -> dict | None:
-        # A source that failed half way through a table may have counted rows it never gave. So it restarts from the
-        # last state taken between two rows, and passes over those given since.
+        # A source that fails within a table may have counted rows that it never gave. So restart from the last state
+        # taken between two rows, and skip the rows given since.
         try:
             if self.rows is None:
                 if self.checkpoint is not None:
@@ -141,7 +148,7 @@ class Rows:
 
 
 class Position(NamedTuple):
-    """A place in a worker's stream of clips: after `used` clips of the `block` that starts at state `rows`."""
+    """A place in a worker's stream: after `used` clips of the `block` that starts at state `rows` of the source."""
 
     epoch: int
     block: int
@@ -150,12 +157,26 @@ class Position(NamedTuple):
 
 
 class ClipStream(torch.utils.data.IterableDataset):
-    """One worker's batches. Stateful: its state is the position after the batch it gave last."""
+    """One worker's batches. The state is the position after the last batch.
+
+    Args:
+        source: The open source; its configuration says how to read it.
+        dataset: The source's examples, cut into shards for all readers.
+        feature_extractor: Turns waveforms into `input_values`.
+        batch_size: Clips per batch.
+        seed: Determines order, crops and augmentation.
+        rank: This process.
+        world_size: Number of processes.
+        repeat: Whether epochs follow one another without end.
+        drop_last: Whether to drop a last batch that is short.
+        selections: Clips that take part; see [`training.data.selection`].
+        augment: Applied to every waveform after cropping.
+    """
 
     def __init__(
         self,
         source: Source,
-        config: "DataConfig",
+        dataset: datasets.IterableDataset,
         feature_extractor: SSLAMFeatureExtractor,
         batch_size: int,
         seed: int,
@@ -167,7 +188,8 @@ class ClipStream(torch.utils.data.IterableDataset):
         augment: Augmentation | None = None,
     ) -> None:
         self.source = source
-        self.config = config
+        self.config = source.config
+        self.dataset = dataset
         self.feature_extractor = feature_extractor
         self.batch_size = batch_size
         self.seed = seed
@@ -182,24 +204,25 @@ class ClipStream(torch.utils.data.IterableDataset):
         self._current: tuple[Position, int] | None = None
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the position after the last batch."""
         position, num_reported = self._current or (Position(self.epoch, 0, None, 0), 0)
         return position._asdict() | {"num_reported": num_reported}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Make the next iteration continue from a saved position."""
         position = Position(*(state[name] for name in Position._fields))
         self._resumed = self._current = position, state["num_reported"]
 
     def dataset_of_rank(self, epoch: int = 0) -> datasets.IterableDataset:
-        """This rank's part of the source, in the order of that epoch.
+        """Return this rank's part of the source, in the order of an epoch.
 
-        Made anew in each worker: the epoch of a dataset lies in memory that worker processes would share.
+        Every worker makes its own: a dataset keeps its epoch in memory that worker processes share.
         """
-        dataset = self.source.dataset
-        # "examples" has every rank read everything, so it is for when there are too few shards to go round.
-        strategy = "shards" if dataset.num_shards >= self.world_size else "examples"
-        dataset = split_dataset_by_node(dataset, self.rank, self.world_size, strategy=strategy)
+        # "examples" makes every rank read everything, so it is only for fewer shards than ranks.
+        strategy = "shards" if self.dataset.num_shards >= self.world_size else "examples"
+        dataset = split_dataset_by_node(self.dataset, self.rank, self.world_size, strategy=strategy)
         if self.config.shuffle_buffer:
-            # `datasets` orders the shards by the epoch's number alone, and leaves them alone in epoch 0.
+            # `datasets` derives the order of the shards from the epoch's number alone, and keeps it in epoch 0.
             dataset.set_epoch(int(generator_for(self.seed, "shards", epoch).integers(1, 2**62)))
         return dataset
 
@@ -219,7 +242,7 @@ class ClipStream(torch.utils.data.IterableDataset):
                 yield self._batch(clips, skipped[num_reported:])
                 start, clips, skipped, num_reported = position, [], [], 0
             elif len(skipped) - num_reported >= MAX_UNREPORTED_SKIPS:
-                # The position stays after the last batch: the clips waiting for the next one are not given yet.
+                # The position stays after the last batch: the clips collected for the next one are not given yet.
                 report, num_reported = skipped[num_reported:], len(skipped)
                 self._current = start, num_reported
                 yield {"ids": [], "skipped": report}
@@ -230,7 +253,7 @@ class ClipStream(torch.utils.data.IterableDataset):
             yield {"ids": [], "skipped": skipped[num_reported:]}
 
     def _rows(self, start: Position) -> Iterator[tuple[dict, Position]]:
-        """Rows in the order they are used, each with the position after it."""
+        """Yield rows in the order of use, each with the position after it."""
         epoch, index, state, used = start
         worker = info.id if (info := get_worker_info()) else 0
         size = max(1, self.config.shuffle_buffer)
@@ -238,20 +261,21 @@ class ClipStream(torch.utils.data.IterableDataset):
             source = Rows(self.dataset_of_rank(epoch), state, self.config.max_retries, f"Reading {self.config.source}")
             is_empty = state is None
             rows = self._selected(source, epoch)
-            # The first block is of random size, so that the borders between blocks move from epoch to epoch.
+            # The first block has a random size, so that the borders between blocks differ from epoch to epoch.
             first_size = int(generator_for(self.seed, "blocks", epoch, self.rank, worker).integers(1, size + 1))
             block = list(islice(rows, first_size if index == 0 else size))
             while block:
                 is_empty = False
-                next_state, next_block = source.state_dict(), []
+                next_state = source.state_dict()
+                next_block: list[dict] = []
                 order = np.arange(len(block))
                 if self.config.shuffle_buffer:
                     order = generator_for(self.seed, "order", epoch, index, self.rank, worker).permutation(len(block))
-                for i, k in enumerate(order):
+                for i, k in enumerate(order.tolist()):
+                    row, block[k] = block[k], {}  # a used clip's memory is free for the next block
                     if i >= used:
                         next_block.extend(islice(rows, 1))
-                        yield block[k], Position(epoch, index, state, i + 1)
-                    block[k] = None
+                        yield row, Position(epoch, index, state, i + 1)
                 next_block.extend(islice(rows, size - len(next_block)))
                 block, index, state, used = next_block, index + 1, next_state, 0
             if not self.repeat or (is_empty and not source.has_given):
@@ -270,8 +294,11 @@ class ClipStream(torch.utils.data.IterableDataset):
         if encoded is None and path is not None and "://" in path:
             read = partial(_read_remote, path, self.config.read_timeout)
             encoded = with_retries(read, self.config.max_retries, f"Reading {path}")
+        file = path if encoded is None else encoded
+        if file is None:
+            raise ClipError("missing", f"{id_} has neither a file nor a path.")
         waveform = read_waveform(
-            path if encoded is None else encoded,
+            file,
             extractor.sampling_rate,
             max_samples=extractor.num_samples(extractor.max_length),
             min_samples=extractor.num_samples(extractor.patch_size),
@@ -280,10 +307,11 @@ class ClipStream(torch.utils.data.IterableDataset):
         if self.augment is not None:
             waveform = self.augment(waveform, generator_for(self.seed, "augment", epoch, id_))
         clip = {"id": id_, "epoch": epoch, "waveform": waveform}
-        if self.source.label_column:
+        columns = self.source.columns
+        if columns.label is not None:
             clip["labels"] = self.source.labels(row)
-        if self.source.group_column:
-            clip["group"] = row[self.source.group_column]
+        if columns.group is not None:
+            clip["group"] = row[columns.group]
         return clip
 
     def _batch(self, clips: list[dict[str, Any]], skipped: list[tuple[str, str, str]]) -> dict[str, Any]:
@@ -295,9 +323,9 @@ class ClipStream(torch.utils.data.IterableDataset):
             "epochs": [clip["epoch"] for clip in clips],
             "skipped": skipped,
         }
-        if self.source.label_column:
+        if self.source.columns.label is not None:
             batch["labels"] = [clip["labels"] for clip in clips]
-        if self.source.group_column:
+        if self.source.columns.group is not None:
             batch["groups"] = [clip["group"] for clip in clips]
         if self.config.front_end == "worker":
             batch["input_values"] = input_values_of(self.feature_extractor, batch)
@@ -318,7 +346,13 @@ def _read_remote(url: str, read_timeout: float) -> bytes:
 def input_values_of(
     feature_extractor: SSLAMFeatureExtractor, batch: dict[str, Any], device: torch.device | str | None = None
 ) -> torch.Tensor:
-    """The feature extractor over a batch's `waveforms` `(B, samples)` of `num_samples` `(B,)` each: `(B, T, F)`."""
+    """Compute the `input_values` `(B, T, F)` of a batch on `device`.
+
+    Args:
+        feature_extractor: Computes them.
+        batch: `waveforms` `(B, samples)`, zero-padded, and `num_samples` `(B,)`.
+        device: The device; by default that of the waveforms.
+    """
     waveforms = batch["waveforms"].to(device, non_blocking=True)
     clips = [waveform[:n] for waveform, n in zip(waveforms, batch["num_samples"].tolist(), strict=True)]
     features = feature_extractor(clips, sampling_rate=feature_extractor.sampling_rate, return_tensors="pt")

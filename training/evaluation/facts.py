@@ -1,4 +1,4 @@
-"""TODO."""
+"""Facts about evaluated data, for results files, titles and model cards."""
 
 from pathlib import Path
 from typing import Any
@@ -9,25 +9,28 @@ from training.data.config import DataConfig
 from training.evaluation.card import TASK
 from training.evaluation.results import Evaluation
 
+# Packages whose versions results files list.
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "numpy")
 
 
 def dataset_name(data: DataConfig) -> str:
-    """What people call the data: the last part of an id or a path, and the configuration."""
+    """Return a short name of the data: the last part of an id or a path, and the configuration."""
     path = Path(data.source).expanduser().resolve()
     return (path.stem if path.is_file() else path.name) + (f"-{data.config_name}" if data.config_name else "")
 
 
 def split_name(data: DataConfig) -> str:
-    """The split, or which part of one that is divided."""
+    """Return the split's name, or the name of its held-out or kept part."""
     return data.split + ("-held-out" if data.held_out else "-kept" if data.hold_out else "")
 
 
 def describe(data: DataConfig) -> str:
+    """Return data and split in words."""
     return f"{dataset_name(data)}, split {split_name(data)}"
 
 
 def dataset_facts(data: DataConfig) -> dict[str, Any]:
+    """Return the settings that identify the data."""
     path = Path(data.source).expanduser()
     keys = ("config_name", "split", "hold_out", "held_out", "revision", "data_files")
     return {"source": str(path.resolve()) if path.exists() else data.source} | {
@@ -36,7 +39,7 @@ def dataset_facts(data: DataConfig) -> dict[str, Any]:
 
 
 def card_results(data: DataConfig, evaluation: Evaluation) -> list[EvalResult]:
-    """The means as the Hub's `model-index` has them; those that are not defined are left out."""
+    """Return the main metrics as entries of the Hub's `model-index`, without those that are undefined."""
     is_local = Path(data.source).expanduser().exists()
     return [
         EvalResult(

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Clips with cached features, and their division into training, validation and test clips."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,10 +14,11 @@ from training.linear.heads import Head
 
 
 class Clips:
-    """Some of the clips of some splits, with their cached features.
+    """Clips of one or several splits, with their cached features.
 
     Args:
-        choose: Of all clips of the splits those that it chooses by name.
+        sets: The splits.
+        choose: Returns whether the clip of a name belongs to them.
     """
 
     def __init__(self, sets: Sequence[FeatureSet], choose: Callable[[str], bool] = lambda id_: True) -> None:
@@ -25,22 +26,24 @@ class Clips:
         self.rows = [np.array([choose(id_) for id_ in features.ids]).nonzero()[0] for features in sets]
 
     def __len__(self) -> int:
+        """Return the number of clips."""
         return sum(map(len, self.rows))
 
     def column(self, name: str) -> list[Any]:
-        """`ids`, `labels` or, if there are any, `groups` of all clips."""
+        """Return the `ids`, `labels` or, if there are any, `groups` of all clips."""
         return [getattr(features, name)[i] for features, rows in zip(self.sets, self.rows, strict=True) for i in rows]
 
     def groups(self) -> list[Any] | None:
-        """Values of the group column; `None` if the data have none."""
+        """Return the values of the group column; `None` if the data have none."""
         return self.column("groups") if self.group_column else None
 
     @property
     def group_column(self) -> str | None:
+        """The name of the group column, if there is one."""
         return self.sets[0].group_column
 
     def pooled(self, head: Head) -> torch.Tensor:
-        """float32 `(len(self), width)`."""
+        """Return the input of a head: float32 `(len(self), width)`."""
         parts = [
             features.pooled[:, head.layer, head.columns][rows]
             for features, rows in zip(self.sets, self.rows, strict=True)
@@ -49,7 +52,7 @@ class Clips:
 
 
 class Round(NamedTuple):
-    """The clips of one fit and its test; without validation that part is empty."""
+    """The clips of one fit and its test. Without validation `validation` is empty."""
 
     train: Clips
     validation: Clips
@@ -57,19 +60,26 @@ class Round(NamedTuple):
 
 
 def make_rounds(config: LinearEvalConfig, sets: dict[str, FeatureSet]) -> dict[str, Round]:
-    """The clips to train, validate and test with, by test split: one round, or one for each fold."""
+    """Divide clips into rounds, by test split: one round, or one per fold.
 
-    def split_by_name(train: list[FeatureSet]) -> tuple[Clips, Clips]:
-        rest, held_out = (partial(is_on_side, epoch=0, fraction=config.data.hold_out, held_out=x) for x in (0, 1))
+    Args:
+        config: Says which splits are what.
+        sets: The features of "train" and, if they exist, "validation" and "test"; with folds those of each fold.
+    """
+
+    def hold_out(train: list[FeatureSet]) -> tuple[Clips, Clips]:
+        rest, held_out = (
+            partial(is_on_side, epoch=0, fraction=config.data.hold_out, held_out=side) for side in (False, True)
+        )
         return Clips(train, rest), Clips(train, held_out)
 
     if config.folds:
         return {
-            fold: Round(*split_by_name([sets[name] for name in config.folds if name != fold]), Clips([sets[fold]]))
+            fold: Round(*hold_out([sets[name] for name in config.folds if name != fold]), Clips([sets[fold]]))
             for fold in config.folds
         }
     train = [sets["train"]]
-    parts = split_by_name(train) if config.data.hold_out else (Clips(train), Clips([sets["validation"]]))
+    parts = hold_out(train) if config.data.hold_out else (Clips(train), Clips([sets["validation"]]))
     if config.test_split is None:
         return {"held out" if config.data.hold_out else config.validation_split: Round(*parts, parts[1])}
     return {config.test_split: Round(*parts, Clips([sets["test"]]))}

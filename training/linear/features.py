@@ -1,16 +1,16 @@
-"""Pooled features of a frozen encoder: computed once, kept in memory-mapped files, found again.
+"""Pooled features of a frozen encoder, computed once and kept in memory-mapped files.
 
-    features = cached_features(encoder, feature_extractor, DataConfig("soundscapes", split="train"), "runs/features",
-                               accelerator)
-    features.pooled[:, layer, POOLINGS.index("mean")]     # (N, hidden_size), read from disk as far as it is used
+    source = open_source(DataConfig("soundscapes", split="train"))
+    features = cached_features(encoder, feature_extractor, source, "runs/features", accelerator)
+    features.pooled[:, layer, FEATURE_POOLINGS.index("mean")]     # (N, hidden_size), read from disk on use
 
 A split's features are a folder `CACHE/SPLIT-KEY` with `features.npy`, of shape (N, 1 + layers, poolings, hidden_size),
-`clips.json` (names, labels and groups of the N clips, sorted by name) and `key.json`: all that the features follow
-from. Another weight, another setting of the feature extractor, a file of the data that has changed, and it is another
-key. Layer 0 is the output of the embeddings, layer i that of block i, the last what classifiers read.
+`clips.json` (names, labels and groups of the N clips, sorted by name) and `key.json`, which holds everything that
+determines the features. A changed weight, setting of the feature extractor or data file changes the key. Layer 0 is
+the output of the embeddings, layer i that of block i; classifiers read the last.
 
-Every process of a launch writes the clips it is given into a file of its own; the main process sorts them together in
-a hidden folder, which gets its name when all of it is on disk. Memory holds a batch, never a split.
+Every process of a launch writes its clips into a file of its own. The main process merges them in a hidden folder,
+which gets its name once it is complete on disk. Memory holds a batch, never a split.
 """
 
 import dataclasses
@@ -37,21 +37,22 @@ from tqdm.auto import tqdm
 
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMModel
 from modeling_sslam.common.files import publish, temporary_path
+from modeling_sslam.common.recordings import AUDIO_SUFFIXES
 from modeling_sslam.modeling_sslam import linear_softmax_pooling
-from training.data.config import DataConfig, DataError
+from training.data.config import DataError
 from training.data.loader import make_loader
-from training.data.sources import AUDIO_SUFFIXES, SHARD_SUFFIXES, open_source
+from training.data.sources import SHARD_SUFFIXES, Source
 
 logger = logging.getLogger(__name__)
 
-# The axis of poolings, in this order: the classifier's own, and the largest value over the patches.
-POOLINGS = ("cls", "mean", "lin_softmax", "max")
-# Another number here, and what older versions of this file cached is computed anew.
+# The axis of poolings, in this order: the three of the model's classifier, and the maximum over the patches.
+FEATURE_POOLINGS = ("cls", "mean", "lin_softmax", "max")
+# Version of the files. A new number invalidates all cached features.
 CACHE_FORMAT = 1
-# Settings of the model that its encoder does not know.
+# Settings of the model that do not concern the encoder.
 HEAD_SETTINGS = {"classifier_pooling", "classifier_norm_eps"}
 TABLE_SUFFIXES = (".csv", ".tsv", ".lbl", ".json", ".jsonl")
-# Rows that are moved at once when the processes' files are sorted together: some 150 MB of a base model's.
+# Rows that are moved at once when the processes' files are merged: about 150 MB for a base model.
 ROWS_PER_COPY = 1024
 
 
@@ -59,12 +60,13 @@ class FeatureSet(NamedTuple):
     """The features of a split's N clips, sorted by name.
 
     Args:
-        folder: Where they are.
+        folder: The folder that holds them.
         ids: The clips' names.
-        labels: Their labels by name.
-        group_column, groups: Name and values of the column to report by, or `None` if the data have none.
-        skipped: How many further clips were unusable, by reason.
-        pooled: Memory-mapped, of shape `(N, 1 + layers, poolings, hidden_size)`, poolings as in [`POOLINGS`].
+        labels: The clips' labels by name.
+        group_column: Name of the column to report by, or `None`.
+        groups: Its values, or `None`.
+        skipped: Number of unusable clips, which have no features, by reason.
+        pooled: Memory-mapped, `(N, 1 + layers, poolings, hidden_size)`, poolings as in [`FEATURE_POOLINGS`].
     """
 
     folder: Path
@@ -77,7 +79,7 @@ class FeatureSet(NamedTuple):
 
 
 def pooled_states(encoder: SSLAMModel, input_values: torch.Tensor) -> torch.Tensor:
-    """Every layer's states, pooled in every way: `(B, T, F)` to float32 `(B, 1 + layers, poolings, hidden_size)`."""
+    """Pool every layer's states in every way: `(B, T, F)` to float32 `(B, 1 + layers, poolings, hidden_size)`."""
     layers = []
     for states in encoder(input_values, output_hidden_states=True, return_dict=True).hidden_states:
         cls, patches = states[:, 0].float(), states[:, 1:].float()
@@ -88,39 +90,44 @@ def pooled_states(encoder: SSLAMModel, input_values: torch.Tensor) -> torch.Tens
 def cached_features(
     encoder: SSLAMModel,
     feature_extractor: SSLAMFeatureExtractor,
-    data: DataConfig,
+    source: Source,
     cache_dir: str | Path,
     accelerator: Accelerator,
     *,
     batch_size: int = 32,
     dtype: Literal["float32", "float16"] = "float32",
 ) -> FeatureSet:
-    """The features of one split, from the cache or else computed and cached; to be called in every process.
+    """Return the features of one split, from the cache or newly computed. Call it in every process.
 
-    Clips longer than the feature extractor's `max_length` are cut to their head, shorter ones padded to it.
+    Clips are cropped to the first `max_length` frames of the feature extractor, or padded to as many.
 
     Args:
         encoder: In evaluation mode, on the device of `accelerator`, whose precision it runs in.
-        data: The split, and how to read it; `label_column` set.
+        feature_extractor: Computes the log-mel frames.
+        source: The split, read with labels.
         cache_dir: On a disk that all processes share.
-        dtype: Of the file. float16 halves it.
+        accelerator: The processes.
+        batch_size: Clips per forward pass.
+        dtype: Type of the cached values; float16 halves the file.
 
     Raises:
-        DataError: If a clip has features that are not finite, a name is there twice, there are no clips, or too many
+        DataError: If a clip has features that are not finite, two clips share a name, there are no clips, or too many
             are unusable.
-        ValueError, FileNotFoundError: If the source cannot be opened.
     """
-    data = dataclasses.replace(data, crop="head", shuffle_buffer=0)
+    source = source.read_as(dataclasses.replace(source.config, crop="head", shuffle_buffer=0))
+    data = source.config
     cache_dir = Path(cache_dir)
     found: list[Path | bool | None] = [None, None]
     lock = None
     try:
         if accelerator.is_main_process:
-            key = json.dumps(cache_key(encoder, feature_extractor, data, accelerator.mixed_precision, dtype), indent=1)
+            key = json.dumps(
+                cache_key(encoder, feature_extractor, source, accelerator.mixed_precision, dtype), indent=1
+            )
             digest = blake2b(key.encode(), digest_size=8).hexdigest()
             folder = cache_dir / f"{data.split.replace('/', '_')}-{digest}"
             cache_dir.mkdir(parents=True, exist_ok=True)
-            # Another run that wants the same features waits here and then finds them.
+            # Another run that needs the same features waits here and then finds them.
             lock = FileLock(cache_dir / f".{folder.name}.lock")
             lock.acquire()
             found = [folder, folder.is_dir()]
@@ -132,7 +139,7 @@ def cached_features(
                 temporary.mkdir()
                 (temporary / "key.json").write_text(key)
             accelerator.wait_for_everyone()
-            _write_part(temporary, encoder, feature_extractor, data, accelerator, batch_size, dtype)
+            _write_part(temporary, encoder, feature_extractor, source, accelerator, batch_size, dtype)
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 _merge_parts(temporary, accelerator.num_processes, data.source)
@@ -147,32 +154,32 @@ def cached_features(
 
 
 def read_features(folder: Path) -> FeatureSet:
-    """What an earlier call has cached in `folder`."""
+    """Open the features that an earlier call cached in `folder`."""
     clips = json.loads((folder / "clips.json").read_text(encoding="utf-8"))
     pooled = np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False)
     return FeatureSet(folder, pooled=pooled, **clips)
 
 
 def cache_key(
-    encoder: SSLAMModel, feature_extractor: SSLAMFeatureExtractor, data: DataConfig, precision: str, dtype: str
+    encoder: SSLAMModel, feature_extractor: SSLAMFeatureExtractor, source: Source, precision: str, dtype: str
 ) -> dict[str, Any]:
-    """All that the features of a split follow from, as JSON takes it."""
+    """Return everything that determines the features of a split, as plain values."""
     architecture = inspect.get_annotations(SSLAMConfig).keys() - HEAD_SETTINGS
     columns = ("config_name", "split", "audio_column", "id_column", "label_column", "group_column")
     return {
         "format": CACHE_FORMAT,
-        "poolings": POOLINGS,
+        "poolings": FEATURE_POOLINGS,
         "weights": weights_digest(encoder),
         "model": {name: getattr(encoder.config, name) for name in sorted(architecture)},
         "feature_extractor": feature_extractor.to_dict(),
-        "data": {name: getattr(data, name) for name in columns} | {"content": data_digest(data)},
+        "data": {name: getattr(source.config, name) for name in columns} | {"content": data_digest(source)},
         "precision": precision,
         "dtype": dtype,
     }
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """A digest of a model's tensors, the same whichever file they came from."""
+    """Return a digest of a model's tensors. It does not depend on the file that they came from."""
     digest = blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -180,12 +187,13 @@ def weights_digest(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def data_digest(data: DataConfig) -> str:
-    """A digest of a local source's files by name, size and time of change; of a Hub dataset the commit."""
+def data_digest(source: Source) -> str | None:
+    """Return a digest of a local source's files (name, size, modification time), or the commit of a Hub dataset."""
     digest = blake2b(digest_size=16)
+    data = source.config
     path = Path(data.source).expanduser()
     if path.exists() or data.data_files:
-        for name, file in _files(path, data):
+        for name, file in _files(path, source):
             state = file.stat() if file.exists() else None
             digest.update(f"{name} {state and state.st_size} {state and state.st_mtime_ns}\n".encode())
         return digest.hexdigest()
@@ -193,17 +201,17 @@ def data_digest(data: DataConfig) -> str:
         return HfApi().dataset_info(data.source, revision=data.revision).sha
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         logger.warning(
-            "The commit of %s could not be asked for (%s): if that dataset changes, features cached before will be "
-            "used all the same.",
+            "The Hub did not tell the commit of %s (%s). If that dataset changes, features cached before will still "
+            "be used.",
             data.source,
             error,
         )
         return f"{data.source} {data.revision}"
 
 
-def _files(path: Path, data: DataConfig) -> Iterator[tuple[str, Path]]:
-    """The local files of a source and what to call them."""
-    for pattern in data.data_files or ():
+def _files(path: Path, source: Source) -> Iterator[tuple[str, Path]]:
+    """Yield the names and paths of a source's local files."""
+    for pattern in source.config.data_files or ():
         yield from ((name, Path(name)) for name in sorted(glob.glob(pattern, recursive=True)) or [pattern])
     if path.is_dir():
         suffixes = AUDIO_SUFFIXES | {*SHARD_SUFFIXES, *TABLE_SUFFIXES}
@@ -213,11 +221,11 @@ def _files(path: Path, data: DataConfig) -> Iterator[tuple[str, Path]]:
         yield path.name, path
         if (labels := path.with_suffix(".lbl")).exists():
             yield labels.name, labels
-        # A list of files: they may lie anywhere.
-        source = open_source(data, num_readers=1, seed=0)
-        for row in source.dataset.select_columns([source.audio_column]):
-            name = source.audio(row)[1]
-            yield name, Path(name)
+        # The files of a listing can be anywhere.
+        for row in source.rows([source.columns.audio]):
+            _, name = source.audio(row)
+            if name is not None:
+                yield name, Path(name)
 
 
 @torch.inference_mode()
@@ -225,14 +233,14 @@ def _write_part(
     folder: Path,
     encoder: SSLAMModel,
     feature_extractor: SSLAMFeatureExtractor,
-    data: DataConfig,
+    source: Source,
     accelerator: Accelerator,
     batch_size: int,
     dtype: str,
 ) -> None:
-    """Writes this process's share of the clips: rows of features, and what they are of."""
+    """Write this process's share of the clips: rows of features, and their names, labels and groups."""
     loader = make_loader(
-        data,
+        source,
         feature_extractor,
         batch_size=batch_size,
         seed=0,
@@ -241,8 +249,8 @@ def _write_part(
         repeat=False,
     )
     clips: dict[str, list[Any]] = {"ids": [], "labels": [], "groups": []}
-    shape = (encoder.config.num_hidden_layers + 1, len(POOLINGS), encoder.config.hidden_size)
-    bar = tqdm(desc=f"Features of {data.split}", unit="clip", disable=not accelerator.is_local_main_process)
+    shape = (encoder.config.num_hidden_layers + 1, len(FEATURE_POOLINGS), encoder.config.hidden_size)
+    bar = tqdm(desc=f"Features of {source.config.split}", unit="clip", disable=not accelerator.is_local_main_process)
     part = folder / f"part-{accelerator.process_index:05d}"
     with bar, open(part.with_suffix(".bin"), "wb") as file:
         for batch in loader:
@@ -252,21 +260,21 @@ def _write_part(
             if not (finite := np.isfinite(rows).all(axis=(1, 2, 3))).all():
                 names = [id_ for id_, good in zip(batch["ids"], finite, strict=True) if not good]
                 raise DataError(
-                    f"The features of clips {', '.join(names)} are not finite as {dtype}. Has the model's training "
-                    "diverged? Else use float32 and no mixed precision."
+                    f"The features of clips {', '.join(names)} are not finite as {dtype}. Either the model's "
+                    "training diverged, or float32 without mixed precision helps."
                 )
             file.write(rows.tobytes())
             clips["ids"] += batch["ids"]
             clips["labels"] += batch["labels"]
             clips["groups"] += batch.get("groups", [None] * len(rows))
             bar.update(len(rows) * accelerator.num_processes)
-    content = {"shape": shape, "dtype": dtype, "skipped": loader.skipped} | clips
-    content["group_column"] = loader.stream.source.group_column
+    facts = {"shape": shape, "dtype": dtype, "skipped": loader.skipped, "group_column": source.columns.group}
+    content = facts | clips
     part.with_suffix(".json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def _merge_parts(folder: Path, num_parts: int, source: str) -> None:
-    """Makes features.npy and clips.json of what the processes wrote, sorted by name."""
+    """Merge the processes' files into features.npy and clips.json, sorted by clip name."""
     parts = [folder / f"part-{index:05d}" for index in range(num_parts)]
     contents = [json.loads(part.with_suffix(".json").read_text(encoding="utf-8")) for part in parts]
     clips = {name: [value for content in contents for value in content[name]] for name in ("ids", "labels", "groups")}
@@ -303,4 +311,4 @@ def _merge_parts(folder: Path, num_parts: int, source: str) -> None:
         part.with_suffix(".json").unlink()
 
 
-__all__ = ["POOLINGS", "FeatureSet", "cache_key", "cached_features", "pooled_states", "read_features"]
+__all__ = ["FEATURE_POOLINGS", "FeatureSet", "cache_key", "cached_features", "pooled_states", "read_features"]

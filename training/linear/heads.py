@@ -15,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from training.evaluation.metrics import ProblemType
-from training.linear.features import POOLINGS
+from training.linear.features import FEATURE_POOLINGS
 from training.run.losses import Loss, loss_sum, loss_weight
 from training.run.optimization import OptimizerConfig, learning_rate
 
@@ -57,7 +57,7 @@ class Head(NamedTuple):
 
     Attributes:
         layer: 0 for the output of the embeddings, i for the output of block i.
-        pooling: One of [`training.linear.features.POOLINGS`], or several joined by +.
+        pooling: One of [`training.linear.features.FEATURE_POOLINGS`], or several joined by +.
     """
 
     layer: int
@@ -66,7 +66,7 @@ class Head(NamedTuple):
     @property
     def columns(self) -> list[int]:
         """Indices of the poolings along the pooling axis of cached features."""
-        return [POOLINGS.index(name) for name in self.pooling.split("+")]
+        return [FEATURE_POOLINGS.index(name) for name in self.pooling.split("+")]
 
     def __str__(self) -> str:
         return f"layer {self.layer}, {self.pooling}"

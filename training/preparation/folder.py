@@ -16,8 +16,8 @@ import datasets
 import soundfile
 from tqdm import tqdm
 
+from modeling_sslam.common.recordings import AUDIO_SUFFIXES, LIBSNDFILE_SUFFIXES
 from training.data.seeding import generator_for
-from training.data.sources import AUDIO_SUFFIXES
 from training.preparation.listing import (
     Clip,
     Listing,
@@ -34,7 +34,7 @@ MAX_SHARD_ROWS = 50_000
 # A row group of 50 paths would be mostly header.
 ROWS_PER_GROUP, PATHS_PER_GROUP = 50, 1000
 # Formats that the loader may read with torchcodec and libsndfile cannot.
-UNCHECKED_SUFFIXES = AUDIO_SUFFIXES - {f".{name.lower()}" for name in soundfile.available_formats()}
+UNCHECKED_SUFFIXES = AUDIO_SUFFIXES - {f".{name}" for name in LIBSNDFILE_SUFFIXES}
 
 
 def write_listing(folder: Path, listing: Listing, by_path: bool) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from training.data.sources import AUDIO_SUFFIXES
+from modeling_sslam.common.recordings import is_recording_name
 
 # Kinds of findings, and the fate of the clip, file, row or label in question.
 FINDINGS = {
@@ -136,11 +136,7 @@ def sound_files(folder: Path) -> list[Path]:
     found = []
     for root, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [
-            Path(root, name)
-            for name in sorted(names)
-            if os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES and not name.startswith(".")
-        ]
+        found += [Path(root, name) for name in sorted(names) if is_recording_name(name)]
     return found
 
 

@@ -1,17 +1,17 @@
-"""Checkpoints that are either whole or not there, and that continue a run exactly.
+"""Checkpoints that are either complete or absent, and from which a run continues exactly.
 
 A checkpoint is a folder `checkpoints/step-00001000`:
 
-- `model.safetensors`, `config.json` and the rest of `save_pretrained`: student, decoder and teacher. So every
-  checkpoint is a model folder as well, for `from_pretrained` and for starting another run;
-- `optimizer.pt`, by parameter names and unsharded, however the run was spread over devices;
-- `rank-00000.pt`, ...: what each process has for itself, such as random number generators and its place in the data;
-- `trainer.json`: where the run is, and the settings it is run with;
-- `manifest.json`: size and checksum of all these.
+- `model.safetensors`, `config.json` and the other files of `save_pretrained`: student, decoder and teacher. So every
+  checkpoint is also a model folder, for `from_pretrained` and for starting another run;
+- `optimizer.pt`: the optimiser's state by parameter name, unsharded, for any distribution over devices;
+- `rank-00000.pt`, ...: each process's own state, such as random number generators and its position in the data;
+- `trainer.json`: the run's progress and settings;
+- `manifest.json`: size and checksum of all these files.
 
-Everything is written into a hidden folder beside it, forced to disk and renamed at the end: a process killed at any
-moment leaves whole checkpoints and, at worst, a hidden folder that the next start removes. The manifest tells of
-damage that came later. Nothing is unpickled but tensors and plain values (`weights_only`).
+All files are written into a hidden folder, forced to disk and renamed at the end. A process that is killed at any
+moment leaves complete checkpoints and, at worst, a hidden folder that the next start removes. The manifest reveals
+later damage. Only tensors and plain values are unpickled (`weights_only`).
 """
 
 import json
@@ -20,7 +20,6 @@ import random
 import shutil
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,53 +40,43 @@ from modeling_sslam.common.files import TEMPORARY_PREFIX, publish, temporary_pat
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-# The model folder of a run with the weights that its evaluations chose.
+# A run's model folder with the weights of its best evaluation.
 BEST = "best"
 WRITE_ERRORS = (OSError, SafetensorError)
 
 
-@dataclass
-class CheckpointConfig:
-    every: int = field(default=5000, metadata={"help": "Updates between checkpoints."})
-    keep: int = field(default=2, metadata={"help": "Latest checkpoints to keep."})
-
-    def __post_init__(self) -> None:
-        for name in ("every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-
-
 class CheckpointError(Exception):
-    """A checkpoint that cannot be written or read; the message says what to do."""
+    """A checkpoint cannot be written. The message gives the reason and the remedy."""
 
 
 def checkpoint_path(run_dir: Path, update: int) -> Path:
+    """Return the folder of an update's checkpoint."""
     return run_dir / "checkpoints" / f"step-{update:08d}"
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, the latest last, damaged ones among them."""
+    """Return the checkpoints of a run in their order, including damaged ones."""
     return sorted((run_dir / "checkpoints").glob("step-*[0-9]"))
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Removes what a killed process left half-written, or half-removed."""
+    """Remove the hidden files and folders that a killed process left."""
     for path in run_dir.glob(f"**/{TEMPORARY_PREFIX}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The latest checkpoint that is whole."""
+    """Return the latest intact checkpoint, or `None`."""
     for path in reversed(list_checkpoints(run_dir)):
         fault = find_fault(path)
         if fault is None:
             return path
-        logger.warning("Checkpoint %s is damaged (%s); looking for the one before.", path, fault)
+        logger.warning("Checkpoint %s is damaged (%s); trying the one before.", path, fault)
     return None
 
 
 def find_fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, compared with its manifest; `None` if it is whole."""
+    """Compare a checkpoint with its manifest. Return the first difference, or `None`."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, ValueError) as error:
@@ -99,18 +88,20 @@ def find_fault(checkpoint: Path) -> str | None:
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, not {size}"
         if _checksum(path) != checksum:
-            return f"{name} has another checksum than when it was written"
+            return f"{name} does not have the checksum that it was written with"
     return None
 
 
-def write_folder(target: Path, write: Callable[[Path], None], accelerator: Accelerator) -> None:
-    """Has `write` fill a hidden folder beside `target`, forces that to disk and gives it its name.
+def write_checkpoint(target: Path, write: Callable[[Path], None], accelerator: Accelerator) -> None:
+    """Write a folder with a manifest, completely or not at all. Call it in every process.
 
     Args:
-        write: Called in every process with the same folder.
+        target: The folder's final place.
+        write: Fills the folder that it is given. It is called in every process with the same hidden folder.
+        accelerator: The processes.
 
     Raises:
-        CheckpointError: If it cannot be written. What was at `target` is then still there.
+        CheckpointError: If the folder cannot be written. `target` then keeps its content.
     """
     temporary = temporary_path(target)
     try:
@@ -128,30 +119,30 @@ def write_folder(target: Path, write: Callable[[Path], None], accelerator: Accel
     except WRITE_ERRORS as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            f"{target} could not be written: {error}. Is the disk full, or the folder not writable? What was saved "
-            "before is intact; make room and continue with --resume auto."
+            f"{target} could not be written: {error}. The disk may be full, or the folder not writable. Earlier "
+            "checkpoints are intact; make room and continue with --resume auto."
         ) from error
     accelerator.wait_for_everyone()
 
 
 def copy_model(checkpoint: Path, folder: Path) -> None:
-    """Makes `folder` of what `from_pretrained` needs of a checkpoint."""
+    """Copy the files of a checkpoint that `from_pretrained` needs into a new `folder`."""
     shutil.copytree(
         checkpoint, folder, ignore=shutil.ignore_patterns("optimizer.pt", "rank-*.pt", "trainer.json", MANIFEST)
     )
 
 
 def rotate(run_dir: Path, keep: int) -> None:
-    """Removes all but the `keep` latest checkpoints."""
+    """Remove all but the `keep` latest checkpoints."""
     for path in list_checkpoints(run_dir)[:-keep]:
-        # Under its name a folder is whole or absent, also while it is being removed.
+        # Renamed first, so that a checkpoint is complete or absent also during its removal.
         doomed = temporary_path(path)
         path.rename(doomed)
         shutil.rmtree(doomed)
 
 
 def save_optimizer(folder: Path, accelerator: Accelerator, model: nn.Module, optimizer: AcceleratedOptimizer) -> None:
-    """Writes the optimiser's state; to be called in every process, since it may have to be put together from all."""
+    """Write the optimiser's state. Call it in every process: with FSDP each of them holds a part."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_optimizer_state_dict(model, optimizer.optimizer, options=options)
     if accelerator.is_main_process:
@@ -159,6 +150,7 @@ def save_optimizer(folder: Path, accelerator: Accelerator, model: nn.Module, opt
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: AcceleratedOptimizer) -> None:
+    """Load the optimiser's state from a checkpoint."""
     state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     set_optimizer_state_dict(
         model, optimizer.optimizer, optim_state_dict=state, options=StateDictOptions(full_state_dict=True)
@@ -166,7 +158,11 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: AcceleratedOptimiz
 
 
 def save_tensors(state: dict[str, Any], path: Path) -> None:
-    """torch.save of tensors and plain values; OSError if the disk does not take it, where torch has a RuntimeError."""
+    """Save tensors and plain values.
+
+    Raises:
+        OSError: If the file cannot be written. (torch raises a RuntimeError.)
+    """
     try:
         torch.save(state, path)
     except RuntimeError as error:
@@ -174,17 +170,26 @@ def save_tensors(state: dict[str, Any], path: Path) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """Python's, numpy's and torch's global generators of this process, in plain values."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - libraries draw from it
+    """Return the states of Python's, numpy's and torch's global generators as plain values."""
+    numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002 - libraries draw from it
+    inner = numpy_state["state"]
     return {
         "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
+        # As `get_state()` orders them.
+        "numpy": (
+            numpy_state["bit_generator"],
+            inner["key"].tolist(),
+            inner["pos"],
+            numpy_state["has_gauss"],
+            numpy_state["gauss"],
+        ),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
+    """Restore the states that `rng_state` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])  # noqa: NPY002
     torch.set_rng_state(state["torch"])
@@ -193,6 +198,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def _checksum(path: Path) -> int:
+    """Return the CRC-32 of a file."""
     checksum = 0
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):

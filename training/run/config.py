@@ -1,4 +1,4 @@
-"""TODO."""
+"""Settings that all training programs share."""
 
 import json
 from dataclasses import dataclass, field
@@ -7,12 +7,9 @@ from typing import Any, Literal
 
 from training.arguments import flatten
 from training.data.config import DataConfig
-from training.run.checkpointing import (
-    CheckpointConfig,
-)
 from training.run.optimization import OptimizerConfig
 
-# Settings that may change between a run and its continuation, which stays the same run.
+# Settings that may change when a run is resumed: they do not alter its result.
 NEUTRAL_SETTINGS = {
     *("output_dir", "resume", "allow_changed_config", "checkpoint.every", "checkpoint.keep"),
     *("data.max_skipped_fraction", "data.max_retries", "data.read_timeout"),
@@ -21,37 +18,46 @@ NEUTRAL_SETTINGS = {
 
 
 class TrainingError(Exception):
-    """The run cannot start or go on; the message says why and what to do."""
+    """The run cannot start or continue. The message gives the reason and the remedy."""
+
+
+@dataclass
+class CheckpointConfig:
+    """When checkpoints are written and how many are kept."""
+
+    every: int = field(default=5000, metadata={"help": "Updates between checkpoints."})
+    keep: int = field(default=2, metadata={"help": "Number of latest checkpoints to keep."})
+
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "every", "keep")
 
 
 @dataclass
 class WatchConfig:
-    """What is logged, and when a run that has gone wrong stops."""
+    """What is logged, and when a failing run stops."""
 
     every: int = field(default=100, metadata={"help": "Updates between two lines of the log."})
     tracker: str = field(
         default="tensorboard",
         metadata={
-            "help": "Where to log beside metrics.jsonl: a tracker of accelerate (tensorboard, wandb, ...) or none."
+            "help": "Where to log besides metrics.jsonl: a tracker of accelerate (tensorboard, wandb, ...) or none."
         },
     )
     max_dropped: int = field(
         default=20,
         metadata={
-            "help": "Stop after so many updates in a row that were dropped for a loss or gradient that is not finite. "
-            "(In fp16 a few in a row are normal: that is how the loss scale finds its value.)"
+            "help": "Stop after this many consecutive updates were dropped for a loss or gradient that is not finite. "
+            "(In fp16 a few in a row are normal while the loss scale falls.)"
         },
     )
 
     def __post_init__(self) -> None:
-        for name in ("every", "max_dropped"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_at_least_one(self, "every", "max_dropped")
 
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """The settings that all training programs have."""
+    """Settings that all training programs have."""
 
     output_dir: Path = field(metadata={"help": "Folder of the run, on a disk that all processes share."})
     data: DataConfig
@@ -60,28 +66,43 @@ class RunConfig:
     watch: WatchConfig
     resume: Literal["no", "auto"] = field(
         default="no",
-        metadata={"help": "auto: go on from the latest checkpoint in output_dir, or start if there is none."},
+        metadata={"help": "auto: continue from the latest checkpoint in output_dir, or start if there is none."},
     )
     allow_changed_config: bool = field(
         default=False, metadata={"help": "Resume even if settings changed that alter the run."}
     )
-    seed: int = field(
-        default=0, metadata={"help": "What weights, order of clips, crops, masks and noise follow from."}
-    )
-    max_updates: int = field(default=400_000, metadata={"help": "Optimiser updates of the whole run."})
+    seed: int = field(default=0, metadata={"help": "Determines weights, order of clips, crops, masks and noise."})
+    max_updates: int | None = field(default=None, metadata={"help": "Optimiser updates of the whole run."})
     batch_size: int = field(default=12, metadata={"help": "Clips per device and forward pass."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forward passes per update."})
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
-        default=None, metadata={"help": "Overrides what accelerate was launched with."}
+        default=None, metadata={"help": "Overrides the precision that accelerate was launched with."}
     )
-    compile: bool = field(default=False, metadata={"help": "Compile the transformer blocks by torch.compile."})
+    compile: bool = field(default=False, metadata={"help": "Compile the transformer blocks with torch.compile."})
 
     def __post_init__(self) -> None:
-        for name in ("max_updates", "batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_at_least_one(self, "max_updates", "batch_size", "gradient_accumulation_steps")
+
+    @property
+    def num_updates(self) -> int:
+        """The number of updates of the whole run."""
+        if self.max_updates is None:
+            raise ValueError("max_updates is not set")
+        return self.max_updates
 
 
-def plain_settings(config: RunConfig) -> dict[str, Any]:
-    """All settings by their dotted keys, as JSON gives them back."""
+def check_at_least_one(config: Any, *names: str) -> None:
+    """Check settings that must be at least 1 if they are given.
+
+    Raises:
+        ValueError: If one is less.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+
+
+def plain_settings(config: Any) -> dict[str, Any]:
+    """Return all settings of a configuration by their dotted keys, as plain values that JSON preserves."""
     return json.loads(json.dumps(flatten(config), default=str))

@@ -1,5 +1,8 @@
-"""The losses of fine-tuning: the sum over a batch, and apart from it what an update's sum is divided by, so that its
-mean is exact however unevenly processes and forward passes share the targets out."""
+"""Losses of fine-tuning, as a sum over a batch and a separate divisor.
+
+An update divides the sum over all its batches by the sum of their divisors. So its mean is exact even if processes and
+forward passes have different numbers of targets.
+"""
 
 from typing import Literal
 
@@ -10,12 +13,12 @@ Loss = Literal["bce_per_target", "bce_per_clip", "cross_entropy"]
 
 
 def loss_sum(logits: torch.Tensor, targets: torch.Tensor, loss: Loss, label_smoothing: float = 0.0) -> torch.Tensor:
-    """The loss summed over a batch, in float32.
+    """Return the loss summed over a batch, in float32.
 
     Args:
         logits: `(B, K)`.
-        targets: `(B, K)` in [0, 1], mixed or not.
-        loss: "bce_per_target" or "bce_per_clip", binary cross-entropy; "cross_entropy".
+        targets: `(B, K)` in [0, 1]; mixup makes fractions.
+        loss: Binary cross-entropy ("bce_per_target" or "bce_per_clip") or "cross_entropy".
         label_smoothing: Share of a target that is spread evenly over all K classes.
     """
     logits, targets = logits.float(), targets.float()
@@ -26,6 +29,13 @@ def loss_sum(logits: torch.Tensor, targets: torch.Tensor, loss: Loss, label_smoo
 
 
 def loss_weight(targets: torch.Tensor, loss: Loss) -> torch.Tensor:
-    """What a batch adds to the divisor of an update's loss: the sum of its targets for "bce_per_target" (clips with
-    several labels), the number of its clips for "cross_entropy" and "bce_per_clip" (Speech Commands)."""
+    """Return a batch's share of the divisor of an update's loss.
+
+    It is the sum of the targets for "bce_per_target" (clips with several labels), and the number of clips for
+    "cross_entropy" and "bce_per_clip" (Speech Commands).
+
+    Args:
+        targets: `(B, K)`.
+        loss: The loss.
+    """
     return targets.sum() if loss == "bce_per_target" else torch.tensor(float(len(targets)), device=targets.device)

@@ -1,4 +1,4 @@
-"""The optimiser: AdamW, linear warm-up, cosine, and for fine-tuning a learning rate for each layer."""
+"""The optimiser: AdamW with linear warm-up, cosine decay and layer-wise learning rates."""
 
 import math
 import re
@@ -12,27 +12,32 @@ from modeling_sslam import SSLAMPreTrainedModel
 
 @dataclass
 class OptimizerConfig:
-    """AdamW with decoupled weight decay; the defaults are the published ones of pre-training."""
+    """AdamW and its schedule. The defaults are the published ones of pre-training."""
 
     learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate, reached at the end of warm-up."})
-    warmup_updates: int = field(default=53_333, metadata={"help": "Updates over which it rises linearly to that."})
-    initial_learning_rate: float = field(default=0.0, metadata={"help": "Where it rises from."})
-    final_learning_rate: float = field(default=0.0, metadata={"help": "Where half a cosine takes it in the end."})
+    warmup_updates: int = field(
+        default=53_333, metadata={"help": "Updates of linear warm-up to the peak learning rate."}
+    )
+    initial_learning_rate: float = field(default=0.0, metadata={"help": "Learning rate at the start of warm-up."})
+    final_learning_rate: float = field(default=0.0, metadata={"help": "Learning rate at the end of the cosine decay."})
     layer_decay: float = field(
         default=1.0,
-        metadata={"help": "Block i of L has the learning rate times this to the power L - i, all else has it whole."},
+        metadata={
+            "help": "Block i of L has the learning rate times this to the power of L - i; other parameters have the "
+            "learning rate itself."
+        },
     )
-    betas: tuple[float, float] = field(default=(0.9, 0.95), metadata={"help": "Adam's two decays."})
+    betas: tuple[float, float] = field(default=(0.9, 0.95), metadata={"help": "Adam's two decay rates."})
     eps: float = field(default=1e-8, metadata={"help": "Adam's epsilon."})
     weight_decay: float = field(default=0.05, metadata={"help": "Decoupled weight decay."})
     decay_1d_parameters: bool = field(
         default=True,
         metadata={
-            "help": "Whether biases, norms and the CLS token decay too. The published runs decayed everything: their "
-            "configuration means to spare these, but its optimiser never did."
+            "help": "Whether weight decay applies to biases, norms and the CLS token too, as in the published runs: "
+            "their configuration intends an exemption that their optimiser never applied."
         },
     )
-    max_grad_norm: float = field(default=4.0, metadata={"help": "The gradient is clipped to this norm."})
+    max_grad_norm: float = field(default=4.0, metadata={"help": "Norm to which the gradient is clipped."})
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps", "max_grad_norm"):
@@ -46,8 +51,16 @@ class OptimizerConfig:
 
 
 def learning_rate(update: int, config: OptimizerConfig, max_updates: int) -> float:
-    """The learning rate of optimiser update `update`, counted from 1: linear from the initial to the peak one at
-    `warmup_updates`, then half a cosine to the final one at `max_updates`."""
+    """Return the learning rate of an update.
+
+    It rises linearly from the initial to the peak learning rate at `warmup_updates`, then falls along half a cosine to
+    the final one at `max_updates`.
+
+    Args:
+        update: Counted from 1.
+        config: The schedule.
+        max_updates: Number of updates of the run.
+    """
     peak, warmup_updates = config.learning_rate, config.warmup_updates
     if update < warmup_updates:
         return config.initial_learning_rate + (peak - config.initial_learning_rate) * update / warmup_updates
@@ -57,13 +70,12 @@ def learning_rate(update: int, config: OptimizerConfig, max_updates: int) -> flo
 
 
 def parameter_groups(model: SSLAMPreTrainedModel, config: OptimizerConfig) -> list[dict]:
-    """Groups for a torch optimiser out of all trainable parameters: those with the same weight decay and the same
-    `lr_scale`, by which their learning rate is multiplied."""
+    """Group the trainable parameters by weight decay and by `lr_scale`, a factor of their learning rate."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        # What has a single axis longer than 1: biases, norms, the CLS token.
+        # At most one axis is longer than 1 in biases, norms and the CLS token.
         is_1d = sum(size > 1 for size in parameter.shape) <= 1
         weight_decay = 0.0 if is_1d and not config.decay_1d_parameters else config.weight_decay
         key = _layer_scale(name, model.config.num_hidden_layers, config.layer_decay), weight_decay
@@ -80,9 +92,11 @@ def _layer_scale(name: str, num_layers: int, layer_decay: float) -> float:
 
 
 def make_optimizer(model: SSLAMPreTrainedModel, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of `model`, which is on its device already. The learning rate is set before
-    each update, from [`learning_rate`]."""
+    """Return AdamW over the trainable parameters of `model`, which is on its device already.
+
+    The trainer sets the learning rate before each update; see [`learning_rate`].
+    """
     groups = parameter_groups(model, config)
-    # Elsewhere than on GPUs and CPUs torch has no fused one.
+    # torch has fused AdamW for GPUs and CPUs only.
     fused = all(parameter.device.type in ("cuda", "cpu") for group in groups for parameter in group["params"])
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)

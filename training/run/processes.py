@@ -1,4 +1,4 @@
-"""What every program does at its start, in each of the processes it was launched in."""
+"""Start of a program in each process of a launch."""
 
 import logging
 from datetime import timedelta
@@ -10,27 +10,31 @@ from transformers.utils.logging import disable_progress_bar
 
 from modeling_sslam.common.glibc import keep_freed_memory
 
-# A process whose share of an uneven pass is small waits for the others at its end, however long they take.
+# Timeout of collective operations. After an uneven pass, a process may wait long for the others.
 LONGEST_WAIT = timedelta(days=1)
 
 
 def join_processes() -> PartialState:
-    """Joins the other processes of the launch and sets up logging: the main one says all, the others warn."""
-    # accelerate itself reads this wish of its launcher only later, when several processes on CPUs would not be joined.
+    """Join the other processes of the launch and set up logging: INFO in the main process, WARNING in the others."""
+    # Without `cpu`, accelerate reads this variable of its launcher too late to join several processes on CPUs.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_WAIT)
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         level=logging.INFO if state.is_main_process else logging.WARNING,
     )
-    disable_progress_bar()  # transformers' own, at every file of weights
+    disable_progress_bar()  # transformers shows one for every file of weights
     return state
 
 
 def make_accelerator(mixed_precision: str | None, **arguments: Any) -> Accelerator:
-    """Device, precision and processes.
+    """Join the processes and choose device and precision.
+
+    Args:
+        mixed_precision: Overrides the launcher's choice, unless it is `None`.
+        **arguments: Arguments of `Accelerator`.
 
     Raises:
-        ValueError: If the precision or anything else is not to be had here.
+        ValueError: If this machine does not support the precision, or accelerate does not know an argument's value.
     """
     join_processes()
     accelerator = Accelerator(mixed_precision=mixed_precision, **arguments)

@@ -32,14 +32,14 @@ def test_roll_and_gain_shifts_the_whole_clip_and_scales_it():
     assert len(offsets) > 200
 
 
-def test_mixup_is_of_the_batch_and_its_reverse():
+def test_mixup_combines_the_batch_and_its_reverse():
     values, targets = torch.randn(3, 8, 4), torch.eye(3)
     assert torch.allclose(mix(values, 0.25)[0], 0.25 * values[0] + 0.75 * values[2])
     assert torch.allclose(mix(values, 0.25)[1], values[1])
     assert mix(targets, 0.25).tolist() == [[0.25, 0, 0.75], [0, 1, 0], [0.75, 0, 0.25]]
 
 
-def test_mixed_frames_and_targets_share_their_weight():
+def test_frames_and_targets_are_mixed_with_the_same_weight():
     config = AugmentationConfig(mixup_alpha=0.8, mixup_prob=1.0, mask_ratio=0.0)
     values = torch.stack([torch.zeros(16, 4), torch.ones(16, 4)])
     weights = []
@@ -64,14 +64,14 @@ def test_share_of_mixed_batches(prob, least, most):
     assert least <= mixed <= most
 
 
-def test_masks_are_at_most_the_ratio_wide_and_differ_between_clips():
+def test_masks_have_at_most_the_ratio_and_differ_between_clips():
     ratio, length, num_mel_bins = 0.25, 64, 32
     masked = mask_spectrogram(torch.ones(200, length, num_mel_bins), ratio)
     assert set(masked.unique().tolist()) == {0.0, 1.0}
     frames, bins = (masked == 0).all(2), (masked == 0).all(1)
     assert frames.sum(1).max() <= length * ratio
     assert bins.sum(1).max() <= num_mel_bins * ratio
-    # Nothing else is 0, and a mask is of one piece.
+    # Nothing else is 0, and each mask is contiguous.
     assert torch.equal(masked == 0, frames[:, :, None] | bins[:, None, :])
     assert (frames.int().diff(dim=1).abs().sum(1) <= 2).all()
     # Widths are uniform on [0, width).
@@ -84,7 +84,7 @@ def test_without_a_ratio_nothing_is_masked():
     assert torch.equal(mask_spectrogram(values, 0.0), values)
 
 
-def test_frames_shift_round_by_an_offset_of_each_clip():
+def test_each_clip_is_rolled_by_its_own_offset():
     values = torch.arange(20.0)[None, :, None].expand(100, 20, 3)
     shifted = shift_frames(values, 3)
     offsets = shifted[:, 0, 0].neg().remainder(20).int()
@@ -93,7 +93,7 @@ def test_frames_shift_round_by_an_offset_of_each_clip():
     assert {(offset.item() + 10) % 20 - 10 for offset in offsets} == set(range(-3, 4))
 
 
-def test_noise_is_uniform_at_a_level_of_each_clip():
+def test_noise_is_uniform_with_a_level_for_each_clip():
     config = AugmentationConfig(noise=0.1, mixup_alpha=0.0, mask_ratio=0.0)
     noise, _ = augment_batch(torch.zeros(300, 64, 8), torch.eye(300), config)
     assert noise.min() >= 0

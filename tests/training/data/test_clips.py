@@ -1,4 +1,4 @@
-"""Sound files of every kind to waveforms, against soundfile and torchaudio themselves."""
+"""Reading sound files of every kind, compared with soundfile and torchaudio."""
 
 import io
 import sys
@@ -36,7 +36,7 @@ def test_rates_and_channels(encode, rate, channels):
 
 
 def test_a_rate_without_a_simple_ratio_takes_little_memory():
-    """11 127 Hz and 16 000 Hz have no common divisor; the sine must come out in tune all the same."""
+    """11 127 Hz and 16 000 Hz have no common divisor. A sine keeps its frequency all the same."""
     file = io.BytesIO()
     soundfile.write(file, 0.5 * np.sin(2 * np.pi * 500 / 11_127 * np.arange(11_127)), 11_127, "FLOAT", format="WAV")
     waveform = read_waveform(file.getvalue(), 16_000, 10**6)
@@ -44,7 +44,7 @@ def test_a_rate_without_a_simple_ratio_takes_little_memory():
     torch.testing.assert_close(waveform[100:-100], expected[100:-100], rtol=0, atol=2e-3)
 
 
-def test_crops_lie_where_position_says(encode):
+def test_position_places_the_crop(encode):
     data = encode(seconds=1.0)
     whole = read_waveform(data, 16_000, 10**6)
     torch.testing.assert_close(read_waveform(data, 16_000, 4000), whole[:4000], rtol=0, atol=0)
@@ -76,7 +76,7 @@ def float_wav(samples):
         (float_wav([20_000.0] * 1000), "out_of_range"),
     ],
 )
-def test_unusable_clips_say_why(tmp_path, data, reason):
+def test_errors_of_unusable_clips_give_the_reason(tmp_path, data, reason):
     path = tmp_path / "clip.wav"
     path.write_bytes(data)
     for audio in (data, str(path)):
@@ -91,8 +91,8 @@ def test_a_truncated_flac_is_undecodable(encode):
         read_waveform(data[: len(data) // 2], 16_000, 10**6)
 
 
-def test_what_libsndfile_cannot_read_goes_to_torchcodec(monkeypatch):
-    """Stands in for torchcodec by its interface: m4a and webm themselves need FFmpeg's libraries."""
+def test_torchcodec_reads_other_formats_than_libsndfile(monkeypatch):
+    """A stand-in with torchcodec's interface, because m4a and webm files need FFmpeg's libraries."""
     stereo = torch.linspace(-1, 1, 4000).reshape(2, 2000)
 
     class AudioDecoder:

@@ -4,7 +4,6 @@ import torch
 from modeling_sslam import SSLAMConfig
 from training.data.config import DataConfig, DataError
 from training.data.labels import LabelSet, find_label_set, survey
-from training.data.selection import selections_of
 from training.data.sources import open_source
 
 
@@ -28,28 +27,24 @@ def test_classes_of_a_model_and_of_files(tmp_path):
         LabelSet.of_file(tmp_path / "broken.csv")
 
 
-def open_(config):
-    return open_source(config, num_readers=1, seed=0)
-
-
-def test_where_the_classes_are_found(tmp_path, write_parquet, make_folder):
+def test_classes_come_from_a_label_file_or_the_data(tmp_path, write_parquet, make_folder):
     write_parquet(tmp_path / "data", [4])
     config = DataConfig(str(tmp_path / "data"), label_column="human_labels")
-    assert find_label_set(config, open_(config)) is None
+    assert find_label_set(open_source(config)) is None
     (tmp_path / "data" / "labels.csv").write_text("index,label\n0,class 1\n1,class 0\n2,class 2\n")
-    assert find_label_set(config, open_(config)).names == ["class 1", "class 0", "class 2"]
+    assert find_label_set(open_source(config)).names == ["class 1", "class 0", "class 2"]
     (tmp_path / "own.csv").write_text("x\ny\n")
-    assert find_label_set(config, open_(config), str(tmp_path / "own.csv")).names == ["x", "y"]
-    # A folder of sounds beside a file of that name is not a data set with classes.
+    assert find_label_set(open_source(config), str(tmp_path / "own.csv")).names == ["x", "y"]
+    # A plain folder has no table of classes.
     folder = make_folder(2)
     config = DataConfig(str(folder), label_column="auto")
-    assert find_label_set(config, open_(config)) is None
+    assert find_label_set(open_source(config)) is None
 
 
-def test_a_survey_counts_what_takes_part(tmp_path, write_parquet):
+def test_a_survey_counts_the_clips_that_take_part(tmp_path, write_parquet):
     write_parquet(tmp_path / "data", [7, 6])
     config = DataConfig(str(tmp_path / "data"), label_column="human_labels")
-    found = survey(open_(config))
+    found = survey(open_source(config))
     assert found.num_clips == 13
     assert found.counts == {"class 0": 5, "class 1": 4, "class 2": 4}
     assert found.is_single_label
@@ -57,6 +52,6 @@ def test_a_survey_counts_what_takes_part(tmp_path, write_parquet):
     sides = []
     for held_out in (False, True):
         config = DataConfig(str(tmp_path / "data"), label_column="labels", hold_out=0.4, held_out=held_out)
-        sides.append(survey(open_(config), selections_of(config, 0)))
+        sides.append(survey(open_source(config)))
     assert sum(side.num_clips for side in sides) == 13
     assert sides[0].counts + sides[1].counts == {"/m/0": 5, "/m/1": 4, "/m/2": 4}

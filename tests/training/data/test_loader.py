@@ -17,6 +17,7 @@ from modeling_sslam import SSLAMFeatureExtractor
 from training.data import stream
 from training.data.config import DataConfig
 from training.data.loader import make_loader
+from training.data.sources import open_source
 
 
 @pytest.fixture
@@ -35,7 +36,13 @@ def open_loader(tmp_path, write_parquet, make_folder, extractor):
         loader_kwargs = {name: kwargs.pop(name) for name in ("repeat", "drop_last") if name in kwargs}
         config = DataConfig(sources[kind, sizes], **({"num_workers": 0, "shuffle_buffer": 4} | kwargs))
         return make_loader(
-            config, extractor, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, **loader_kwargs
+            open_source(config),
+            extractor,
+            batch_size=batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            **loader_kwargs,
         )
 
     return open_loader
@@ -79,7 +86,7 @@ def test_every_clip_once_an_epoch(open_loader, kind, world_size, num_workers, si
     assert len(set(ids)) == sum(sizes)
 
 
-def test_epochs_follow_one_another_without_loss(open_loader):
+def test_epochs_follow_one_another_and_no_clip_is_lost(open_loader):
     batches = take(open_loader(batch_size=5), 23)  # 5 epochs of 23 clips
     clips = [(epoch, id_) for batch in batches for epoch, id_ in zip(batch["epochs"], batch["ids"], strict=True)]
     assert [epoch for epoch, _ in clips] == [epoch for epoch in range(5) for _ in range(23)]
@@ -89,7 +96,7 @@ def test_epochs_follow_one_another_without_loss(open_loader):
 
 
 def test_the_order_depends_on_the_seed_alone(open_loader):
-    """And leaves the global generators alone: resuming a run would else change what they give."""
+    """The loader does not use the global generators, so resuming it does not change them."""
     batches = take(open_loader("folder", num_workers=2), 6)
     before = torch.get_rng_state(), random.getstate()
     assert_same(take(open_loader("folder", num_workers=2), 6), batches)
@@ -100,7 +107,7 @@ def test_the_order_depends_on_the_seed_alone(open_loader):
     assert ids_of(take(open_loader("folder", num_workers=2, seed=1), 6)) != ids_of(batches)
 
 
-def test_without_shuffling_the_order_of_the_source_stands(open_loader):
+def test_without_shuffling_the_order_is_that_of_the_source(open_loader):
     loader = open_loader(shuffle_buffer=0, repeat=False)
     names = [f"clip{i:03d}" for i in range(23)]
     for epoch in (0, 1):
@@ -135,7 +142,7 @@ def test_a_rank_without_clips_is_an_error(open_loader):
 def test_the_shuffle_buffer_mixes_beyond_its_shards(open_loader):
     orders = [list(itertools.chain(*ids_of(open_loader(seed=seed, repeat=False)))) for seed in range(20)]
     assert len({order[0] for order in orders}) > 5
-    # Blocks of 4 of shards in random order: neighbours in a shard seldom stay neighbours.
+    # Blocks of 4 clips are permuted, so neighbours in a shard rarely stay neighbours.
     neighbours = [sum(int(b[4:]) - int(a[4:]) == 1 for a, b in itertools.pairwise(order)) for order in orders]
     assert np.mean(neighbours) < 8
 
@@ -146,7 +153,7 @@ def test_the_shuffle_buffer_mixes_beyond_its_shards(open_loader):
 @pytest.mark.parametrize("kind", ["parquet", "folder"])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_exact_resume_after_any_batch(open_loader, kind, num_workers):
-    """Beyond the first epoch, by state dicts that went through a file's bytes, on from a resumed loader once more."""
+    """Also beyond the first epoch, with pickled states, and from a state of a resumed loader."""
     total, seed = 18, 3
     loader = open_loader(kind, seed=seed, num_workers=num_workers)
     expected, states = [], [pickle.dumps(loader.state_dict())]
@@ -160,7 +167,7 @@ def test_exact_resume_after_any_batch(open_loader, kind, num_workers):
         assert resumed.num_clips == 3 * total
         assert resumed.epoch == loader.epoch
 
-    # Killed again: a state saved by a resumed loader.
+    # A state saved by a resumed loader.
     resumed = open_loader(kind, seed=seed, num_workers=num_workers)
     resumed.load_state_dict(pickle.loads(states[4]))
     take(resumed, 5)
@@ -194,7 +201,8 @@ def test_a_moved_folder_resumes(make_folder, extractor):
     folder = make_folder(9)
 
     def open_loader():
-        return make_loader(DataConfig(str(folder), num_workers=0, shuffle_buffer=4), extractor, batch_size=2, seed=0)
+        source = open_source(DataConfig(str(folder), num_workers=0, shuffle_buffer=4))
+        return make_loader(source, extractor, batch_size=2, seed=0)
 
     loader = open_loader()
     state, expected = None, []
@@ -210,12 +218,12 @@ def test_a_moved_folder_resumes(make_folder, extractor):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_workers_outlive_the_signal_that_ends_a_run(open_loader, number):
-    """As Ctrl-C or a scheduler sends it: to every process, while the main one still finishes its step."""
+def test_workers_survive_the_signal_that_ends_a_run(open_loader, number):
+    """Ctrl-C and schedulers signal every process, while the main one still finishes its update."""
     loader = open_loader("folder", num_workers=2)
     batches = iter(loader)
     first = take(batches, 1)
-    # Other tests may have left a helper of multiprocessing's; a forked worker has the command line of its parent.
+    # A forked worker has the command line of its parent; helpers of multiprocessing, from other tests, do not.
     main = psutil.Process()
     workers = [child for child in main.children() if child.cmdline() == main.cmdline()]
     assert len(workers) == 2
@@ -226,6 +234,23 @@ def test_workers_outlive_the_signal_that_ends_a_run(open_loader, number):
     del batches, loader
     gc.collect()
     assert not psutil.wait_procs(workers, timeout=20)[1]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder"])
+def test_loaders_of_one_source_do_not_disturb_each_other(open_loader, extractor, kind):
+    """A run can train on a source and validate on the clips that it holds out."""
+    expected = take(open_loader(kind), 8)
+    loader = open_loader(kind)
+    other = make_loader(loader.stream.source, extractor, batch_size=2, seed=5, repeat=False)
+    batches, states = [], []
+    for batch in itertools.islice(loader, 8):
+        batches.append(batch)
+        states.append(loader.state_dict())
+        assert len(list(other)) == 12
+    assert_same(batches, expected)
+    resumed = open_loader(kind)
+    resumed.load_state_dict(states[3])
+    assert_same(take(resumed, 4), expected[4:])
 
 
 # -------------------------------------------------------------------------------------------------- front end, crops
@@ -251,7 +276,7 @@ def test_clips_of_different_lengths(tmp_path, encode, extractor):
     values = {}
     for front_end in ("worker", "device"):
         config = DataConfig(str(tmp_path), num_workers=0, shuffle_buffer=0, crop="head", front_end=front_end)
-        loader = make_loader(config, extractor, batch_size=3, seed=0)
+        loader = make_loader(open_source(config), extractor, batch_size=3, seed=0)
         batch = next(iter(loader))
         values[front_end] = loader.input_values(batch, "cpu")
     assert batch["num_samples"].tolist() == [3200, 4800, 31 * 160 + 400]
@@ -261,7 +286,7 @@ def test_clips_of_different_lengths(tmp_path, encode, extractor):
 
 def crops(tmp_path, extractor, num_batches=12, **kwargs):
     config = DataConfig(str(tmp_path), **({"shuffle_buffer": 2, "front_end": "device"} | kwargs))
-    loader = make_loader(config, extractor, batch_size=1, seed=0)
+    loader = make_loader(open_source(config), extractor, batch_size=1, seed=0)
     return {
         (batch["epochs"][0], batch["ids"][0]): batch["waveforms"][0] for batch in itertools.islice(loader, num_batches)
     }
@@ -306,7 +331,7 @@ def damaged_folder(make_folder, encode):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_unusable_clips_are_skipped_counted_and_named(damaged_folder, extractor, caplog, num_workers):
     config = DataConfig(str(damaged_folder), num_workers=num_workers, shuffle_buffer=4, max_skipped_fraction=0.5)
-    loader = make_loader(config, extractor, batch_size=3, seed=0, repeat=False)
+    loader = make_loader(open_source(config), extractor, batch_size=3, seed=0, repeat=False)
     with caplog.at_level(logging.WARNING):
         assert sum(len(batch["ids"]) for batch in loader) == 20
     assert loader.skipped == {"empty": 1, "undecodable": 2, "too_short": 1}
@@ -316,12 +341,12 @@ def test_unusable_clips_are_skipped_counted_and_named(damaged_folder, extractor,
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_counts_of_skipped_clips_survive_a_resume(damaged_folder, extractor, monkeypatch, num_workers):
-    """Also where a report of skipped clips came between two batches."""
+    """Also if skipped clips are reported between two batches."""
     monkeypatch.setattr(stream, "MAX_UNREPORTED_SKIPS", 1)
     config = DataConfig(str(damaged_folder), num_workers=num_workers, shuffle_buffer=4, max_skipped_fraction=0.5)
 
     def open_loader():
-        return make_loader(config, extractor, batch_size=3, seed=0)
+        return make_loader(open_source(config), extractor, batch_size=3, seed=0)
 
     loader = open_loader()
     expected, states = [], []
@@ -339,7 +364,7 @@ def test_counts_of_skipped_clips_survive_a_resume(damaged_folder, extractor, mon
 
 def test_too_many_unusable_clips_stop_the_run(damaged_folder, extractor):
     config = DataConfig(str(damaged_folder), num_workers=0, shuffle_buffer=4, max_skipped_fraction=0.1)
-    loader = make_loader(config, extractor, batch_size=3, seed=0)
+    loader = make_loader(open_source(config), extractor, batch_size=3, seed=0)
     with pytest.raises(
         RuntimeError, match=r"of 10\d clips of .* are unusable \(\d+ undecodable, .*max_skipped_fraction"
     ):
@@ -350,9 +375,8 @@ def test_too_many_unusable_clips_stop_the_run(damaged_folder, extractor):
 def test_a_source_of_nothing_but_unusable_clips_stops_the_run(tmp_path, extractor):
     for i in range(5):
         (tmp_path / f"{i}.wav").write_bytes(b"")
-    loader = make_loader(
-        DataConfig(str(tmp_path), num_workers=0, max_skipped_fraction=0.9), extractor, batch_size=2, seed=0
-    )
+    source = open_source(DataConfig(str(tmp_path), num_workers=0, max_skipped_fraction=0.9))
+    loader = make_loader(source, extractor, batch_size=2, seed=0)
     with pytest.raises(RuntimeError, match=r"\d+ of \d+ clips of .* are unusable \(\d+ empty\)"):
         take(loader, 1)
 
@@ -361,11 +385,11 @@ def test_a_source_of_nothing_but_unusable_clips_stops_the_run(tmp_path, extracto
 
 
 def test_memory_stays_flat_over_many_epochs(tmp_path, write_parquet):
-    """24 MB of clips, of which the shuffle buffer may hold 3, over 40 epochs in the process itself."""
+    """40 epochs of 24 MB of clips, of which the shuffle buffer holds 3 MB, loaded in this process."""
     write_parquet(tmp_path / "data", [20, 20, 20, 20], seconds=10.0)
     size = sum(path.stat().st_size for path in (tmp_path / "data").iterdir())
     config = DataConfig(str(tmp_path / "data"), num_workers=0, shuffle_buffer=8)
-    loader = make_loader(config, SSLAMFeatureExtractor(max_length=32), batch_size=8, seed=0)
+    loader = make_loader(open_source(config), SSLAMFeatureExtractor(max_length=32), batch_size=8, seed=0)
     process, peaks = psutil.Process(), []
     for i, _ in enumerate(itertools.islice(loader, 400)):
         if i % 100 == 0:

@@ -7,6 +7,7 @@ import pytest
 from training.data.config import DataConfig
 from training.data.loader import make_loader
 from training.data.selection import WeightedDraw, selections_of
+from training.data.sources import open_source
 
 
 @pytest.fixture
@@ -30,15 +31,15 @@ def test_a_single_draw_follows_the_weights(write_weights):
         assert counts[id_] / epochs == pytest.approx(share, abs=4 * (share * (1 - share) / epochs) ** 0.5)
 
 
-def test_a_second_draw_is_from_what_is_left(write_weights):
+def test_a_second_draw_is_among_the_other_clips(write_weights):
     draw = WeightedDraw(write_weights({"a": 1.0, "b": 1.0, "c": 2.0}), clips_per_epoch=2, seed=1)
     epochs = 3000
     without_c = sum(not draw("c", epoch) for epoch in range(epochs))
-    # a then b, or b then a: 1/4 * 1/3, twice.
+    # Either a then b, or b then a, each with probability 1/4 * 1/3.
     assert without_c / epochs == pytest.approx(1 / 6, abs=0.03)
 
 
-def test_seed_and_epoch_change_the_draw_and_nothing_else_does(write_weights):
+def test_the_draw_depends_on_seed_and_epoch_alone(write_weights):
     path = write_weights({f"clip{i}": 1.0 + i % 3 for i in range(200)})
     drawn = {seed: WeightedDraw(path, 50, seed).drawn(3) for seed in (0, 1)}
     assert (drawn[0] == WeightedDraw(path, 50, 0).drawn(3)).all()
@@ -63,7 +64,7 @@ def test_all_ranks_together_see_each_drawn_clip_once_an_epoch(
     )
     seen = Counter()
     for rank in range(world_size):
-        loader = make_loader(config, extractor, batch_size=1, seed=7, rank=rank, world_size=world_size)
+        loader = make_loader(open_source(config), extractor, batch_size=1, seed=7, rank=rank, world_size=world_size)
         for batch in loader:
             seen.update(zip(batch["ids"], batch["epochs"], strict=True))
             if loader.epoch > 2 + num_workers:
@@ -82,27 +83,27 @@ def test_a_run_with_draws_resumes_exactly(make_folder, write_weights, extractor)
         batches = iter(loader)
         return [next(batches)["ids"] for _ in range(count)]
 
-    straight = ids_of(make_loader(config, extractor, batch_size=2, seed=0), 12)
-    first = make_loader(config, extractor, batch_size=2, seed=0)
+    straight = ids_of(make_loader(open_source(config), extractor, batch_size=2, seed=0), 12)
+    first = make_loader(open_source(config), extractor, batch_size=2, seed=0)
     assert ids_of(first, 5) == straight[:5]
-    second = make_loader(config, extractor, batch_size=2, seed=0)
+    second = make_loader(open_source(config), extractor, batch_size=2, seed=0)
     second.load_state_dict(first.state_dict())
     assert ids_of(second, 7) == straight[5:]
 
 
-def test_held_out_clips_and_the_others_are_the_source(make_folder, extractor):
+def test_held_out_clips_and_the_others_together_are_the_source(make_folder, extractor):
     folder = make_folder(40)
     sides = []
     for held_out in (False, True):
         config = DataConfig(str(folder), hold_out=0.3, held_out=held_out, num_workers=0)
-        loader = make_loader(config, extractor, batch_size=4, seed=int(held_out), repeat=False)
+        loader = make_loader(open_source(config), extractor, batch_size=4, seed=int(held_out), repeat=False)
         sides.append([id_ for batch in loader for id_ in batch["ids"]])
     assert len(sides[0]) + len(sides[1]) == 40
     assert not set(sides[0]) & set(sides[1])
     assert 4 < len(sides[1]) < 20
 
 
-def test_shares_held_out_are_about_the_fraction():
+def test_the_share_of_held_out_clips_is_about_the_fraction():
     (select,) = selections_of(DataConfig("x", hold_out=0.25, held_out=True), seed=0)
     share = np.mean([select(f"clip{i}", 0) for i in range(4000)])
     assert share == pytest.approx(0.25, abs=0.03)
@@ -121,7 +122,7 @@ def test_impossible_weights_are_refused(write_weights, weights, clips_per_epoch,
         WeightedDraw(write_weights(weights), clips_per_epoch, 0)
 
 
-def test_foreign_weights_are_refused(write_weights, tmp_path):
+def test_weights_of_another_source_are_refused(write_weights, tmp_path):
     with pytest.raises(ValueError, match="no weight for clip z"):
         WeightedDraw(write_weights({"a": 1.0}), 1, 0)("z", 0)
     (tmp_path / "twice.csv").write_text("id,weight\na,1\na,2\n")

@@ -1,4 +1,4 @@
-"""Every kind of source in its real form on disk: all clips once, by name, with their labels."""
+"""Every kind of source, as files on disk, gives each clip once with its name and labels."""
 
 import io
 import json
@@ -14,8 +14,8 @@ from training.data.sources import open_source
 
 
 def read_all(config, extractor, **kwargs):
-    """Clips of one pass as {id: (labels, input_values)}."""
-    loader = make_loader(config, extractor, batch_size=3, seed=0, repeat=False, **kwargs)
+    """Return the clips of one pass as {id: (labels, input_values)}."""
+    loader = make_loader(open_source(config), extractor, batch_size=3, seed=0, repeat=False, **kwargs)
     clips = {}
     for batch in loader:
         labels = batch.get("labels", [None] * len(batch["ids"]))
@@ -54,7 +54,7 @@ def test_manifest(make_folder, extractor, tmp_path):
     assert read_all(config_for(manifest, label_column="labels"), extractor)["deeper/clip001.flac"][0] == ["clip001"]
 
 
-def test_a_manifest_whose_labels_are_out_of_step(make_folder, tmp_path, extractor):
+def test_a_manifest_whose_labels_are_of_other_clips(make_folder, tmp_path, extractor):
     manifest = tmp_path / "train.tsv"
     manifest.write_text(f"{make_folder(2)}\nclip000.flac\t1\ndeeper/clip001.flac\t1\n")
     (tmp_path / "train.lbl").write_text("clip001\t/m/1\nclip000\t/m/0\n")
@@ -64,7 +64,7 @@ def test_a_manifest_whose_labels_are_out_of_step(make_folder, tmp_path, extracto
 
 @pytest.mark.parametrize("typed", [True, False], ids=["audio feature", "plain struct"])
 @pytest.mark.parametrize("streaming", [True, False], ids=["streaming", "cached"])
-def test_parquet_in_the_columns_of_audioset(tmp_path, write_parquet, extractor, monkeypatch, typed, streaming):
+def test_parquet_with_the_columns_of_audioset(tmp_path, write_parquet, extractor, monkeypatch, typed, streaming):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     write_parquet(tmp_path / "data", [4, 3], typed=typed)
     clips = read_all(config_for(tmp_path / "data", streaming=streaming, label_column="human_labels"), extractor)
@@ -155,7 +155,7 @@ def test_the_same_clip_gives_the_same_values_from_every_source(
             assert values.equal(by_folder[id_])
 
 
-def test_unknown_columns_and_empty_folders_are_named(tmp_path, write_parquet, extractor):
+def test_errors_name_unknown_columns_and_empty_folders(tmp_path, write_parquet, extractor):
     write_parquet(tmp_path / "data", [2])
     for name in ("audio_column", "id_column", "label_column"):
         with pytest.raises(
@@ -187,8 +187,12 @@ def test_a_table_gives_paths_labels_groups_and_splits(make_folder, extractor):
         paths[2]: [],
         paths[3]: ["a", "b"],
     }
-    source = open_source(config, num_readers=1, seed=0)
-    assert {row["id"]: row["num_sources"] for row in source.dataset} == {paths[1]: "1", paths[2]: "0", paths[3]: "1"}
+    source = open_source(config)
+    assert {row["id"]: row["num_sources"] for row in source.rows(["id", "num_sources"])} == {
+        paths[1]: "1",
+        paths[2]: "0",
+        paths[3]: "1",
+    }
     whole = read_all(config_for(table, split="train+test"), extractor)
     assert sorted(whole) == paths
     with pytest.raises(ValueError, match="has no split 'validation'; it has test, train"):
@@ -197,7 +201,7 @@ def test_a_table_gives_paths_labels_groups_and_splits(make_folder, extractor):
     with pytest.raises(
         ValueError, match="no column of the usual names; set audio_column to one of those it has: sound"
     ):
-        open_source(config_for(table), num_readers=1, seed=0)
+        open_source(config_for(table))
 
 
 def test_splits_are_joined_and_shared_out(tmp_path, write_parquet, extractor):
@@ -206,15 +210,15 @@ def test_splits_are_joined_and_shared_out(tmp_path, write_parquet, extractor):
             (tmp_path / "data").mkdir(exist_ok=True)
             path.rename(tmp_path / "data" / path.name.replace("train", split))
     counts = {
-        split: len(list(open_source(config_for(tmp_path / "data", split=split), 1, 0).dataset))
+        split: len(list(open_source(config_for(tmp_path / "data", split=split)).rows(["video_id"])))
         for split in ("train", "test", "train+test")
     }
     assert counts == {"train": 6, "test": 4, "train+test": 10}
-    config = config_for(tmp_path / "data", split="train+test", num_workers=2)
+    source = open_source(config_for(tmp_path / "data", split="train+test", num_workers=2))
     per_rank = [
         sum(
             len(batch["ids"])
-            for batch in make_loader(config, extractor, batch_size=3, seed=0, rank=rank, world_size=2, repeat=False)
+            for batch in make_loader(source, extractor, batch_size=3, seed=0, rank=rank, world_size=2, repeat=False)
         )
         for rank in range(2)
     ]
@@ -231,5 +235,20 @@ def test_a_labelled_folder_with_a_subfolder_for_each_split(tmp_path, encode, ext
         "train/dog/a.wav": ["dog"],
         "train/cat/a.wav": ["cat"],
     }
-    # Without labels a folder is all that is under it.
+    # Without labels, all files in the folder are read.
     assert len(read_all(config_for(tmp_path), extractor)) == 3
+
+
+def test_a_source_is_opened_again_only_for_other_data(tmp_path, write_parquet, extractor):
+    """As for the validation clips of a run: held-out clips of the same split, or another split."""
+    for split in ("train", "test"):
+        for path in write_parquet(tmp_path / split, [3]):
+            (tmp_path / "data").mkdir(exist_ok=True)
+            path.rename(tmp_path / "data" / path.name.replace("train", split))
+    source = open_source(config_for(tmp_path / "data"))
+    held_out = source.read_as(config_for(tmp_path / "data", hold_out=0.5, held_out=True, crop="head"))
+    assert held_out.parts is source.parts
+    assert held_out.config.hold_out == 0.5
+    other = source.read_as(config_for(tmp_path / "data", split="test"))
+    assert other.parts is not source.parts
+    assert other.config.split == "test"

@@ -1,4 +1,4 @@
-"""Streaming from a real HTTP server on loopback that drops connections, answers 500 and 429, and stalls."""
+"""Streaming from an HTTP server on loopback that drops connections, answers 500 and 429, and stalls."""
 
 import io
 import itertools
@@ -16,12 +16,13 @@ import torch
 from training.data import stream
 from training.data.config import DataConfig
 from training.data.loader import make_loader
+from training.data.sources import open_source
 
 COLUMNS = (("bytes", "binary"), ("path", "string"))
 
 
 class FaultyServer(ThreadingHTTPServer):
-    """Serves the files of a folder with byte ranges, but that a fraction of the requests meet its faults in turn."""
+    """A server of a folder's files, with byte ranges. It answers a fraction of the requests with one of its faults."""
 
     daemon_threads = True
 
@@ -45,7 +46,7 @@ class FaultyServer(ThreadingHTTPServer):
             return fault
 
     def handle_error(self, request, client_address):
-        """The client hangs up on a stalled answer."""
+        """Ignore errors: the client closes the connection of a stalled answer."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -116,7 +117,7 @@ def serve(tmp_path):
 
 @pytest.fixture
 def hurried(monkeypatch):
-    """The same retries, but with fewer and shorter waits: of `datasets` inside, of ours around them."""
+    """Fewer and shorter waits between retries, both those of `datasets` and our own."""
     monkeypatch.setattr(datasets.config, "STREAMING_READ_MAX_RETRIES", 2)
     monkeypatch.setattr(datasets.config, "STREAMING_READ_RETRY_INTERVAL", 0.01)
     monkeypatch.setattr(datasets.config, "STREAMING_OPEN_MAX_RETRIES", 2)
@@ -138,15 +139,13 @@ def config_for(server, paths, num_workers, **kwargs):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_no_clip_is_lost_or_doubled_over_a_bad_connection(
-    tmp_path, write_parquet, extractor, serve, hurried, num_workers
-):
+def test_a_bad_connection_loses_and_repeats_no_clip(tmp_path, write_parquet, extractor, serve, hurried, num_workers):
     paths = write_parquet(tmp_path / "data", [12, 9, 15], row_group_size=3)
     local = DataConfig("parquet", data_files=[str(p) for p in paths], num_workers=num_workers, shuffle_buffer=8)
-    expected = list(itertools.islice(make_loader(local, extractor, batch_size=4, seed=0), 45))
+    expected = list(itertools.islice(make_loader(open_source(local), extractor, batch_size=4, seed=0), 45))
 
     server = serve(tmp_path / "data")
-    loader = make_loader(config_for(server, paths, num_workers), extractor, batch_size=4, seed=0)
+    loader = make_loader(open_source(config_for(server, paths, num_workers)), extractor, batch_size=4, seed=0)
     server.fault_rate = 0.35
     batches = list(itertools.islice(loader, 45))
     print(dict(server.served))
@@ -161,12 +160,12 @@ def test_resume_in_the_middle_of_a_bad_connection(tmp_path, write_parquet, extra
     paths = write_parquet(tmp_path / "data", [12, 9], row_group_size=3)
     server = serve(tmp_path / "data")
     config = config_for(server, paths, 2)
-    loader = make_loader(config, extractor, batch_size=3, seed=0)
+    loader = make_loader(open_source(config), extractor, batch_size=3, seed=0)
     expected, states = [], []
     for batch in itertools.islice(loader, 10):
         expected.append(batch)
         states.append(loader.state_dict())
-    resumed = make_loader(config, extractor, batch_size=3, seed=0)
+    resumed = make_loader(open_source(config), extractor, batch_size=3, seed=0)
     server.fault_rate = 0.35
     resumed.load_state_dict(states[3])
     assert [batch["ids"] for batch in itertools.islice(resumed, 6)] == [batch["ids"] for batch in expected[4:]]
@@ -179,7 +178,7 @@ def test_a_server_that_stays_down_stops_the_run_with_its_error(
     server = serve(tmp_path / "data", faults=("500",))
     config = config_for(server, paths, 0)
     config.max_retries = 2
-    loader = make_loader(config, extractor, batch_size=4, seed=0)
+    loader = make_loader(open_source(config), extractor, batch_size=4, seed=0)
     server.fault_rate = 1.0
     with pytest.raises(FileNotFoundError, match=paths[0].name) as caught:
         list(itertools.islice(loader, 3))
@@ -188,7 +187,7 @@ def test_a_server_that_stays_down_stops_the_run_with_its_error(
 
 
 def test_clips_that_are_files_on_a_server(tmp_path, make_folder, extractor, serve, hurried):
-    """A dataset may hold no more than addresses. One that is not there is skipped, one that fails is waited for."""
+    """A dataset may hold only URLs. A missing file is skipped; a failing one is tried again."""
     folder = make_folder(6)
     server = serve(folder, fault_rate=0.35)
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.flac"))]
@@ -196,14 +195,14 @@ def test_clips_that_are_files_on_a_server(tmp_path, make_folder, extractor, serv
     features = datasets.Features({"id": datasets.Value("string"), "audio": {n: datasets.Value(t) for n, t in COLUMNS}})
     datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "saved"))
     config = DataConfig(str(tmp_path / "saved"), num_workers=0, shuffle_buffer=8, read_timeout=0.3, max_retries=12)
-    loader = make_loader(config, extractor, batch_size=4, seed=0, repeat=False)
+    loader = make_loader(open_source(config), extractor, batch_size=4, seed=0, repeat=False)
     assert sorted(itertools.chain(*(batch["ids"] for batch in loader))) == names
     assert loader.skipped == {"missing": 1}
     assert server.served["500"] + server.served["drop"] > 1
 
 
 def test_webdataset_over_http(tmp_path, encode, extractor, serve, hurried):
-    """A tar is read from front to back: a dropped connection must not pass for its end."""
+    """A tar is read sequentially, so a dropped connection must not look like its end."""
     (tmp_path / "tars").mkdir()
     with tarfile.open(tmp_path / "tars" / "train-0.tar", "w") as archive:
         for i in range(40):
@@ -215,7 +214,7 @@ def test_webdataset_over_http(tmp_path, encode, extractor, serve, hurried):
         config = DataConfig(
             "webdataset", data_files=[url], num_workers=0, shuffle_buffer=8, read_timeout=0.3, max_retries=20
         )
-        loader = make_loader(config, extractor, batch_size=4, seed=0)
+        loader = make_loader(open_source(config), extractor, batch_size=4, seed=0)
         server.fault_rate = fault_rate
         return [batch["ids"] for batch in itertools.islice(loader, 80)]
 

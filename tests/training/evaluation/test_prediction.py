@@ -12,6 +12,7 @@ from modeling_sslam import SSLAMForAudioClassification
 from training.data.config import DataConfig, DataError
 from training.data.labels import LabelSet
 from training.data.loader import make_loader
+from training.data.sources import open_source
 from training.evaluation.metrics import compute_metrics, metrics_by_group, problem_type_of
 from training.evaluation.prediction import Predictions, predict
 
@@ -30,7 +31,8 @@ def model(make_config):
 def loader_of(extractor):
     def loader_of(folder, **changes):
         settings = {"crop": "head", "label_column": "labels", "shuffle_buffer": 0, "num_workers": 0} | changes
-        return make_loader(DataConfig(str(folder), **settings), extractor, batch_size=4, seed=0, repeat=False)
+        source = open_source(DataConfig(str(folder), **settings))
+        return make_loader(source, extractor, batch_size=4, seed=0, repeat=False)
 
     return loader_of
 

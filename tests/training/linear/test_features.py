@@ -1,5 +1,4 @@
-"""Cached features of a frozen encoder: those the model gives, found again just as long as nothing they follow from has
-changed, and there whole or not at all."""
+"""Cached features equal the model's, are found again while nothing changed, and are complete or absent."""
 
 import json
 
@@ -13,8 +12,9 @@ from accelerate import Accelerator
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
 from modeling_sslam.common.audio import read_waveform
 from training.data.config import DataConfig, DataError
+from training.data.sources import open_source
 from training.linear import features as features_module
-from training.linear.features import POOLINGS, cached_features, pooled_states, read_features
+from training.linear.features import FEATURE_POOLINGS, cached_features, pooled_states, read_features
 
 SIZES, MAX_LENGTH = (5, 4), 48
 
@@ -31,7 +31,7 @@ def encoder(tiny_config):
 
 @pytest.fixture
 def data(tmp_path, encode):
-    """Nine clips in two shards, of 0.2 to 0.6 s where the model takes 0.5 s, in no order of their names."""
+    """Nine unsorted clips in two shards, of 0.2 to 0.6 s. The model reads 0.5 s."""
     folder = tmp_path / "data"
     folder.mkdir()
     for shard, size in enumerate(SIZES):
@@ -50,13 +50,13 @@ def data(tmp_path, encode):
 
 @pytest.fixture
 def cache(tmp_path, encoder, feature_extractor, data):
-    """Features of the encoder and data, or of others."""
+    """A function that returns the features of the encoder and data, or of others."""
 
-    def cache(**changes):
+    def cache(data=data, **changes):
         arguments = {
             "encoder": encoder,
             "feature_extractor": feature_extractor,
-            "data": data,
+            "source": open_source(data),
             "cache_dir": tmp_path / "cache",
             "accelerator": Accelerator(),
         }
@@ -74,10 +74,10 @@ def no_extraction(monkeypatch):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 32])
-def test_features_are_the_models_own_clip_by_clip(cache, data, encoder, feature_extractor, batch_size):
+def test_features_equal_the_models_for_each_clip(cache, data, encoder, feature_extractor, batch_size):
     features = cache(batch_size=batch_size)
 
-    assert features.pooled.shape == (sum(SIZES), 4, len(POOLINGS), 32)
+    assert features.pooled.shape == (sum(SIZES), 4, len(FEATURE_POOLINGS), 32)
     assert features.pooled.dtype == np.float32
     assert features.ids == sorted(features.ids)
     tables = [pq.read_table(path).to_pylist() for path in sorted((features.folder.parents[1] / "data").iterdir())]
@@ -87,23 +87,23 @@ def test_features_are_the_models_own_clip_by_clip(cache, data, encoder, feature_
     assert features.groups == [rows[id_]["num_sources"] for id_ in features.ids]
     for id_, pooled in zip(features.ids, features.pooled, strict=True):
         waveform = read_waveform(rows[id_]["audio"]["bytes"], 16_000, max_samples=10**6, min_samples=1, position=0.0)
-        # As the loader does, a longer clip is cut before its mean is taken.
+        # The loader crops a longer clip before the feature extractor subtracts its mean.
         waveform = waveform[: feature_extractor.num_samples(MAX_LENGTH)]
         inputs = feature_extractor(waveform, sampling_rate=16_000, return_tensors="pt")
         with torch.no_grad():
             states = encoder(**inputs, output_hidden_states=True).hidden_states
         expected = np.stack([[s[0, 0], s[0, 1:].mean(0), s[0, 1:].amax(0)] for s in states])
-        own = pooled[:, [POOLINGS.index(name) for name in ("cls", "mean", "max")]]
+        own = pooled[:, [FEATURE_POOLINGS.index(name) for name in ("cls", "mean", "max")]]
         np.testing.assert_allclose(own, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "lin_softmax"])
 def test_last_layer_is_what_the_classifier_pools(make_config, pooling):
-    """By name, so that an axis in another order is found out."""
+    """Poolings are compared by name, which checks the order of their axis."""
     model = SSLAMForAudioClassification(make_config(classifier_pooling=pooling, num_labels=5)).eval()
     inputs = torch.randn(3, 64, 32)
     with torch.no_grad():
-        pooled = pooled_states(model.sslam, inputs)[:, -1, POOLINGS.index(pooling)]
+        pooled = pooled_states(model.sslam, inputs)[:, -1, FEATURE_POOLINGS.index(pooling)]
         logits = model.classifier.dense(model.classifier.layernorm(pooled))
         torch.testing.assert_close(logits, model(inputs).logits, rtol=0, atol=1e-5)
 
@@ -122,7 +122,7 @@ def test_same_model_and_data_are_found_again(cache, tmp_path, encoder, no_extrac
         cache(encoder=SSLAMModel.from_pretrained(tmp_path / "other").eval())
 
 
-def test_whatever_features_follow_from_makes_new_ones(cache, data, encoder, tmp_path, encode):
+def test_a_change_of_anything_that_determines_features_makes_new_ones(cache, data, encoder, tmp_path, encode):
     folders = [cache().folder, cache(dtype="float16").folder]
     folders.append(cache(feature_extractor=SSLAMFeatureExtractor(num_mel_bins=32, max_length=64)).folder)
     folders.append(cache(feature_extractor=SSLAMFeatureExtractor(num_mel_bins=32, max_length=48, mean=-3.0)).folder)
@@ -143,8 +143,8 @@ def test_whatever_features_follow_from_makes_new_ones(cache, data, encoder, tmp_
     assert differ == [rows[0]["id"]]
 
 
-def test_files_of_a_list_are_looked_at(tmp_path, make_folder, cache):
-    """A manifest stays as it is when the sound it lists changes."""
+def test_a_changed_file_of_a_listing_makes_new_features(tmp_path, make_folder, cache):
+    """The manifest itself does not change."""
     folder = make_folder(3)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.flac"))
     manifest = tmp_path / "train.tsv"
@@ -163,14 +163,14 @@ def test_files_of_a_list_are_looked_at(tmp_path, make_folder, cache):
     np.testing.assert_allclose(second.pooled[1], first.pooled[0], rtol=0, atol=1e-5)
 
 
-def test_float16_is_the_rounded_same(cache):
+def test_float16_features_are_the_rounded_float32_ones(cache):
     full, half = cache(), cache(dtype="float16")
     assert half.pooled.dtype == np.float16
     np.testing.assert_array_equal(half.pooled, full.pooled.astype(np.float16))
 
 
 @pytest.mark.parametrize("killed_in", ["_write_part", "_merge_parts", "publish"])
-def test_a_killed_extraction_leaves_nothing_that_counts(cache, monkeypatch, tmp_path, killed_in):
+def test_a_killed_extraction_leaves_no_features(cache, monkeypatch, tmp_path, killed_in):
     original = getattr(features_module, killed_in)
 
     def killed(*arguments):
@@ -189,14 +189,14 @@ def test_a_killed_extraction_leaves_nothing_that_counts(cache, monkeypatch, tmp_
     assert [path for path in (tmp_path / "cache").iterdir() if not path.name.endswith(".lock")] == [features.folder]
 
 
-def test_features_that_are_not_finite_are_refused_by_name(cache, encoder):
+def test_the_error_names_clips_whose_features_are_not_finite(cache, encoder):
     with torch.no_grad():
         encoder.encoder.layers[1].mlp.fc1.weight[0, 0] = torch.nan
     with pytest.raises(DataError, match=r"clip.*not finite"):
         cache()
 
 
-def test_names_must_differ(cache, data, tmp_path):
+def test_names_must_be_unique(cache, data, tmp_path):
     path = next((tmp_path / "data").iterdir())
     rows = pq.read_table(path).to_pylist()
     rows[1]["id"] = rows[0]["id"]
@@ -216,8 +216,8 @@ def test_unusable_clips_are_counted(cache, tmp_path):
     assert sum(features.skipped.values()) == 1
 
 
-def test_parts_of_processes_are_sorted_together(cache, data, encoder, feature_extractor, tmp_path):
-    """As two processes write them, one of which here has no clips."""
+def test_files_of_several_processes_are_merged(cache, data, encoder, feature_extractor, tmp_path):
+    """One of the processes has no clips."""
     whole = cache()
     folder = tmp_path / "parts"
     folder.mkdir()

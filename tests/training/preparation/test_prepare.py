@@ -16,6 +16,7 @@ from training import prepare
 from training.data.config import DataConfig
 from training.data.labels import LabelSet
 from training.data.loader import make_loader
+from training.data.sources import open_source
 from training.preparation import audioset, desed, esc50, spass, urban_sed
 from training.preparation.listing import PreparationError
 
@@ -60,7 +61,7 @@ def first_row(folder, split):
 def read(folder, split, extractor):
     """Return labels by id, as the loader of the training programs reads them."""
     config = DataConfig(str(folder), split=split, label_column="labels", num_workers=0)
-    loader = make_loader(config, extractor, batch_size=2, seed=0, repeat=False)
+    loader = make_loader(open_source(config), extractor, batch_size=2, seed=0, repeat=False)
     read = {id_: tuple(labels) for batch in loader for id_, labels in zip(batch["ids"], batch["labels"], strict=True)}
     assert not loader.skipped
     return read
@@ -601,7 +602,7 @@ def test_rows_are_shuffled_in_the_same_order_every_time(put, tmp_path, extractor
     for i in range(2):
         prepare.prepare("speech_commands_v2", tmp_path / "source", tmp_path / f"out{i}")
         config = DataConfig(str(tmp_path / f"out{i}"), label_column="labels", num_workers=0, shuffle_buffer=0)
-        loader = make_loader(config, extractor, batch_size=24, seed=0, repeat=False)
+        loader = make_loader(open_source(config), extractor, batch_size=24, seed=0, repeat=False)
         orders.append(next(iter(loader))["ids"])
     assert orders[0] == orders[1]
     assert len({id_.split("/")[0] for id_ in orders[0][:8]}) == 3

@@ -17,14 +17,14 @@ from training.run.checkpointing import (
     rotate,
     save_tensors,
     set_rng_state,
-    write_folder,
+    write_checkpoint,
 )
 from training.run.metrics_log import append_metrics, read_metrics, truncate_metrics
 
 
 @pytest.fixture
 def save(tmp_path):
-    """Writes the checkpoint of an update, with `size` bytes that tell it from others."""
+    """A function that writes the checkpoint of an update, with `size` bytes that identify it."""
     accelerator = Accelerator(cpu=True)
 
     def save(update: int, size: int = 5000, run_dir=tmp_path):
@@ -33,13 +33,13 @@ def save(tmp_path):
             (folder / "deeper" / "weights.bin").write_bytes(bytes([update]) * size)
             save_tensors({"tensor": torch.full((size,), float(update))}, folder / "state.pt")
 
-        write_folder(checkpoint_path(run_dir, update), write, accelerator)
+        write_checkpoint(checkpoint_path(run_dir, update), write, accelerator)
         return checkpoint_path(run_dir, update)
 
     return save
 
 
-def test_latest_whole_checkpoint_is_found(save, tmp_path):
+def test_latest_intact_checkpoint_is_found(save, tmp_path):
     assert latest_checkpoint(tmp_path) is None
     paths = [save(update) for update in (2, 10, 9)]
     assert list_checkpoints(tmp_path) == [paths[0], paths[2], paths[1]]
@@ -48,7 +48,7 @@ def test_latest_whole_checkpoint_is_found(save, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "no manifest", "broken manifest"])
-def test_damage_is_seen_and_the_one_before_used(damage, save, tmp_path, caplog):
+def test_a_damaged_checkpoint_is_passed_over(damage, save, tmp_path, caplog):
     before, last = save(1), save(2)
     weights = last / "deeper" / "weights.bin"
     if damage == "flip":
@@ -83,7 +83,7 @@ def test_rotation_keeps_the_latest(save, tmp_path):
     assert list_checkpoints(tmp_path) == [checkpoint_path(tmp_path, 4), checkpoint_path(tmp_path, 5)]
 
 
-def test_leftovers_are_removed_and_nothing_else(save, tmp_path):
+def test_only_leftovers_are_removed(save, tmp_path):
     path = save(1)
     (path.parent / ".tmp-step-00000002" / "deeper").mkdir(parents=True)
     (tmp_path / ".tmp-config.yaml").write_text("half")
@@ -105,13 +105,13 @@ def test_a_full_disk_leaves_the_last_checkpoint(save, tmp_path):
     assert list(good.parent.iterdir()) == [good]
 
 
-def test_an_unwritable_folder_is_named(save, tmp_path):
+def test_the_error_names_an_unwritable_folder(save, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match="file"):
         save(1, run_dir=tmp_path / "file")
 
 
-def test_random_numbers_go_on(tmp_path):
+def test_random_numbers_continue_after_a_restore(tmp_path):
     def draw():
         return random.random(), np.random.rand(), torch.rand(()).item(), random.gauss(0, 1)  # noqa: NPY002
 
@@ -123,7 +123,7 @@ def test_random_numbers_go_on(tmp_path):
     assert draw() == expected
 
 
-def test_metrics_are_without_repetition_after_a_kill(tmp_path):
+def test_metrics_do_not_repeat_after_a_kill(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert read_metrics(path) == []
     for update in (10, 20, 30):

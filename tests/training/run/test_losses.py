@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from modeling_sslam import SSLAMForAudioClassification
-from training.finetune import accumulate_gradients
+from training.finetune import backpropagate
 from training.run.losses import loss_sum, loss_weight
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, -2.0]])
@@ -69,7 +69,7 @@ def test_uneven_passes_give_the_gradient_of_the_whole_batch(loss, make_config):
     GradientState._reset_state()
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     parts = [(values[:1], targets[:1]), (values[1:], targets[1:])]
-    outputs = accumulate_gradients(accelerator, model, parts, loss, 0.1)
+    outputs = backpropagate(accelerator, model, parts, loss, 0.1)
     assert torch.stack([output["loss"] for output in outputs]).mean() == pytest.approx(whole.item(), rel=1e-5)
     found = [p.grad for p in model.parameters() if p.grad is not None]
     for gradient, expected in zip(found, wanted, strict=True):

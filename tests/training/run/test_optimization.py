@@ -28,7 +28,7 @@ def test_schedule_rises_to_its_peak_and_falls_to_zero():
     assert rates[9:] == sorted(rates[9:], reverse=True)
 
 
-def test_schedule_between_other_ends_than_zero():
+def test_schedule_with_other_initial_and_final_rates_than_zero():
     rates = schedule(5e-5, 4, 24, initial_learning_rate=1e-6, final_learning_rate=2e-6)
     assert rates[1] == pytest.approx((1e-6 + 5e-5) / 2)
     assert rates[3] == 5e-5

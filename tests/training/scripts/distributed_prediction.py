@@ -1,4 +1,4 @@
-"""What two processes of `test_evaluate.py` run: predictions of splits of unlike sizes, then a whole evaluation.
+"""Predict splits of unequal sizes, then run an evaluation. `test_evaluate.py` starts this in two processes.
 
 accelerate launch --multi_gpu --num_processes 2 distributed_prediction.py MODEL DATA OUT
 """
@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from training.data.config import EvaluationDataConfig
 from training.data.labels import LabelSet
 from training.data.loader import make_loader
+from training.data.sources import open_source
 from training.evaluate import EvaluateConfig, evaluate, load_classifier
 from training.evaluation.prediction import predict
 
@@ -22,7 +23,9 @@ def main(model_dir: str, source: str, out: Path) -> None:
     for split in ("test", "lone"):
         data = EvaluationDataConfig(source, split=split, num_workers=0)
         rank, world_size = accelerator.process_index, accelerator.num_processes
-        loader = make_loader(data, extractor, batch_size=4, seed=0, rank=rank, world_size=world_size, repeat=False)
+        loader = make_loader(
+            open_source(data), extractor, batch_size=4, seed=0, rank=rank, world_size=world_size, repeat=False
+        )
         ids, logits, targets, groups = predict(model, loader, LabelSet.of_model(model.config), accelerator)
         np.savez(out / f"{split}-{rank}", ids=ids, logits=logits, targets=targets, groups=groups, own=loader.num_clips)
     data = EvaluationDataConfig(source, num_workers=0)

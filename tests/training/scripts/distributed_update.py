@@ -1,11 +1,14 @@
-"""Started by test_pretrain_distributed.py in several processes: one update of a small model, whole in each process
-(DDP) and sharded (FSDP). The main process writes what came of it to FOLDER/ddp.pt and FOLDER/fsdp.pt.
+"""Compute one update of a small model, whole in each process (DDP) and sharded (FSDP).
 
     distributed_update.py FOLDER
+
+test_pretrain_distributed.py starts this in several processes. The main process writes the results to FOLDER/ddp.pt and
+FOLDER/fsdp.pt.
 """
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +18,8 @@ from torch.distributed.fsdp import fully_shard
 
 from modeling_sslam import SSLAMConfig, SSLAMForPreTraining
 from modeling_sslam.modeling_sslam_pretraining import draw_unmixed_starts, inverse_block_masks
-from training.pretrain import accumulate_gradients
+from training.pretrain import pretraining_losses
+from training.run.accumulation import accumulate_gradients
 from training.run.checkpointing import load_optimizer, save_optimizer
 from training.run.optimization import OptimizerConfig, make_optimizer
 
@@ -41,12 +45,12 @@ def make_model() -> SSLAMForPreTraining:
 
 
 def micro_batch(index: int) -> torch.Tensor:
-    """The input of a forward pass, whichever process runs it."""
+    """Return the input of a forward pass. It does not depend on the process."""
     return torch.randn(BATCH_SIZE, 64, 32, generator=torch.Generator().manual_seed(index))
 
 
 def mask_generator(index: int) -> torch.Generator:
-    """What masks and windows of a forward pass are drawn from, after those of the passes before it."""
+    """Return the generator of a forward pass's masks and windows, after the draws of the passes before it."""
     generator, config = torch.Generator().manual_seed(99), make_model().config
     for _ in range(index):
         inverse_block_masks(BATCH_SIZE, config.max_length // config.patch_size, config, generator)
@@ -68,13 +72,14 @@ def update(folder: Path, kind: str, num_micro_batches: int) -> None:
 
     first = accelerator.process_index * num_micro_batches
     inputs = [micro_batch(first + i) for i in range(num_micro_batches)]
-    outputs = accumulate_gradients(accelerator, model, inputs, mask_generator(first))
+    compute_losses = partial(pretraining_losses, model, mask_generator(first))
+    outputs = accumulate_gradients(accelerator, model, inputs, compute_losses)
     gradients = {name: whole(p.grad) for name, p in plain_model.named_parameters() if p.grad is not None}
     optimizer.step()
     plain_model.update_teacher(plain_model.ema_decay(1))
     weights = {name: whole(p.detach()) for name, p in plain_model.named_parameters()}
 
-    # The state goes unsharded and comes back to an optimiser that has none.
+    # Save the state unsharded, and load it into an optimiser without state.
     save_optimizer(folder, accelerator, model, optimizer)
     accelerator.wait_for_everyone()
     moments = first_moments(plain_model, optimizer)
@@ -111,6 +116,6 @@ if __name__ == "__main__":
     for kind in ("ddp", "fsdp"):
         update(Path(sys.argv[1]), kind, num_micro_batches=1)
     Accelerator().end_training()
-    # The interpreter's own end aborts now and then ("terminate called without an active exception"): threads of
-    # torch's process groups still run when their owners are destroyed. All there is to test is written by now.
+    # Skip the interpreter's shutdown. It sometimes aborts ("terminate called without an active exception"), because
+    # threads of torch's process groups outlive their owners. All results are written by now.
     os._exit(0)

@@ -12,6 +12,7 @@ from modeling_sslam import SSLAMFeatureExtractor
 from training.data.config import DataConfig
 from training.data.loader import make_loader
 from training.data.seeding import generator_for
+from training.data.sources import open_source
 from training.soundscapes.__main__ import main
 from training.soundscapes.scene import PEAK, make_row, soundscape
 from training.soundscapes.sounds import SOURCES
@@ -131,7 +132,9 @@ def test_the_columns_agree_with_the_tables(made):
 
 def test_the_loader_reads_the_data_set(made):
     config = DataConfig(str(made[1]), split="validation", label_column="labels", num_workers=0)
-    loader = make_loader(config, SSLAMFeatureExtractor(max_length=128), batch_size=4, seed=0, repeat=False)
+    loader = make_loader(
+        open_source(config), SSLAMFeatureExtractor(max_length=128), batch_size=4, seed=0, repeat=False
+    )
     batches = list(loader)
     assert sorted(id_ for batch in batches for id_ in batch["ids"]) == [f"validation-{i:06d}" for i in range(6)]
     assert {label for batch in batches for labels in batch["labels"] for label in labels} <= set(SOURCES)

@@ -15,7 +15,7 @@ import pytest
 
 from modeling_sslam.__main__ import COMMANDS, main
 from modeling_sslam.inference import EventSettings, SSLAMTagger
-from modeling_sslam.inference.embedding.embedder import POOLINGS
+from modeling_sslam.inference.embedding import EMBEDDING_POOLINGS
 
 REPOSITORY = Path(__file__).parents[4]
 
@@ -355,4 +355,4 @@ def test_help_and_argument_errors_import_neither_torch_nor_transformers(argument
 def test_poolings_of_the_command_and_of_the_embedder_are_equal(capsys):
     with pytest.raises(SystemExit):
         main(["embed", "--help"])
-    assert f"--pooling {{{','.join(POOLINGS)}}}" in capsys.readouterr().out
+    assert f"--pooling {{{','.join(EMBEDDING_POOLINGS)}}}" in capsys.readouterr().out
