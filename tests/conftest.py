@@ -203,8 +203,8 @@ def _make_handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 else:
                     self.not_found("RevisionNotFound")
                 return
-            owner, name, _, _, file = path.split("/", 4)
-            content = hub.repositories.get(f"{owner}/{name}", {}).get(file)
+            owner, name, *where = path.split("/", 4)
+            content = hub.repositories.get(f"{owner}/{name}", {}).get(where[-1]) if len(where) == 3 else None
             if content is None:
                 self.not_found("EntryNotFound")
             else:

@@ -39,11 +39,14 @@ def load_pretrained(
         # Transformers loads any model into this class, and initialises missing weights at random.
         settings, _ = SSLAMConfig.get_config_dict(model, revision=revision)
         if not settings:
-            raise InferenceError(f"{model} has no config.json: it is no folder of a model.")
+            raise InferenceError(
+                f"{model} has no config.json: it is no folder of a model. `sslam convert {model} OUT` makes one of a "
+                "checkpoint of fairseq or of the Earth Species Project."
+            )
         if settings.get("model_type") != SSLAMConfig.model_type:
             raise InferenceError(
                 f"{model} holds a model of type {settings.get('model_type')!r}, not 'sslam'. Checkpoints of "
-                "fairseq are converted first: sslam convert."
+                "fairseq are converted first: `sslam convert`."
             )
         extractor = SSLAMFeatureExtractor.from_pretrained(model, revision=revision or "main")
         model_and_info: Any = model_class.from_pretrained(

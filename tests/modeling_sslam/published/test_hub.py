@@ -135,11 +135,11 @@ for name in {[SSLAM_AS2M, EAT_AS2M]}:
     for cls in (SSLAMForAudioClassification, AutoModelForAudioClassification):
         with torch.no_grad():
             tensors[f"{{name}} {{cls.__name__}}"] = cls.from_pretrained(name)(states).logits
-    wave, rate = soundfile.read({str(sorted(audio_dir.glob("*.flac"))[0])!r}, dtype="float32")
-    facts[f"pipeline {{name}}"] = pipeline("audio-classification", name)(wave)
+    wave, rate = soundfile.read({str(sorted(audio_dir.glob("*.flac"))[0])!r}, dtype="float32", always_2d=True)
+    facts[f"pipeline {{name}}"] = pipeline("audio-classification", name)(wave.mean(1))
 for name in {[SSLAM, EAT, SSLAM_AS2M, EAT_AS2M]}:
     for cls in (SSLAMConfig, AutoConfig):
-        facts[f"{{cls.__name__}} {{name}}"] = cls.from_pretrained(name).to_dict()
+        facts[f"{{cls.__name__}} {{name}}"] = cls.from_pretrained(name).to_dict() | {{"_name_or_path": name}}
     for cls in (SSLAMFeatureExtractor, AutoFeatureExtractor):
         facts[f"{{cls.__name__}} {{name}}"] = cls.from_pretrained(name).to_dict()
 assert type(AutoModelForPreTraining.from_pretrained({SSLAM!r})).__name__ == "SSLAMForPreTraining"
@@ -197,7 +197,7 @@ def test_commands(run, tmp_path, audio_dir):
     assert again == tagged
 
     aves = "EarthSpeciesProject/esp-aves2-sl-eat-all-ssl-all"
-    report = command("convert", aves, tmp_path / "aves")
+    report = command("convert", aves, tmp_path / "aves", "--num-attention-heads", 4)
     assert "note: Inputs are normalised as avex does" in report
     extractor = json.loads((tmp_path / "aves" / "preprocessor_config.json").read_text())
     assert (extractor["mean"], extractor["std"], extractor["max_length"]) == (-5.553, 4.606, 1024)
