@@ -97,7 +97,7 @@ def model_card(run_dir: Path, weights: Path, rows: list[dict[str, Any]]) -> str:
     """
     settings = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     model_config = SSLAMConfig.from_pretrained(weights)
-    (model_class,) = model_config.architectures or ()
+    model_class = (model_config.architectures or ["SSLAMModel"])[0]
     last = latest_values(rows)
     data = settings["data"]
     source = " ".join(str(data[key]) for key in ("source", "config_name", "split", "revision") if data.get(key))
