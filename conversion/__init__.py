@@ -1,9 +1,10 @@
 """Conversion of published SSLAM and EAT checkpoints to transformers and back: `python -m conversion --help`.
 
-The modules in the order of the work. Each uses only those above it:
+The published names are tables in `modeling_sslam.layouts`. The modules in the order of the work, each of which uses only
+those above it:
 
 - `reader` reads weights and settings from a file and executes nothing in it.
-- `layouts` holds the published names as tables.
+- `avex` holds facts about the Earth Species Project's checkpoints.
 - `configuration` derives the model's configuration from weights and settings.
 - `writer` writes a model in a layout and checks the result; `onnx_export` writes an ONNX graph.
 - `card` renders the model card.
