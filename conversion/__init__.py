@@ -1,7 +1,7 @@
 """Conversion of published SSLAM and EAT checkpoints to transformers and back: `python -m conversion --help`.
 
-The published names are tables in `modeling_sslam.layouts`. The modules in the order of the work, each of which uses only
-those above it:
+The published names are tables in `modeling_sslam.layouts`. The modules in the order of the work, each of which uses
+only those above it:
 
 - `reader` reads weights and settings from a file and executes nothing in it.
 - `avex` holds facts about the Earth Species Project's checkpoints.

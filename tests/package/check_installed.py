@@ -2,8 +2,8 @@
 
     python tests/package/check_installed.py WHEEL
 
-Run it with the Python of an environment in which the wheel is installed with the extra `inference`. The clone that this
-file lies in is not on the path; its fixtures stand for published checkpoints and recordings.
+Run it with the Python of an environment in which the wheel is installed with the extra `inference`. The clone that
+this file lies in is not on the path; its fixtures stand for published checkpoints and recordings.
 """
 
 import os
