@@ -41,6 +41,12 @@ _MODULES = {
 }
 
 
+def _load(name: str) -> Any:
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
 def _register_config() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
@@ -81,12 +87,6 @@ for _table, _callback in (
     ("modeling_auto", _register_models),
 ):
     after_import(f"transformers.models.auto.{_table}", _callback)
-
-
-def _load(name: str) -> Any:
-    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
-    globals()[name] = value
-    return value
 
 
 def __getattr__(name: str) -> Any:

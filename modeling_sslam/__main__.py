@@ -8,6 +8,7 @@ from importlib import import_module
 
 from .common.errors import InferenceError
 from .common.signals import INTERRUPTED
+from .common.text import escape_controls
 
 DESCRIPTION = """\
 Label sounds in recordings, locate them in time and embed them, with an SSLAM or EAT model.
@@ -78,7 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f'error: {error.name} is not installed: pip install "modeling-sslam[inference]"', file=sys.stderr)
         return 1
     except (InferenceError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # A file name in the message can hold characters that a terminal obeys.
+        print("error: " + "\n".join(map(escape_controls, str(error).split("\n"))), file=sys.stderr)
         return 1
     return status
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..common.errors import InferenceError
 from ..configuration_sslam import SSLAMConfig
 
 
@@ -15,8 +16,30 @@ def is_multi_label(config: SSLAMConfig) -> bool:
 
 
 def scores_from_logits(logits: torch.Tensor, config: SSLAMConfig) -> torch.Tensor:
-    """Return scores in [0, 1] of logits `(..., num_labels)`: the sigmoid for multi-label models, else the softmax."""
+    """Return scores in [0, 1] of logits `(..., num_labels)`: the sigmoid for multi-label models, else the softmax.
+
+    Raises:
+        InferenceError: If a logit is NaN or infinite.
+    """
+    check_finite(torch.isfinite(logits).all(), "scores")
     return logits.sigmoid() if is_multi_label(config) else logits.softmax(-1)
+
+
+def check_finite(is_finite: torch.Tensor | np.bool_, values: str) -> None:
+    """Refuse a model that computes values which are NaN or infinite. Clips are checked before, so it is the model.
+
+    Args:
+        is_finite: Whether all values of a batch are finite.
+        values: The name of the values.
+
+    Raises:
+        InferenceError: If they are not.
+    """
+    if not is_finite:
+        raise InferenceError(
+            f"The model's {values} are NaN or infinite: its weights are broken, or they overflow in this precision. "
+            "Compute in float32 (--dtype float32); if that does not help, convert or download the model again."
+        )
 
 
 def pool_windows(scores: Sequence[np.ndarray], config: SSLAMConfig) -> np.ndarray:

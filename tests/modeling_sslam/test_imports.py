@@ -142,3 +142,13 @@ def test_classes_are_pickled_by_where_they_are_defined():
     extractor = pickle.dumps(SSLAMFeatureExtractor(max_length=64))
     script = "import pickle, sys; print(type(pickle.loads(bytes.fromhex(sys.argv[1]))).__name__)"
     assert run(script, extractor.hex()) == "SSLAMFeatureExtractor"
+
+
+def test_classes_are_registered_where_the_auto_classes_were_imported_before():
+    script = """
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
+import modeling_sslam
+config = AutoConfig.for_model("sslam", num_hidden_layers=1)
+print(type(config).__name__, type(AutoModel.from_config(config)).__name__)
+"""
+    assert run(script) == "SSLAMConfig SSLAMModel"

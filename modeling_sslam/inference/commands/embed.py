@@ -5,6 +5,7 @@ import os
 import sys
 
 from ...common.signals import INTERRUPTED, StopRequest
+from ...common.text import escape_controls
 from ..embedding import EMBEDDING_POOLINGS
 from .arguments import add_model_arguments, positive_int, positive_seconds
 
@@ -13,7 +14,9 @@ DETAILS = """\
 Each row holds the name of the sound, start and end in seconds, and the vector. Recordings longer than a window are cut
 into windows. datasets, pandas and DuckDB read the folder.
 
-After an interruption, the same command continues. After it has finished, it embeds the sounds that have been added.
+After an interruption, the same command continues. After it has finished, it embeds the sound files that were added or
+changed (by size and time of change) and drops the old rows of the latter. Rows of files that no longer exist are
+reported and stay, unless --prune drops them. Rows of a data set stay.
 Sounds that cannot be used are listed in OUT/failures.csv, and every call tries them again; the exit status is then 1.
 """
 EXAMPLES = """\
@@ -74,6 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="approximate number of rows in a Parquet file (default: 128 MB of rows)",
     )
+    output.add_argument(
+        "--prune", action="store_true", help="drop the rows of sound files that no longer exist (default: report them)"
+    )
     data = parser.add_argument_group("data set")
     data.add_argument("--config-name", help="configuration of a data set on the Hub (default: its own default)")
     data.add_argument("--split", default="train", help="split of the data set (default: train)")
@@ -130,6 +136,7 @@ def run(args: argparse.Namespace) -> int:
             shard_rows=args.shard_rows,
             should_stop=lambda: stop.requested,
             processes=processes,
+            prune=args.prune,
         )
     if summary.stopped:
         print(
@@ -140,7 +147,18 @@ def run(args: argparse.Namespace) -> int:
     # The first process reports for all.
     if processes.rank:
         return 0
+    if summary.changed:
+        print(f"Files that had changed and are embedded anew: {_some(summary.changed)}.", file=sys.stderr)
+    if summary.removed:
+        fate = "their rows were dropped" if args.prune else "their rows stay, unless --prune drops them"
+        print(f"Files that no longer exist: {_some(summary.removed)}; {fate}.", file=sys.stderr)
     print(f"{args.out} holds the embeddings of {summary.num_sounds} sounds.", file=sys.stderr)
     if summary.num_failures:
         print(f"{summary.num_failures} sounds could not be used: see {args.out}/failures.csv.", file=sys.stderr)
     return 1 if summary.num_failures else 0
+
+
+def _some(names: list[str]) -> str:
+    """Return the first names of a list and its length."""
+    shown = ", ".join(map(escape_controls, names[:3]))
+    return shown if len(names) <= 3 else f"{shown}, ... ({len(names)} files)"

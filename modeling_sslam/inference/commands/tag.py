@@ -1,7 +1,6 @@
 """`sslam tag`: print the labels of sound files."""
 
 import argparse
-import csv
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -9,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TextIO
 
 from ...common.errors import ClipError
+from ...common.text import csv_row, escape_controls
 from .arguments import add_model_arguments, positive_int, score
 
 SUMMARY = "Print the labels of sound files, the most probable first."
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             # The bar goes to stderr, which may share the terminal with stdout.
             with progress.external_write_mode(sys.stdout):
                 if isinstance(result, ClipError):
-                    print(f"{path}: {result}", file=sys.stderr)
+                    print(escape_controls(f"{path}: {result}"), file=sys.stderr)
                     num_failed += 1
                 else:
                     write(path, result)
@@ -92,9 +92,10 @@ def _table(file: TextIO) -> Iterator[Writer]:
 
     def write(path: str, labels: list[dict[str, Any]]) -> None:
         seconds = duration_seconds(path)
-        print(path if seconds is None else f"{path}  ({seconds:.2f} s)", file=file)
+        name = escape_controls(path)
+        print(name if seconds is None else f"{name}  ({seconds:.2f} s)", file=file)
         for entry in labels:
-            print(f"  {entry['score']:.3f}  {entry['label']}", file=file)
+            print(f"  {entry['score']:.3f}  {escape_controls(entry['label'])}", file=file)
         file.flush()
 
     yield write
@@ -126,11 +127,10 @@ def _jsonl(file: TextIO) -> Iterator[Writer]:
 
 @contextmanager
 def _csv(file: TextIO) -> Iterator[Writer]:
-    rows = csv.writer(file, lineterminator="\n")
-    rows.writerow(("path", "label", "score"))
+    file.write(csv_row(("path", "label", "score")))
 
     def write(path: str, labels: list[dict[str, Any]]) -> None:
-        rows.writerows((path, entry["label"], f"{entry['score']:.6f}") for entry in labels)
+        file.writelines(csv_row((path, entry["label"], f"{entry['score']:.6f}")) for entry in labels)
         file.flush()
 
     yield write

@@ -1,7 +1,6 @@
 """`sslam timeline`: find when each class sounds in a recording of any length."""
 
 import argparse
-import csv
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ...common.errors import ClipError, InferenceError
 from ...common.files import replacing
+from ...common.text import csv_row
 from ..timeline.events import EventSettings
 from ..timeline.formats import FORMATS, SUFFIXES, format_of
 from .arguments import add_model_arguments, non_negative_seconds, positive_int, positive_seconds, score
@@ -195,10 +195,9 @@ def write_timeline(
 def _score_table(path: Path, labels: list[str], window: float) -> Iterator[Callable[[float, "np.ndarray"], None]]:
     """Open a CSV file with a row for each window; yield a function that writes the row of a start and its scores."""
     with open(path, "w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(("start", "end", *labels))
+        file.write(csv_row(("start", "end", *labels)))
 
         def write(start: float, scores: "np.ndarray") -> None:
-            rows.writerow((f"{start:.3f}", f"{start + window:.3f}", *(f"{value:.5f}" for value in scores)))
+            file.write(csv_row((f"{start:.3f}", f"{start + window:.3f}", *(f"{value:.5f}" for value in scores))))
 
         yield write

@@ -6,13 +6,14 @@ are read where they lie, and repositories on the Hub are streamed.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 from huggingface_hub import HfApi
 
 from ...common.encoded_audio import EncodedAudio, find_audio_column, find_id_column
 from ...common.errors import InferenceError
-from .sounds import Sound, is_saved_dataset
+from .sounds import Sound, is_saved_dataset, undecoded
 
 # A data set of `save_to_disk` can be cut into any number of shards; this is more than there will be processes.
 SAVED_DATASET_SHARDS = 1024
@@ -51,14 +52,9 @@ class AudioDataset:
             dataset = _open(path, source, config_name, split, revision)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise InferenceError(f"{source} cannot be read as a data set: {error}") from error
-        features = dataset.features
-        if features is None:
-            raise InferenceError(f"The columns of {source} are not known before it is read.")
-        try:
-            self.audio_column = find_audio_column(source, features, audio_column, "--audio-column")
-            self.id_column = find_id_column(source, features, id_column)
-        except ValueError as error:
-            raise InferenceError(str(error)) from error
+        self.dataset, self.audio_column, self.id_column = _undecoded_columns(
+            dataset, source, audio_column, id_column, "--audio-column"
+        )
         self.description = {
             "dataset": str(path.resolve()) if path.is_dir() else source,
             "config_name": config_name,
@@ -68,10 +64,6 @@ class AudioDataset:
             "id_column": self.id_column,
             "num_shards": dataset.num_shards,
         }
-        columns = [self.audio_column]
-        if self.id_column not in (None, self.audio_column):
-            columns.append(self.id_column)
-        self.dataset = dataset.select_columns(columns).cast_column(self.audio_column, EncodedAudio())
 
     def sounds(self, rank: int = 0, num_processes: int = 1) -> Iterator[Sound]:
         """Read the sounds of one process.
@@ -86,10 +78,63 @@ class AudioDataset:
                 if by_row and index % num_processes != rank:
                     continue
                 key = f"{shard:05d}-{index:07d}"
-                audio = row[self.audio_column] or {"bytes": b"", "path": None}
-                encoded = audio["bytes"] if audio["bytes"] is not None else audio["path"] or b""
-                name = row[self.id_column] if self.id_column else Path(audio["path"] or key).name
-                yield Sound(key, str(name), encoded)
+                yield _sound(row, key, self.audio_column, self.id_column)
+
+
+def dataset_sounds(dataset: Any) -> Iterator[Sound]:
+    """Read the sounds of a data set that the caller has opened.
+
+    Args:
+        dataset: A `Dataset` or `IterableDataset` with one audio column, or with a column "audio" of paths, bytes or
+            samples. Formats and transforms set on it are not applied.
+
+    Raises:
+        InferenceError: If it has several splits, or if it has no such column.
+    """
+    name = type(dataset).__name__
+    if isinstance(dataset, dict):
+        raise InferenceError(f"This {name} has the splits {', '.join(dataset)}; pass one of them.")
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+        raise InferenceError(f"{name} cannot be embedded; pass a Dataset or an IterableDataset.")
+    rows, audio_column, id_column = _undecoded_columns(dataset, f"this {name}", None, None, "select_columns")
+    return (_sound(row, f"{index:07d}", audio_column, id_column) for index, row in enumerate(rows.with_format(None)))
+
+
+def _undecoded_columns(
+    dataset: Any, name: str, audio_column: str | None, id_column: str | None, option: str
+) -> tuple[Any, str, str | None]:
+    """Choose the columns of sounds and ids; return a data set of these, with undecoded audio, and their names.
+
+    A column of samples stays as it is.
+
+    Args:
+        dataset: A `Dataset` or `IterableDataset`.
+        name: Its name in messages.
+        audio_column: The name that the user chose, or `None`.
+        id_column: The name that the user chose, or `None`.
+        option: The user's means to choose the audio column, for messages.
+
+    Raises:
+        InferenceError: If there are no such columns.
+    """
+    features = dataset.features
+    if features is None:
+        raise InferenceError(f"The columns of {name} are not known before it is read; open it with `features`.")
+    try:
+        audio_column = find_audio_column(name, features, audio_column, option)
+        id_column = find_id_column(name, features, id_column)
+    except ValueError as error:
+        raise InferenceError(str(error)) from error
+    dataset = dataset.select_columns(list(dict.fromkeys(filter(None, (audio_column, id_column)))))
+    feature = features[audio_column]
+    if isinstance(feature, (datasets.Audio, datasets.Value)) or (isinstance(feature, dict) and "bytes" in feature):
+        dataset = dataset.cast_column(audio_column, EncodedAudio())
+    return dataset, audio_column, id_column
+
+
+def _sound(row: dict[str, Any], key: str, audio_column: str, id_column: str | None) -> Sound:
+    audio, path = undecoded(row[audio_column] or b"")
+    return Sound(key, str(row[id_column] if id_column else Path(path or key).name), audio)
 
 
 def _open(

@@ -14,7 +14,7 @@ from contextlib import closing
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,23 +22,17 @@ import torch
 from ...common.audio import waveform_blocks
 from ...common.errors import ClipError, InferenceError
 from ...common.glibc import MemoryTrimmer
-from ...common.recordings import find_recordings
 from ...feature_extraction_sslam import SSLAMFeatureExtractor
 from ...modeling_sslam import SSLAMModel
 from ..devices import choose_batch_size, compute_in_parts
 from ..loading import load_pretrained, speed_up
 from ..packed_blocks import precision_of
 from ..prefetch import prefetch
+from ..scores import check_finite
 from ..windows import cut_windows, model_inputs, stream_log_mel
 from . import EMBEDDING_POOLINGS
 from .sounds import Sound
-from .sources import open_sources
-
-if TYPE_CHECKING:
-    # Importing `datasets` takes a second, which sound files need not wait for.
-    from .dataset import AudioDataset
-
-# Poolings of a window's states; see [`Embedder`].
+from .sources import find_sounds
 
 
 class Window(NamedTuple):
@@ -251,8 +245,12 @@ class Embedder:
         Args:
             windows: The windows of a batch.
             states: The results of [`states`] for the parts of the batch, in order.
+
+        Raises:
+            InferenceError: If a value is NaN or infinite.
         """
         arrays = torch.cat(states).float().cpu().numpy()
+        check_finite(np.isfinite(arrays).all(), "embeddings")
         time_axis = {"frame": -2, "patch": -3}.get(self.pooling)
         clips = []
         for (sound, number, first_frame, frames, is_last), array in zip(windows, arrays, strict=True):
@@ -301,16 +299,22 @@ class Embedder:
 
 
 def embed(
-    sources: "str | Path | Iterable[str | Path] | AudioDataset",
+    sources: Any,
     model: "str | Path | Embedder",
     on_failure: Callable[[Sound, ClipError], Any] | None = None,
     **settings: Any,
 ) -> Iterator[ClipEmbedding]:
-    """Embed sound files or a data set, window by window in their order, as `sslam embed` does.
+    """Embed sound files, a data set or recordings in memory, window by window in their order, as `sslam embed` does.
 
     Args:
-        sources: A file, a folder, a pattern, several of these, or a data set: a folder of its shards, an id on the
-            Hub, or an [`AudioDataset`] for another split than "train".
+        sources: One of these:
+
+            - a file, a folder, a pattern, or several of these;
+            - a data set: a folder of its shards, an id on the Hub, an [`AudioDataset`] for another split than "train",
+              or a `Dataset` or `IterableDataset` of the library `datasets` with an audio column;
+            - a recording or an iterable of them: `{"array": samples, "sampling_rate": Hz}`, samples at the model's
+              rate, the bytes of a sound file, or torchcodec's AudioDecoder. An array of two axes is one recording of
+              `(channels, num_samples)`. A recording without a path is named by its number.
         model: Folder or Hub id of a model, or an [`Embedder`].
         on_failure: Called with each sound that cannot be used, and its error; by default the error is raised.
         settings: Arguments of [`Embedder.from_pretrained`], unless `model` is an [`Embedder`]: `pooling`, `layer`,
@@ -334,14 +338,7 @@ def embed(
     """
     if not isinstance(model, Embedder):
         model = Embedder.from_pretrained(model, **settings)
-    if isinstance(sources, (str, Path)):
-        sources = [sources]
-    opened = open_sources(sources) if isinstance(sources, Iterable) else sources
-    sounds: Iterable[Sound]
-    if isinstance(opened, list):
-        sounds = (Sound(path, path, path) for path in find_recordings(opened))
-    else:
-        sounds = opened.sounds()
+    sounds = find_sounds(sources)
 
     def fail(sound: Sound, error: ClipError) -> None:
         raise error

@@ -25,8 +25,18 @@ from tqdm import tqdm
 from ...common.errors import ClipError, InferenceError
 from ...common.files import write_text
 from ...common.recordings import find_recordings
+from ...common.text import escape_controls, escape_markdown, escape_undecodable, unescape_undecodable
 from .embedder import ClipEmbedding, Embedder
-from .shards import ShardProgress, ShardWriter, read_progress, remove_leftovers
+from .shards import (
+    ShardProgress,
+    ShardWriter,
+    Stamp,
+    disk_errors,
+    drop_items,
+    next_call,
+    read_progress,
+    remove_leftovers,
+)
 from .sounds import Sound
 from .table import COLUMNS, table_schema, to_table
 
@@ -57,20 +67,30 @@ Vectors of {size} numbers ({dtype_out}) of {source}: pooling {pooling}, layer {l
 ```python
 import datasets, duckdb, numpy as np, pyarrow.parquet as pq
 
-datasets.load_dataset("{out}", split="train").with_format("numpy")
-table = pq.read_table("{out}/data")  # or pandas.read_parquet, polars.read_parquet
+datasets.load_dataset({out}, split="train").with_format("numpy")
+table = pq.read_table({data})  # or pandas.read_parquet, polars.read_parquet
 vectors = np.stack(table["embedding"].to_pandas())  # ({size} columns), for faiss or scikit-learn
-duckdb.sql("SELECT {key}, count(*) FROM '{out}/data/*.parquet' GROUP BY {key}")
+duckdb.sql({query})
 ```
 """
 
 
 class Summary(NamedTuple):
-    """Number of sounds that the folder holds whole, number of unusable ones, and whether the call was stopped."""
+    """Content of the folder after a call.
+
+    Attributes:
+        num_sounds: Number of sounds that the folder holds whole.
+        num_failures: Number of sounds that could not be used.
+        stopped: Whether the call was stopped.
+        changed: Paths of the sound files that had changed, so that their old rows were dropped.
+        removed: Paths of the folder's sounds that no longer exist, sorted.
+    """
 
     num_sounds: int
     num_failures: int
     stopped: bool
+    changed: list[str]
+    removed: list[str]
 
 
 class Processes(NamedTuple):
@@ -114,13 +134,18 @@ class Plan(NamedTuple):
     Args:
         settings: All that the rows depend on.
         progress: The sounds that the folder holds.
-        paths: The sound files that are still to be embedded; empty for a data set.
+        files: Paths of the sound files that are still to be embedded, by their names; empty for a data set.
+        stamps: The stamps of these files, by the same names. A file that cannot be found has none.
+        changed, removed: See [`Summary`].
         call: Number of this call, for the names of its shards.
     """
 
     settings: dict[str, Any]
     progress: ShardProgress
-    paths: list[str]
+    files: dict[str, str]
+    stamps: dict[str, Stamp]
+    changed: list[str]
+    removed: list[str]
     call: int
 
 
@@ -133,8 +158,9 @@ def embed_to_folder(
     shard_rows: int | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     processes: Processes | None = None,
+    prune: bool = False,
 ) -> Summary:
-    """Embed the sounds that a folder does not hold yet.
+    """Embed the sounds that a folder does not hold yet, and anew the files that have changed since.
 
     Args:
         sources: Files, folders and patterns as for [`find_recordings`], or a data set.
@@ -145,39 +171,47 @@ def embed_to_folder(
         shard_rows: Approximate number of rows of a shard; by default its size is 128 MB.
         should_stop: Called after every batch. If it returns true, the call ends and keeps what it has embedded.
         processes: By default the processes of this launch.
+        prune: Whether to drop the rows of sound files that no longer exist.
 
     Returns:
         The content of the folder after this call.
 
     Raises:
-        InferenceError: If `out` was begun with other settings, is being written by another call or holds other files.
+        InferenceError: If `out` was begun with other settings, is being written by another call, holds other files or
+            cannot be written, or if the rows of a data set are to be pruned.
     """
+    if prune and not isinstance(sources, list):
+        raise InferenceError("Only the rows of sound files can be pruned, not those of a data set; leave out --prune.")
     out, processes = Path(out), processes or Processes.find()
     key = "path" if isinstance(sources, list) else "row"
     schema = table_schema(embedder, key, dtype)
     lock = FileLock(out / ".lock")
     try:
-        plan = _agree(processes, partial(_plan, sources, out, embedder, model_id, dtype, schema, lock))
+        plan = _agree(processes, partial(_plan, sources, out, embedder, model_id, dtype, schema, lock, prune))
         prefix = f"embeddings-{plan.call:04d}-{processes.rank:05d}"
-        writer = ShardWriter(out / "data", prefix, schema, key, {"sslam.settings": plan.settings}, shard_rows)
+        metadata = {"sslam.settings": plan.settings}
         sounds = _remaining_sounds(sources, plan, processes)
         total = len(sounds) if isinstance(sounds, list) else None
         # Only the first process shows a bar, because the shares are alike.
         disable = None if processes.rank == 0 else True
-        with tqdm(total=total, unit="sound", desc="Embedding", disable=disable, dynamic_ncols=True) as bar:
+        with (
+            ShardWriter(out / "data", prefix, schema, key, metadata, shard_rows, plan.stamps) as writer,
+            tqdm(total=total, unit="sound", desc="Embedding", disable=disable, dynamic_ncols=True) as bar,
+        ):
 
             def on_failure(sound: Sound, error: ClipError) -> None:
                 _record_failure(out, sound, error)
                 bar.update()
 
             with closing(embedder.stream(sounds, on_failure)) as batches:
-                to_rows = partial(to_table, embedder=embedder, schema=schema, model_id=model_id)
+                to_rows = partial(to_table, embedder=embedder, schema=schema, model_id=escape_undecodable(model_id))
                 stopped = _write_batches(batches, writer, to_rows, bar, should_stop)
-        writer.publish()
+            writer.publish()
         if not stopped:
             # A launcher ends all processes as soon as one ends with an error status, so the last one must be done.
             processes.wait()
-        return Summary(len(read_progress(out / "data", key).done), len(read_failures(out)), stopped)
+        num_sounds, num_failures = len(read_progress(out / "data", key).done), len(read_failures(out))
+        return Summary(num_sounds, num_failures, stopped, plan.changed, plan.removed)
     finally:
         lock.release()
 
@@ -216,21 +250,67 @@ def _plan(
     dtype: str,
     schema: pa.Schema,
     lock: FileLock,
+    prune: bool,
 ) -> Plan:
     """Lock the folder for this call, prepare it and list what is to be embedded."""
-    files = None
+    # Parquet holds UTF-8, so a file has a name besides its path.
+    files: dict[str, str] = {}
     if isinstance(sources, list):
-        files = list(dict.fromkeys(os.path.normpath(path) for path in find_recordings(sources)))
-    settings = _settings(embedder, model_id, dtype, files or sources)
+        files = {escape_undecodable(path): path for path in map(os.path.normpath, find_recordings(sources))}
+    settings = _settings(embedder, model_id, dtype, list(files.values()) if isinstance(sources, list) else sources)
     (out / "data").mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise InferenceError(f"{out} is being written by another call; choose another.") from None
     _begin(out, settings, schema)
-    progress = read_progress(out / "data", schema.names[0])
-    remaining = [path for path in files or [] if path not in progress.done]
-    return Plan(settings, progress, remaining, _next_call(out / "data"))
+    data, key = out / "data", schema.names[0]
+    progress = read_progress(data, key)
+    # Shards may vanish below, but the numbers of calls must go on.
+    call = next_call(data)
+    stamps = {name: stamp for name, path in files.items() if (stamp := _stamp(path)) is not None}
+    # Shards of earlier versions have no stamps.
+    changed = [name for name, stamp in stamps.items() if progress.stamps.get(name, stamp) != stamp]
+    removed = _removed_files(progress) if isinstance(sources, list) else []
+    dropped = {*changed, *(removed if prune else ())}
+    if dropped:
+        drop_items(data, key, dropped)
+        progress = read_progress(data, key)
+    remaining = {name: path for name, path in files.items() if name not in progress.done}
+    return Plan(
+        settings,
+        progress,
+        files=remaining,
+        stamps={name: stamp for name, stamp in stamps.items() if name in remaining},
+        changed=[files[name] for name in changed],
+        removed=list(map(unescape_undecodable, removed)),
+        call=call,
+    )
+
+
+def _stamp(path: str) -> Stamp | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        # Reading the file tells what is wrong.
+        return None
+    return Stamp(status.st_size, status.st_mtime_ns)
+
+
+def _removed_files(progress: ShardProgress) -> list[str]:
+    """Return the names of the folder's sounds whose files no longer exist, sorted."""
+    return sorted(name for name in {*progress.done, *progress.begun} if not _exists(unescape_undecodable(name)))
+
+
+def _exists(path: str) -> bool:
+    """Tell whether a file exists. One that cannot be looked up for another reason counts as existing."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _settings(embedder: Embedder, model_id: str, dtype: str, source: "list[str] | AudioDataset") -> dict[str, Any]:
@@ -260,23 +340,28 @@ def _begin(out: Path, settings: dict[str, Any], schema: pa.Schema) -> None:
             raise InferenceError(f"{out} was begun with other settings: {changes}. Use the same, or another folder.")
     elif any((out / "data").iterdir()):
         raise InferenceError(f"{out}/data holds files, but {path} is missing; choose another folder.")
+    key, shards = schema.names[0], f"{out.name}/data/*.parquet".replace("'", "''")
     card = CARD.format(
-        source=settings["source"].get("dataset", "sound files"),
+        model=escape_markdown(settings["model"]),
+        source=escape_markdown(settings["source"].get("dataset", "sound files")),
         columns="\n".join(f"| `{name}` | {COLUMNS[name]} |" for name in schema.names),
         size=schema.field("embedding").type.list_size,
-        out=out.name,
-        key=schema.names[0],
-        **{name: settings[name] for name in ("model", "dtype_out", "pooling", "layer", "window", "hop")},
+        out=_python_literal(out.name),
+        data=_python_literal(f"{out.name}/data"),
+        query=_python_literal(f"SELECT {key}, count(*) FROM '{shards}' GROUP BY {key}"),
+        **{name: settings[name] for name in ("dtype_out", "pooling", "layer", "window", "hop")},
     )
-    for target, text in ((out / "README.md", card), (path, json.dumps(settings, indent=2) + "\n")):
-        write_text(target, text)
+    with disk_errors(out):
+        write_text(out / "README.md", card)
+        write_text(path, json.dumps(settings, indent=2) + "\n")
     (out / "failures.csv").unlink(missing_ok=True)
     remove_leftovers(out / "data")
 
 
-def _next_call(folder: Path) -> int:
-    """Return the number of this call: one more than any in the names of the shards."""
-    return 1 + max((int(path.name.split("-")[1]) for path in folder.glob("embeddings-*.parquet")), default=-1)
+def _python_literal(text: str) -> str:
+    """Return text as a string of Python code in double quotes, on one line and of printable characters."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in quoted)
 
 
 def _remaining_sounds(
@@ -285,8 +370,8 @@ def _remaining_sounds(
     """Return this process's share of the sounds that are still to be embedded."""
     begun = plan.progress.begun
     if isinstance(sources, list):
-        paths = plan.paths[processes.rank :: processes.num_processes]
-        return [Sound(path, path, path, begun.get(path, 0)) for path in paths]
+        files = list(plan.files.items())[processes.rank :: processes.num_processes]
+        return [Sound(name, path, path, begun.get(name, 0)) for name, path in files]
     return (
         sound._replace(first_window=begun.get(sound.key, 0))
         for sound in sources.sounds(processes.rank, processes.num_processes)
@@ -317,10 +402,14 @@ def _write_batches(
 
 def _record_failure(out: Path, sound: Sound, error: ClipError) -> None:
     """Report an unusable sound on standard error and append it to `failures.csv`."""
-    tqdm.write(f"{sound.name}: {error}", file=sys.stderr)
+    tqdm.write(escape_controls(f"{sound.name}: {error}"), file=sys.stderr)
     path = out / "failures.csv"
-    with FileLock(out / ".failures.lock"), open(path, "a", newline="", encoding="utf-8") as file:
+    with (
+        disk_errors(out),
+        FileLock(out / ".failures.lock"),
+        open(path, "a", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.writer(file)
         if not file.tell():
-            writer.writerow(("path" if sound.key == sound.name else "id", "reason", "detail"))
-        writer.writerow((sound.name, error.reason, error.detail))
+            writer.writerow(("path" if sound.key == escape_undecodable(sound.name) else "id", "reason", "detail"))
+        writer.writerow(map(escape_undecodable, (sound.name, error.reason, error.detail)))

@@ -1,7 +1,7 @@
 """Sounds to embed, and how to tell a data set from sound files."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ...common.recordings import AUDIO_SUFFIXES
 
@@ -14,14 +14,28 @@ class Sound(NamedTuple):
     Args:
         key: Unique key: the path, or the place in a data set.
         name: The user's name for it: the path, or an id.
-        audio: Path of its file, or the encoded bytes.
+        audio: Path of its file, the encoded bytes, or samples; see [`waveform_blocks`].
         first_window: The first window to embed; those before it are skipped.
     """
 
     key: str
     name: str
-    audio: bytes | str
+    audio: Any
     first_window: int = 0
+
+
+def undecoded(value: Any) -> tuple[Any, str | None]:
+    """Return a recording in a form that [`waveform_blocks`] takes, and the path that a data set has put beside it.
+
+    Args:
+        value: A form that `waveform_blocks` takes, or the `{"bytes": ..., "path": ...}` of an undecoded data set.
+    """
+    if not isinstance(value, dict):
+        return value, None
+    path = value.get("path")
+    if "bytes" not in value or "array" in value:
+        return value, path
+    return value["bytes"] if value["bytes"] is not None else path or b"", path
 
 
 def is_saved_dataset(path: Path) -> bool:

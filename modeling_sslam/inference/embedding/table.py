@@ -77,15 +77,15 @@ def to_table(clips: list[ClipEmbedding], embedder: Embedder, schema: pa.Schema, 
     def repeat(values: Iterable) -> np.ndarray:
         return np.repeat(np.array(list(values)), [math.prod(shape) for shape in shapes])
 
-    names = repeat(clip.name for clip in clips)
+    keys = repeat(clip.key for clip in clips)
     columns: dict[str, Any] = {
-        "path": names,
-        "row": repeat(clip.key for clip in clips),
-        "id": names,
+        "path": keys,
+        "row": keys,
+        "id": repeat(clip.name for clip in clips) if "id" in schema.names else None,
         "start": repeat(clip.start for clip in clips),
         "end": repeat(clip.end for clip in clips),
         "window": repeat(clip.window for clip in clips),
-        "model": np.full(len(names), model_id),
+        "model": np.full(len(keys), model_id),
         **dict(zip(axes, places, strict=True)),
     }
     if "time" in axes:

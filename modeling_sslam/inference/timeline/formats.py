@@ -1,14 +1,14 @@
 """File formats for the events of a timeline."""
 
-import csv
-import io
 import json
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...common.errors import InferenceError
+from ...common.text import csv_row, escape_controls, escape_undecodable
 
 if TYPE_CHECKING:
     # Not imported at run time: `sslam timeline --help` lists the formats, and windows need torch.
@@ -17,28 +17,30 @@ if TYPE_CHECKING:
 
 def to_csv(timeline: "Timeline") -> str:
     """Format events as CSV with the columns `onset,offset,label,score`; times are in seconds."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(("onset", "offset", "label", "score"))
-    rows.writerows((f"{e.onset:.3f}", f"{e.offset:.3f}", e.label, f"{e.score:.4f}") for e in timeline.events)
-    return text.getvalue()
+    rows = [(f"{e.onset:.3f}", f"{e.offset:.3f}", e.label, f"{e.score:.4f}") for e in timeline.events]
+    return "".join(map(csv_row, [("onset", "offset", "label", "score"), *rows]))
 
 
 def to_audacity(timeline: "Timeline") -> str:
-    """Format events as a label track for Audacity (File > Import > Labels): onset, offset and label between tabs."""
-    return "".join(f"{e.onset:.6f}\t{e.offset:.6f}\t{_one_line(e.label)}\n" for e in timeline.events)
+    r"""Format events as a label track for Audacity (File > Import > Labels): onset, offset and label between tabs.
+
+    Tabs, line breaks and other control characters in labels become escapes such as `\t`.
+    """
+    return "".join(f"{e.onset:.6f}\t{e.offset:.6f}\t{escape_controls(e.label)}\n" for e in timeline.events)
 
 
 def to_rttm(timeline: "Timeline") -> str:
-    """Format events as NIST's Rich Transcription Time Marked (RTTM), which diarisation tools read.
+    r"""Format events as NIST's Rich Transcription Time Marked (RTTM), which diarisation tools read.
 
     A line has ten fields between spaces. The class is in the field of the speaker, the score in that of the
-    confidence. Spaces in names become underscores.
+    confidence. Spaces in names become underscores, or `\u0020` in a class that another class would then equal. Control
+    characters become escapes such as `\n`.
     """
-    recording = _one_word(Path(timeline.path).stem if timeline.path else "recording")
+    recording = Path(timeline.path).stem if timeline.path else "recording"
+    (recording,) = _words([recording])
+    words = dict(zip(timeline.labels, _words(timeline.labels), strict=True))
     return "".join(
-        f"SPEAKER {recording} 1 {e.onset:.3f} {e.offset - e.onset:.3f} <NA> <NA> {_one_word(e.label)} {e.score:.4f} "
-        "<NA>\n"
+        f"SPEAKER {recording} 1 {e.onset:.3f} {e.offset - e.onset:.3f} <NA> <NA> {words[e.label]} {e.score:.4f} <NA>\n"
         for e in timeline.events
     )
 
@@ -65,17 +67,19 @@ def to_jams(timeline: "Timeline") -> str:
         "annotation_metadata": {"annotation_tools": "sslam timeline", "data_source": "program"},
         "sandbox": {},
     }
+    path = escape_undecodable(timeline.path or "")
     jams = {
         "annotations": [annotation],
         "file_metadata": {
-            "title": Path(timeline.path).name if timeline.path else "",
+            "title": Path(path).name,
             "duration": round(timeline.duration, 6),
-            "identifiers": {"path": timeline.path} if timeline.path else {},
+            "identifiers": {"path": path} if path else {},
             "jams_version": "0.3.4",
         },
         "sandbox": {"window": timeline.window, "hop": timeline.hop, "events": vars(timeline.settings)},
     }
-    return json.dumps(jams, indent=1, ensure_ascii=False) + "\n"
+    # A label can hold surrogates, which UTF-8 has not. JSON's escapes of them are read back as they were.
+    return json.dumps(jams, indent=1, ensure_ascii=False).encode(errors="backslashreplace").decode() + "\n"
 
 
 def to_text(timeline: "Timeline") -> str:
@@ -85,7 +89,8 @@ def to_text(timeline: "Timeline") -> str:
     lines = [f"{'onset':>9}  {'offset':>9}  score  label"]
     hours = timeline.duration >= 3600
     lines += [
-        f"{clock(e.onset, hours):>9}  {clock(e.offset, hours):>9}  {e.score:.3f}  {e.label}" for e in timeline.events
+        f"{clock(e.onset, hours):>9}  {clock(e.offset, hours):>9}  {e.score:.3f}  {escape_controls(e.label)}"
+        for e in timeline.events
     ]
     return "\n".join(lines) + "\n"
 
@@ -124,9 +129,14 @@ def clock(seconds: float, hours: bool = False) -> str:
     return f"{num_hours}:{minutes:02d}:{rest:04.1f}" if hours or num_hours else f"{minutes}:{rest:04.1f}"
 
 
-def _one_word(text: str) -> str:
-    return re.sub(r"\s+", "_", text.strip()) or "_"
-
-
-def _one_line(text: str) -> str:
-    return re.sub(r"[\t\r\n]+", " ", text)
+def _words(names: Sequence[str]) -> list[str]:
+    """Return a word without spaces for each name. Different names have different words."""
+    escaped = [escape_controls(name) for name in names]
+    words = [re.sub(r"\s+", "_", name.strip()) or "_" for name in escaped]
+    counts = Counter(words)
+    return [
+        word
+        if word == name or counts[word] == 1
+        else re.sub(r"\s", lambda space: f"\\u{ord(space[0]):04x}", name) or "<NA>"
+        for name, word in zip(escaped, words, strict=True)
+    ]

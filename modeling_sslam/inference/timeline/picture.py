@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ...common.errors import InferenceError
+from ...common.text import escape_controls
 from ...filter_bank_sslam import LOWEST_FREQUENCY
 from .events import Event
 from .formats import clock
@@ -109,7 +110,7 @@ class TimelinePicture:
         self._draw_spectrogram(spectrogram)
         self._draw_curves(curves, timeline, colors)
         _draw_bars(bars, timeline.events, colors)
-        title = Path(timeline.path).name if timeline.path else "recording"
+        title = escape_controls(Path(timeline.path).name) if timeline.path else "recording"
         num_with_events = len({event.label for event in timeline.events})
         if num_with_events > len(classes):
             title += f": {len(classes)} of the {num_with_events} classes with events"
@@ -181,7 +182,7 @@ def _draw_bars(axes: "Axes", events: list[Event], colors: "dict[str, ColorType]"
         spans = [(event.onset, event.offset - event.onset) for event in events if event.label == name]
         # Without an edge, an event of a second would be invisible in an hour.
         axes.broken_barh(spans, (row - 0.35, 0.7), facecolors=color, edgecolors=color, linewidth=0.8)
-    axes.set_yticks(range(len(colors)), list(colors))
+    axes.set_yticks(range(len(colors)), [escape_controls(name) for name in colors])
     for tick, color in zip(axes.get_yticklabels(), colors.values(), strict=True):
         tick.set_color(color)
     axes.set_ylim(len(colors) - 0.5, -0.5)

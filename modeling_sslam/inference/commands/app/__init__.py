@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve the page until Ctrl-C; return the exit status."""
+    """Serve the page until Ctrl-C or SIGTERM; return the exit status."""
     from ....common.recordings import find_recordings
     from ...tagger import SSLAMTagger
     from .listening import Listener
@@ -67,10 +67,12 @@ def run(args: argparse.Namespace) -> int:
     examples = find_recordings([args.examples]) if args.examples else []
     try:
         from .page import make_page, serve
+        from .protection import private_uploads
     except ModuleNotFoundError as error:
         raise InferenceError(f'{error.name} is not installed: pip install "modeling-sslam[app]"') from error
 
     tagger = SSLAMTagger.from_pretrained(args.model, args.device, args.dtype, args.batch_size, args.revision)
-    page = make_page(Listener(tagger, args.max_minutes), Path(args.model).resolve().name, examples)
-    serve(page, args.max_megabytes, args.host, args.port, args.share)
+    with private_uploads():
+        page = make_page(Listener(tagger, args.max_minutes), Path(args.model).resolve().name, examples)
+        serve(page, args.max_megabytes, args.host, args.port, args.share)
     return 0

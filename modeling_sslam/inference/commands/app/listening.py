@@ -1,6 +1,7 @@
 """Analysis and comparison of sounds for the page, independent of Gradio."""
 
 import io
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ class Analysis(NamedTuple):
 
 
 class Listener:
-    """A model that analyses and compares sound files for visitors of the page.
+    """A model that analyses and compares sound files for visitors of the page, one call after the other.
 
     Args:
         tagger: The model; its encoder computes the embeddings.
@@ -67,6 +68,8 @@ class Listener:
     def __init__(self, tagger: SSLAMTagger, max_minutes: float) -> None:
         self.tagger, self.max_minutes = tagger, max_minutes
         self._embedder = Embedder(tagger.model.sslam, tagger.feature_extractor, batch_size=tagger.batch_size)
+        # Gradio's queue lets the next visitor in when one goes away, even if the model is still at work.
+        self._lock = threading.Lock()
 
     @property
     def clip_seconds(self) -> float:
@@ -91,28 +94,29 @@ class Listener:
         Raises:
             InferenceError: If the file cannot be used. The message is meant for the visitor.
         """
-        seconds = self._check_length(path)
-        picture = TimelinePicture(self.tagger.feature_extractor.sampling_rate, self.tagger.frame_seconds)
+        with self._lock:
+            seconds = self._check_length(path)
+            picture = TimelinePicture(self.tagger.feature_extractor.sampling_rate, self.tagger.frame_seconds)
 
-        def on_scores(start: float, scores: np.ndarray) -> None:
-            progress(min(1.0, start / seconds), "Listening")
-            picture.add_scores(start, scores)
+            def on_scores(start: float, scores: np.ndarray) -> None:
+                progress(min(1.0, start / seconds), "Listening")
+                picture.add_scores(start, scores)
 
-        try:
-            timeline = self.tagger.timeline(
-                path,
-                window,
-                window * HOP_SHARE,
-                EventSettings(threshold),
-                keep_scores=False,
-                on_frames=picture.add_frames,
-                on_scores=on_scores,
-            )
-            progress(1.0, "Labels and picture")
-            labels = self.tagger.tag(path, TOP_LABELS)
-        except ClipError as error:
-            raise _complaint(path, error) from error
-        return Analysis(labels, timeline, render(picture, timeline))
+            try:
+                timeline = self.tagger.timeline(
+                    path,
+                    window,
+                    window * HOP_SHARE,
+                    EventSettings(threshold),
+                    keep_scores=False,
+                    on_frames=picture.add_frames,
+                    on_scores=on_scores,
+                )
+                progress(1.0, "Labels and picture")
+                labels = self.tagger.tag(path, TOP_LABELS)
+            except ClipError as error:
+                raise _complaint(path, error) from error
+            return Analysis(labels, timeline, render(picture, timeline))
 
     def similarity(self, path: str, other: str) -> float:
         """Return the cosine between the embeddings of two sound files, each the mean over its windows.
@@ -120,7 +124,8 @@ class Listener:
         Raises:
             InferenceError: If a file cannot be used. The message is meant for the visitor.
         """
-        one, two = self._embedding(path), self._embedding(other)
+        with self._lock:
+            one, two = self._embedding(path), self._embedding(other)
         return float(one @ two / (np.linalg.norm(one) * np.linalg.norm(two)))
 
     def _embedding(self, path: str) -> np.ndarray:

@@ -5,6 +5,8 @@ An error that a visitor can cause, such as a file that is not a sound, appears a
 
 import html
 import logging
+import os
+import time
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -16,10 +18,13 @@ from urllib.parse import quote
 import gradio as gr
 
 from ....common.errors import InferenceError
+from ....common.text import escape_controls, escape_markdown
 from ...timeline.events import EventSettings
 from ...timeline.formats import FORMATS, SUFFIXES
 from ...timeline.timeline import Timeline
+from . import LOOPBACK
 from .listening import TOP_LABELS, Analysis, Listener
+from .protection import middleware
 
 logger = logging.getLogger(__name__)
 FILES = Path(__file__).parent
@@ -72,15 +77,17 @@ def make_page(listener: Listener, model_name: str, examples: Sequence[str] = ())
         model_name: Name in the heading.
         examples: Paths of sounds that the page offers.
     """
+    name = escape_markdown(model_name)
+    name = f"`{model_name}`" if name == model_name else name
     with gr.Blocks(
-        title=f"SSLAM: {model_name}",
+        title=f"SSLAM: {escape_controls(model_name)}",
         analytics_enabled=False,
         delete_cache=(CACHE_SECONDS, CACHE_SECONDS),
         fill_width=True,
     ) as page:
         gr.Markdown(
             f"# What sounds when\nUpload or record a sound of up to {listener.max_minutes:g} min. "
-            f"`{model_name}` knows {listener.tagger.model.config.num_labels} classes."
+            f"{name} knows {listener.tagger.model.config.num_labels} classes."
         )
         with gr.Tab("Listen"):
             _listen_tab(listener, examples)
@@ -132,7 +139,8 @@ def _listen_tab(listener: Listener, examples: Sequence[str]) -> None:
         if path is None:
             return "", {}
         analysis = listener.analyse(path, window, threshold, progress)
-        return timeline_html(path, analysis), {entry["label"]: entry["score"] for entry in analysis.labels}
+        scores = {escape_controls(entry["label"]): entry["score"] for entry in analysis.labels}
+        return timeline_html(path, analysis), scores
 
     gr.on(
         # A slider that is moved by keyboard has `change` events but no `release`. Of many changes in a row,
@@ -180,7 +188,7 @@ def _sound_input(label: str, elem_id: str) -> gr.Audio:
 
 def message_html(message: str) -> str:
     """Return an error message."""
-    return f"<p class='message' role='alert'>{html.escape(message)}</p>"
+    return f"<p class='message' role='alert'>{html.escape(escape_controls(message))}</p>"
 
 
 def timeline_html(path: str, analysis: Analysis) -> str:
@@ -194,7 +202,7 @@ def timeline_html(path: str, analysis: Analysis) -> str:
   <img src="{_data_url("image/png", picture.png)}" alt="{description}">
   <div class="cursor" style="left: {picture.left:.2%}; {span}"></div>
 </div></div>
-<audio controls preload="auto" src="gradio_api/file={quote(path)}"></audio>
+<audio controls preload="auto" src="gradio_api/file={quote(os.fsencode(path))}"></audio>
 <p class="note unplayable" hidden>This browser cannot play this file format.</p>
 {_events_html(path, timeline)}
 """
@@ -205,7 +213,7 @@ def _events_html(path: str, timeline: Timeline) -> str:
     if not number:
         return f"<p class='note events'>No events: {table}. The threshold is among the settings.</p>"
     texts = {suffix: _data_url("text/plain", FORMATS[name](timeline).encode()) for suffix, name in DOWNLOADS.items()}
-    stem = html.escape(Path(path).stem)
+    stem = html.escape(escape_controls(Path(path).stem))
     downloads = " ".join(
         f'<a download="{stem}{suffix}" href="{text}">{DOWNLOADS[suffix]}</a>' for suffix, text in texts.items()
     )
@@ -231,7 +239,7 @@ def _data_url(media_type: str, content: bytes) -> str:
 def serve(
     page: gr.Blocks, max_megabytes: int, host: str | None = None, port: int | None = None, share: bool = False
 ) -> None:
-    """Serve a page until Ctrl-C.
+    """Serve a page until Ctrl-C. Requests that other web sites make in a visitor's browser are refused.
 
     Args:
         page: The page, from [`make_page`].
@@ -245,7 +253,9 @@ def serve(
     Raises:
         OSError: If the address is not available.
     """
-    page.queue(max_size=MAX_WAITING)
+    # Without an open API, no request passes by the queue.
+    page.queue(max_size=MAX_WAITING, api_open=False)
+    address = host or os.environ.get("GRADIO_SERVER_NAME", LOOPBACK)
     _, url, _ = page.launch(
         server_name=host,
         server_port=port,
@@ -258,6 +268,14 @@ def serve(
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=STYLE,
         quiet=True,
+        app_kwargs={"middleware": middleware(address, share)},
     )
     print(f"The page is at {url} (stop it with Ctrl-C)", flush=True)
-    page.block_thread()
+    try:
+        while page.is_running:
+            time.sleep(0.1)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        # Unlike `page.block_thread`, this also ends the connections to open tabs, which the server would wait for.
+        page.close(verbose=False)
