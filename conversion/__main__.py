@@ -108,7 +108,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit status: 0, or 1 after an error in one line on stderr."""
+    """Run the command line.
+
+    Returns:
+        The exit status: 0, 1 after an error in one line on stderr, 2 for invalid arguments, or 130 after Ctrl-C.
+    """
     return run(make_parser().parse_args(arguments))
 
 
@@ -117,10 +121,19 @@ def run(options: argparse.Namespace) -> int:
     if options.push_to_hub and options.to == "fairseq":
         print("error: --push-to-hub uploads a folder; --to fairseq writes a file", file=sys.stderr)
         return 2
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        print("error: interrupted; OUT is as it was, or complete.", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
     # Imported after the arguments are parsed: --help need not wait for torch and transformers.
     from transformers.utils import logging
 
     from modeling_sslam.common.labels import LabelFileError, read_labels
+    from modeling_sslam.common.text import escape_controls
 
     from .configuration import Choices
     from .convert import convert
@@ -128,7 +141,11 @@ def run(options: argparse.Namespace) -> int:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    report = (lambda line: None) if options.quiet else print
+
+    def report(line: str) -> None:
+        if not options.quiet:
+            print(escape_controls(line))
+
     try:
         source, title = fetch(options.source, options.revision)
         convert(
@@ -151,7 +168,7 @@ def run(options: argparse.Namespace) -> int:
         if options.push_to_hub:
             report(f"uploaded: {push(options.out, options.push_to_hub, options.private)}")
     except (ConversionError, LabelFileError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escape_controls(str(error))}", file=sys.stderr)
         return 1
     return 0
 

@@ -4,7 +4,8 @@ import hashlib
 from pathlib import Path
 
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel, SSLAMPreTrainedModel
-from modeling_sslam.common.model_card import PAPER, render_card
+from modeling_sslam.common.model_card import PAPER, code_span, render_card
+from modeling_sslam.common.text import escape_controls
 
 from .configuration import Settings, lookup
 from .reader import Checkpoint
@@ -45,7 +46,7 @@ def model_card(
     facts = provenance | {f"SHA-256 of {file.name}": f"`{_sha256(file)}`" for file in checkpoint.files}
     facts |= _model_facts(model, extractor) | _run_facts(Settings(checkpoint.settings))
     license_terms = (
-        f"`{checkpoint.license}`, as its source states."
+        f"{code_span(checkpoint.license)}, as its source states."
         if checkpoint.license
         else "The checkpoint states none; its authors' terms apply. Ask them before you publish it."
     )
@@ -57,7 +58,7 @@ def model_card(
         model_class=type(model).__name__,
         sampling_rate=extractor.sampling_rate,
         sections={
-            "Assumptions": "\n".join(f"- {note}" for note in notes) or "- Nothing had to be assumed.",
+            "Assumptions": "\n".join(f"- {escape_controls(note)}" for note in notes) or "- Nothing had to be assumed.",
             "License": license_terms,
             "Citation": CITATION,
         },

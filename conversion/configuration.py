@@ -13,6 +13,7 @@ import torch
 
 from modeling_sslam import DATASET_PRESETS, SSLAMConfig, SSLAMFeatureExtractor
 from modeling_sslam.common.labels import AUDIOSET_NUM_LABELS, audioset_labels
+from modeling_sslam.common.model_folder import check_front_end
 from modeling_sslam.layouts import (
     CLASSIFIER_NORM_EPS,
     FAIRSEQ_ENCODER_CONSTANTS,
@@ -204,7 +205,7 @@ def describe(
     except ConversionError:
         raise
     # The settings come from a file, so that any type can stand where a number is expected.
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ConversionError(f"The checkpoint's settings describe no valid model. {error}") from error
 
 
@@ -251,7 +252,9 @@ def _describe(
         raise ConversionError("--labels names classes, but the checkpoint has no classifier.")
     config = SSLAMConfig(**fields)
     front_end |= {"num_mel_bins": config.num_mel_bins, "patch_size": config.patch_size}
-    return config, SSLAMFeatureExtractor(**front_end), notes
+    extractor = SSLAMFeatureExtractor(**front_end)
+    check_front_end(extractor, config)
+    return config, extractor, notes
 
 
 def _front_end(
@@ -291,7 +294,16 @@ def _classification_fields(
         if len(labels) != num_labels:
             raise ConversionError(f"--labels names {len(labels)} classes, but the classifier has {num_labels}.")
     elif settings.is_sslam and "id2label" in settings.all:
+        if len(settings.all["id2label"]) != num_labels:
+            raise ConversionError(
+                f"The settings name {len(settings.all['id2label'])} classes, but the classifier has {num_labels} "
+                "(--labels)."
+            )
         labels = [settings.all["id2label"][str(index)] for index in range(num_labels)]
+        if other := [label for label in labels if not isinstance(label, str)]:
+            raise ConversionError(
+                f"The settings name a class by a {type(other[0]).__name__}; names are text (--labels)."
+            )
     elif num_labels == AUDIOSET_NUM_LABELS:
         labels = audioset_labels()
     else:

@@ -18,6 +18,7 @@ from modeling_sslam import (
     SSLAMPreTrainedModel,
 )
 from modeling_sslam.common.files import replacing
+from modeling_sslam.common.model_folder import expected_shapes
 from modeling_sslam.layouts import CLASSIFIER_NORM_EPS, POSITIONS, Layout, recognise, to_theirs
 from modeling_sslam.modeling_sslam import sincos_position_table
 
@@ -95,8 +96,9 @@ def convert(
         OSError: If the folder of `out` is not writable, or writing fails.
     """
     out = out.resolve()
-    check_place(out, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as place, _errors_naming(out, place):
+        check_place(out, overwrite)
         # A function of its own: when it returns, the source's weights leave memory, before the check reads the result.
         check, summary = _convert(source, place, head, weights, to, choices, title or source.name, report)
         finding = check(place)
@@ -104,7 +106,7 @@ def convert(
 
 
 def check_place(out: Path, overwrite: bool) -> None:
-    """Check that a result may be written to `out`, and create the folder above it.
+    """Check that a result may be written to `out`.
 
     Raises:
         ConversionError: If `out` exists and may not be overwritten, or is a folder that holds no model.
@@ -114,7 +116,6 @@ def check_place(out: Path, overwrite: bool) -> None:
         raise ConversionError(f"{out} exists already; choose another path, or replace it with --overwrite.")
     if occupied and out.is_dir() and not (out / "config.json").is_file():
         raise ConversionError(f"{out} is a folder without a model, which is not overwritten; choose another path.")
-    out.parent.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
@@ -125,9 +126,9 @@ def _errors_naming(out: Path, place: Path) -> Iterator[None]:
     except ConversionError as error:
         raise ConversionError(str(error).replace(place.name, out.name)) from error
     except OSError as error:
-        if isinstance(error.filename, str):
-            error.filename = error.filename.replace(place.name, out.name)
-        raise
+        # A full disk's error names no file.
+        text = str(error) if error.filename or error.errno is None else f"{out} could not be written: {error}"
+        raise OSError(text.replace(place.name, out.name)) from error
 
 
 def _convert(
@@ -262,8 +263,7 @@ def _build(
     """
     if model_class is SSLAMModel:
         tensors = {name.removeprefix("sslam."): tensor for name, tensor in tensors.items()}
-    with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in model_class(config).state_dict().items()}
+    expected = expected_shapes(model_class, config)
     if missing := expected.keys() - tensors.keys():
         raise ConversionError(f"The checkpoint lacks {_list(sorted(map(theirs, missing)))}.")
     if extra := tensors.keys() - expected.keys():

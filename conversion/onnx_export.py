@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMPreTrainedModel
+from modeling_sslam.common.files import write_errors
 
 from . import ConversionError
 from .writer import Check
@@ -112,7 +113,8 @@ def export_graph(model: SSLAMPreTrainedModel, file: Path, masked: bool) -> None:
         assert shape is not None
         shape[1] = f"{config.num_mel_patches}*{TIME_PATCHES} + 1"
     # One file, except for graphs above 2 GB, the limit of a protobuf message.
-    program.save(file)
+    with write_errors(file):
+        program.save(file)
 
 
 def write_onnx(

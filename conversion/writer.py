@@ -19,6 +19,7 @@ from modeling_sslam import (
     SSLAMModel,
     SSLAMPreTrainedModel,
 )
+from modeling_sslam.common.files import write_errors
 from modeling_sslam.layouts import (
     FAIRSEQ_CLASSIFICATION,
     FAIRSEQ_ENCODER_CONSTANTS,
@@ -51,8 +52,9 @@ Check = Callable[[Path], str]
 
 def write_transformers(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, folder: Path) -> Check:
     """Write a folder for `from_pretrained`: weights, configurations and the model's source files."""
-    model.save_pretrained(folder)
-    extractor.save_pretrained(folder)
+    with write_errors(folder):
+        model.save_pretrained(folder)
+        extractor.save_pretrained(folder)
     return partial(
         check_transformers, model_class=type(model), digests=_digests(model.state_dict()), outputs=_probe(model)
     )
@@ -81,7 +83,8 @@ def write_hub(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor, fol
     tensors = _published_tensors(model, HUB_EAT)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with write_errors(folder):
+        safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return partial(check_tensors, digests=_digests(tensors))
 
 
@@ -110,7 +113,7 @@ def write_fairseq(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor,
         "last_optimizer_state": None,
     }
     # Through a stream: given a path, torch would store the name of the hidden file in the archive.
-    with file.open("wb") as stream:
+    with write_errors(file), file.open("wb") as stream:
         torch.save(checkpoint, stream)
     return partial(check_tensors, digests=_digests(tensors))
 

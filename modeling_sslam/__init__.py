@@ -1,9 +1,11 @@
 """SSLAM for transformers: importing this package registers its classes with transformers' Auto classes.
 
-The import itself loads neither torch nor transformers. The classes are imported when they are first used, and they are
-registered when transformers imports its Auto classes.
+The import itself loads neither torch nor transformers. The classes are imported when they are first used. They are
+registered when transformers imports its Auto classes; those that are not imported by then have placeholders.
 """
 
+import sys
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -57,36 +59,41 @@ def _register_config() -> None:
         CONFIG_MAPPING.register(PUBLISHED_MODEL_TYPE, config)
 
 
-def _register(mapping: Any, name: str) -> None:
-    """Register a placeholder in the table of AutoFeatureExtractor, AutoModel and so on."""
-    config = _load("SSLAMConfig")
-    mapping.register(config, LazyClass(f"{__name__}.{_MODULES[name]}", name, mapping, config))
+def _register(name: str, auto_module: str, mapping_name: str) -> None:
+    """Register a class in a table of transformers, if that is imported.
+
+    Until the class is imported it has a placeholder there. A class of another name that somebody registered stays.
+    """
+    if auto_module not in sys.modules:
+        return
+    config, mapping = _load("SSLAMConfig"), getattr(sys.modules[auto_module], mapping_name)
+    module = f"{__name__}.{_MODULES[name]}"
+    # A module whose import has begun may lack the class.
+    registered = getattr(sys.modules.get(module), name, None) or LazyClass(module, name, config)
+    if isinstance(mapping.get(config, None), LazyClass | None):
+        mapping.register(config, registered, exist_ok=True)
 
 
-def _register_feature_extractor() -> None:
+def _extend_feature_extractors() -> None:
     from transformers.feature_extraction_utils import FeatureExtractionMixin
-    from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
 
     extend_feature_extractor_lookup(FeatureExtractionMixin)
-    _register(FEATURE_EXTRACTOR_MAPPING, "SSLAMFeatureExtractor")
-
-
-def _register_models() -> None:
-    from transformers.models.auto import modeling_auto
-
-    _register(modeling_auto.MODEL_MAPPING, "SSLAMModel")
-    _register(modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING, "SSLAMForAudioClassification")
-    _register(modeling_auto.MODEL_FOR_PRETRAINING_MAPPING, "SSLAMForPreTraining")
 
 
 after_import(f"{__name__}.configuration_sslam", lambda: import_module(".published", __name__))
 # Importing the tables here would take seconds, also for `sslam --help`.
-for _table, _callback in (
-    ("configuration_auto", _register_config),
-    ("feature_extraction_auto", _register_feature_extractor),
-    ("modeling_auto", _register_models),
+_AUTO = "transformers.models.auto"
+after_import(f"{_AUTO}.configuration_auto", _register_config)
+after_import(f"{_AUTO}.feature_extraction_auto", _extend_feature_extractors)
+for _name, _auto_module, _mapping_name in (
+    ("SSLAMFeatureExtractor", f"{_AUTO}.feature_extraction_auto", "FEATURE_EXTRACTOR_MAPPING"),
+    ("SSLAMModel", f"{_AUTO}.modeling_auto", "MODEL_MAPPING"),
+    ("SSLAMForAudioClassification", f"{_AUTO}.modeling_auto", "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING"),
+    ("SSLAMForPreTraining", f"{_AUTO}.modeling_auto", "MODEL_FOR_PRETRAINING_MAPPING"),
 ):
-    after_import(f"transformers.models.auto.{_table}", _callback)
+    _callback = partial(_register, _name, _auto_module, _mapping_name)
+    after_import(_auto_module, _callback)
+    after_import(f"{__name__}.{_MODULES[_name]}", _callback)
 
 
 def __getattr__(name: str) -> Any:

@@ -2,10 +2,11 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 
 def after_import(name: str, callback: Callable[[], object]) -> None:
@@ -14,7 +15,7 @@ def after_import(name: str, callback: Callable[[], object]) -> None:
     Registering with a part of transformers this way does not import that part, which can take seconds.
 
     Args:
-        name: Full name of a module that is Python source.
+        name: Full name of a module. Several callbacks may wait for the same one.
         callback: Called once, without arguments.
     """
     if name in sys.modules:
@@ -24,7 +25,7 @@ def after_import(name: str, callback: Callable[[], object]) -> None:
 
 
 class _ImportWatcher(MetaPathFinder):
-    """Finder that gives one module a loader with a callback and then removes itself."""
+    """Finder that adds a callback to one module's loader. It stays until that module has been imported."""
 
     def __init__(self, name: str, callback: Callable[[], object]) -> None:
         self._name, self._callback = name, callback
@@ -35,19 +36,32 @@ class _ImportWatcher(MetaPathFinder):
         if fullname != self._name:
             return None
         sys.meta_path.remove(self)
-        spec = find_spec(fullname)
-        if spec is not None and spec.origin is not None:
-            spec.loader = _CallbackLoader(fullname, spec.origin, self._callback)
+        try:
+            spec = find_spec(fullname)
+        finally:
+            sys.meta_path.insert(0, self)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _CallbackLoader(spec.loader, self.finish)
         return spec
 
+    def finish(self) -> None:
+        sys.meta_path.remove(self)
+        self._callback()
 
-class _CallbackLoader(SourceFileLoader):
-    """Loader that runs a callback after the module."""
 
-    def __init__(self, fullname: str, path: str, callback: Callable[[], object]) -> None:
-        super().__init__(fullname, path)
-        self._callback = callback
+class _CallbackLoader(Loader):
+    """A module's own loader, and a callback after it."""
+
+    def __init__(self, loader: Loader, callback: Callable[[], object]) -> None:
+        self._loader, self._callback = loader, callback
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        super().exec_module(module)
+        self._loader.exec_module(module)
         self._callback()
+
+    def __getattr__(self, name: str) -> Any:
+        # The source, resources and so on of the module.
+        return getattr(self._loader, name)

@@ -1,5 +1,7 @@
 """Configuration of SSLAM: encoder, classifier and pre-training objective."""
 
+import math
+import reprlib
 from collections.abc import Callable, Iterator
 from os import PathLike
 from typing import Any, NamedTuple
@@ -47,28 +49,51 @@ def _one_of(*choices: str | None) -> list[_Rule]:
     return [_Rule(lambda value: value in choices, f"is not one of {', '.join(map(str, choices))}")]
 
 
-_COUNT = [_Rule(lambda value: isinstance(value, int) and value > 0, "must be a positive integer")]
-_NUMBER = [_Rule(lambda value: isinstance(value, (int, float)), "must be a number")]
+# A configuration comes from a file, which may state anything. The limits are far above any model of this kind and keep
+# a model from being built that no memory holds.
+_MAX_LAYERS, _MAX_WIDTH, _MAX_MEL_BINS, _MAX_LABELS = 256, 1 << 17, 4096, 1 << 20
+# Tokens of the position table: 45 minutes of sound in 128 mel bins.
+_MAX_POSITIONS = 1 << 17
+
+
+def _is_a(kind: type | tuple[type, ...], value: Any) -> bool:
+    # Python counts True and False among the integers.
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _size(largest: int) -> list[_Rule]:
+    return [*_COUNT, _Rule(lambda value: value <= largest, f"is more than {largest}, the largest size of a model")]
+
+
+_FLAG = [_Rule(lambda value: isinstance(value, bool), "must be True or False")]
+_COUNT = [_Rule(lambda value: _is_a(int, value) and value > 0, "must be a positive integer")]
+_COUNT_OR_NONE = [_Rule(lambda value: value is None or _COUNT[0].holds(value), "must be None or a positive integer")]
+_NUMBER = [
+    _Rule(lambda value: _is_a((int, float), value), "must be a number"),
+    # Python's integers have any size, and comparing them with numbers is exact, but no float holds them.
+    _Rule(lambda value: not isinstance(value, int) or abs(value) < 1 << 63, "is too large an integer"),
+]
 _SHARE = [*_NUMBER, _Rule(lambda value: 0.0 <= value <= 1.0, "must lie between 0 and 1")]
-_POSITIVE = [*_NUMBER, _Rule(lambda value: value > 0.0, "must be positive")]
-_NOT_NEGATIVE = [*_NUMBER, _Rule(lambda value: value >= 0.0, "must not be negative")]
+_POSITIVE = [*_NUMBER, _Rule(lambda value: 0.0 < value < math.inf, "must be positive and finite")]
+_NOT_NEGATIVE = [*_NUMBER, _Rule(lambda value: 0.0 <= value < math.inf, "must not be negative or infinite")]
 
 # Rules of single fields. `SSLAMConfig._contradictions` has those between fields.
 _RULES = {
-    "hidden_size": _COUNT,
-    "num_hidden_layers": _COUNT,
+    "hidden_size": _size(_MAX_WIDTH),
+    "num_hidden_layers": _size(_MAX_LAYERS),
     "num_attention_heads": _COUNT,
-    "intermediate_size": _COUNT,
+    "intermediate_size": _size(_MAX_WIDTH),
     "hidden_dropout_prob": _SHARE,
     "attention_probs_dropout_prob": _SHARE,
     "drop_path_rate": _SHARE,
     "layer_norm_eps": _POSITIVE,
     "initializer_range": _NOT_NEGATIVE,
+    "qkv_bias": _FLAG,
     "patch_size": _COUNT,
-    "num_mel_bins": _COUNT,
+    "num_mel_bins": _size(_MAX_MEL_BINS),
     "max_length": _COUNT,
-    "max_position_embeddings": _COUNT,
-    "num_labels": _COUNT,
+    "max_position_embeddings": _size(_MAX_POSITIONS),
+    "num_labels": _size(_MAX_LABELS),
     "problem_type": _one_of(None, "regression", "single_label_classification", "multi_label_classification"),
     "classifier_norm_eps": [
         _Rule(
@@ -83,12 +108,14 @@ _RULES = {
     "mask_prob_adjust": _NOT_NEGATIVE,
     "mask_block_size": [*_COUNT, _Rule(lambda value: value % 2 == 1, "must be odd, so that a block has a centre")],
     "mask_noise_std": _NOT_NEGATIVE,
-    "decoder_num_layers": _COUNT,
+    "decoder_num_layers": _size(_MAX_LAYERS),
     "decoder_kernel_size": [
         *_COUNT,
         _Rule(lambda value: value % 2 == 1, "must be odd, so that the grid keeps its size"),
     ],
     "decoder_groups": _COUNT,
+    "num_target_layers": _COUNT_OR_NONE,
+    "num_global_target_layers": _COUNT_OR_NONE,
     "global_loss_weight": _NOT_NEGATIVE,
     "retention_loss_weight": _NOT_NEGATIVE,
     "ema_decay": _SHARE,
@@ -261,7 +288,7 @@ class SSLAMConfig(PretrainedConfig):
             raise self._error(field, message)
 
     def _error(self, field: str, message: str) -> ValueError:
-        return ValueError(f"SSLAMConfig: {field}={getattr(self, field)!r} {message}.")
+        return ValueError(f"SSLAMConfig: {field}={reprlib.repr(getattr(self, field))} {message}.")
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield each field that does not fit the others, with the end of its error message."""
@@ -278,6 +305,12 @@ class SSLAMConfig(PretrainedConfig):
         for field in ("num_mel_bins", "max_length"):
             if getattr(self, field) % patch:
                 yield field, f"is not a multiple of patch_size={patch}; change one of the two"
+        if self.max_position_embeddings * self.num_mel_patches > _MAX_POSITIONS:
+            yield (
+                "max_position_embeddings",
+                f"makes a position table of more than {_MAX_POSITIONS} tokens with {self.num_mel_patches} patches of "
+                "mel bins; lower it",
+            )
         if self.max_length > self.max_position_embeddings * patch:
             yield (
                 "max_length",
@@ -286,7 +319,7 @@ class SSLAMConfig(PretrainedConfig):
             )
         for field in ("num_target_layers", "num_global_target_layers"):
             value = getattr(self, field)
-            if value is not None and not (isinstance(value, int) and 1 <= value <= layers):
+            if value is not None and value > layers:
                 yield field, f"must be None or lie between 1 and num_hidden_layers={layers}"
 
     def _get_non_default_generation_parameters(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The feature extractor of SSLAM: waveforms to normalised log-mel spectrograms, in torch alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from os import PathLike
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import BatchFeature, PretrainedConfig, SequenceFeatureExtractor
-from transformers.utils import PaddingStrategy, TensorType, logging
+from transformers.utils import PaddingStrategy, TensorType, logging, to_numpy
 
 from .configuration_sslam import published_layout
 from .filter_bank_sslam import (
@@ -231,6 +231,110 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
             return BatchFeature({name: value.cpu().numpy() for name, value in outputs.items()})
         return BatchFeature(outputs, tensor_type=return_tensors)
 
+    def pad(
+        self,
+        processed_features: BatchFeature | Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        padding: bool | str | PaddingStrategy = True,
+        max_length: int | None = None,
+        truncation: bool = False,
+        pad_to_multiple_of: int | None = None,
+        return_attention_mask: bool | None = None,
+        return_tensors: str | TensorType | None = None,
+    ) -> BatchFeature:
+        """Pad features of different lengths to one batch. Data collators and transformers' `Trainer` call this.
+
+        Args:
+            processed_features: Results of the extractor: one mapping for each clip, or one mapping of lists or arrays.
+                Other entries, such as labels, are stacked.
+            padding: `True` or "longest" pads to the longest clip, "max_length" to `max_length`; `False` does not pad.
+            max_length: Frames to pad or cut to, instead of the extractor's own.
+            truncation: Whether to cut clips at `max_length`. If not, "max_length" refuses longer clips.
+            pad_to_multiple_of: Lengths are rounded up to a multiple of it, and always of `patch_size`.
+            return_attention_mask: Whether to return the mask of real frames. `None` returns it if the features have
+                one, and otherwise by the rule of the class.
+            return_tensors: "pt" or "np"; by default the type of the features.
+
+        Returns:
+            See `__call__`. Padding follows the clips and has the same value as there.
+
+        Raises:
+            ValueError: If there is no clip, if one is not `(T, num_mel_bins)`, or if one is too long.
+        """
+        if not isinstance(processed_features, Mapping):
+            names = processed_features[0] if len(processed_features) else ()
+            processed_features = {name: [clip[name] for clip in processed_features] for name in names}
+        features = dict(processed_features)
+        if not len(features.get("input_values", ())):
+            raise ValueError(f"The batch has no input_values to pad; it has {', '.join(features) or 'no clips'}.")
+        if return_tensors is None and isinstance(features["input_values"][0], torch.Tensor):
+            return_tensors = "pt"
+        features["input_values"] = [self._to_frames(clip, i) for i, clip in enumerate(features["input_values"])]
+        if "attention_mask" in features:
+            features["attention_mask"] = [to_numpy(mask).reshape(-1) for mask in features["attention_mask"]]
+        if return_attention_mask is None:
+            return_attention_mask = "attention_mask" in features or self.return_attention_mask
+        if return_attention_mask is None:
+            return_attention_mask = padding != "max_length"
+        if not return_attention_mask:
+            features.pop("attention_mask", None)
+        return super().pad(
+            features,
+            padding=padding,
+            max_length=self.max_length if max_length is None else max_length,
+            truncation=truncation,
+            pad_to_multiple_of=pad_to_multiple_of,
+            return_attention_mask=return_attention_mask,
+            return_tensors=return_tensors,
+        )
+
+    def _pad(
+        self,
+        processed_features: dict[str, np.ndarray] | BatchFeature,
+        max_length: int | None = None,
+        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
+        pad_to_multiple_of: int | None = None,
+        return_attention_mask: bool | None = None,
+    ) -> dict[str, np.ndarray]:
+        # The base class calls this for each clip, and "longest" has become the number of frames of the longest.
+        padded = dict(processed_features)
+        frames = padded["input_values"]
+        if return_attention_mask:
+            padded.setdefault("attention_mask", np.ones(len(frames), dtype=np.int64))
+        if padding_strategy == PaddingStrategy.DO_NOT_PAD or max_length is None:
+            return padded
+        multiple = math.lcm(self.patch_size, pad_to_multiple_of or 1)
+        missing = math.ceil(max_length / multiple) * multiple - len(frames)
+        if missing < 0:
+            raise ValueError(
+                f"A clip has {len(frames)} frames, more than max_length={max_length}. Use truncation=True to cut it, "
+                'padding="longest", or a larger max_length.'
+            )
+        padded["input_values"] = np.pad(frames, ((0, missing), (0, 0)), constant_values=self._padding())
+        if return_attention_mask:
+            padded["attention_mask"] = np.pad(padded["attention_mask"], (0, missing))
+        return padded
+
+    def _to_frames(self, clip: Any, index: int) -> np.ndarray:
+        """Return a clip's features as an array `(T, num_mel_bins)`, without the axis of a batch of one."""
+        frames = to_numpy(clip)
+        if frames.ndim == 3 and len(frames) == 1:
+            frames = frames[0]
+        if frames.ndim != 2 or frames.shape[1] != self.num_mel_bins:
+            raise ValueError(
+                f"The features of clip {index} have shape {frames.shape}; `pad` takes (T, {self.num_mel_bins}) for "
+                "each clip, as the extractor returns it."
+            )
+        return frames
+
+    def _normalisation(self) -> tuple[float, float]:
+        """Return what is subtracted from log-mel values, and what divides them then."""
+        return (self.mean, 2 * self.std) if self.do_normalize else (0.0, 1.0)
+
+    def _padding(self) -> float:
+        """Return the value of padding in the result, rounded to float32 as the clips' frames are."""
+        mean, scale = self._normalisation()
+        return torch.tensor(self.padding_value, dtype=torch.float32, device="cpu").sub_(mean).div_(scale).item()
+
     @torch.inference_mode()
     def _extract(self, clips: list[torch.Tensor], frame_counts: list[int], features: torch.Tensor) -> None:
         """Fill `features` with the first frames of the clips and with padding.
@@ -244,8 +348,8 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         """
         longest = max(frame_counts)
         max_frames = min(len(clips) * longest, frames_per_block(features.device))
-        mean, scale = (self.mean, 2 * self.std) if self.do_normalize else (0.0, 1.0)
-        padding = torch.tensor(self.padding_value, dtype=torch.float32, device="cpu").sub_(mean).div_(scale).item()
+        mean, scale = self._normalisation()
+        padding = self._padding()
         filter_bank = LogMelFilterBank(self.num_mel_bins, self.sampling_rate, max_frames, features.device, mean, scale)
         clips_per_part = max(1, max_frames // longest)
         shape = (min(len(clips), clips_per_part), self.num_samples(longest))

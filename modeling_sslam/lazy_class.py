@@ -1,34 +1,26 @@
-"""Registration of classes with transformers' Auto classes before the classes are imported."""
+"""Placeholders for classes that are registered with transformers before they are imported."""
 
 from importlib import import_module
 from typing import Any
 
 
 class LazyClass:
-    """Placeholder for a class in a table of transformers' Auto classes.
-
-    The first use imports the class and puts it in the placeholder's place, unless another class has been registered
-    there in the meantime.
+    """Placeholder for a class in a table of transformers' Auto classes. Its first use imports the class.
 
     Args:
         module: Module that defines the class.
         name: Name of the class. Transformers reads it without using the class.
-        mapping: The table.
-        config_class: Key in the table.
+        config_class: The class's attribute of this name, which transformers reads on every registration.
     """
 
-    def __init__(self, module: str, name: str, mapping: Any, config_class: type) -> None:
+    def __init__(self, module: str, name: str, config_class: type) -> None:
         self.__module__ = module
         self.__name__ = self.__qualname__ = name
-        self._mapping = mapping
         self.config_class = config_class
 
     def load(self) -> type:
-        """Import the class, put it in the table, and return it."""
-        loaded = imported(self.__module__, self.__name__)
-        if self._mapping.get(self.config_class, None) is self:
-            self._mapping.register(self.config_class, loaded, exist_ok=True)
-        return loaded
+        """Import the class and return it."""
+        return imported(self.__module__, self.__name__)
 
     def __getattr__(self, name: str) -> Any:
         # Python asks for special names, for example to find out whether an object can be copied.
@@ -39,6 +31,10 @@ class LazyClass:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Make an instance of the class."""
         return self.load()(*args, **kwargs)
+
+    def __mro_entries__(self, bases: tuple) -> tuple[type]:
+        """Let a class statement that names the placeholder as a base derive from the class."""
+        return (self.load(),)
 
     def __instancecheck__(self, instance: object) -> bool:
         return isinstance(instance, self.load())

@@ -141,8 +141,8 @@ def _attention_mask(
     Flash attention takes the mask of tokens, flex attention a block mask. The others take a bias of shape
     `(batch_size, 1, length, length)` that is added to the scores.
     """
-    # Attention is faster without a mask. A compiled graph cannot depend on the values of the mask.
-    if not torch.compiler.is_compiling() and token_mask.all():
+    # Attention is faster without a mask. A compiled or traced graph cannot depend on the values of the mask.
+    if not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and token_mask.all():
         return None
     if "flash" in implementation:
         return token_mask
@@ -176,7 +176,11 @@ class SSLAMAttention(nn.Module):
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | BlockMask | None, output_attentions: bool
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | BlockMask | None,
+        output_attentions: bool,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the attended states `(batch_size, length, hidden_size)` and, if asked for, the probabilities."""
         qkv = self.qkv(hidden_states).unflatten(-1, (3, -1, self.head_dim))
@@ -187,7 +191,7 @@ class SSLAMAttention(nn.Module):
             eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
         )
         attended, probabilities = attend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         return self.output(attended.flatten(2)), probabilities if output_attentions else None
 
@@ -198,7 +202,8 @@ def checkpoint_activations(function: Callable[..., torch.Tensor], *inputs: torch
     Recomputation stops at the last tensor that the backward pass needs, so a final linear layer is not evaluated
     twice. `function` must not draw random numbers: their state is not restored.
     """
-    if not torch.is_grad_enabled():
+    # A trace holds the forward pass alone, and cannot record what checkpointing does around it.
+    if not torch.is_grad_enabled() or torch.jit.is_tracing():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
@@ -249,14 +254,15 @@ class SSLAMLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | BlockMask | None = None,
         output_attentions: bool = False,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Run the block on states `(batch_size, length, hidden_size)`.
+        """Run the block on states `(batch_size, length, hidden_size)`. Attention functions get `kwargs`.
 
         Returns:
             The block's output; the MLP's output m, from which pre-training makes the teacher's targets; and, if asked
             for, the attention probabilities.
         """
-        attended, attentions = self.attention(hidden_states, attention_mask, output_attentions)
+        attended, attentions = self.attention(hidden_states, attention_mask, output_attentions, **kwargs)
         attended = drop_path(self.dropout(attended), self.drop_path_rate, self.training)
         hidden_states = self.attention_layernorm(hidden_states + attended)
         ffn_output = self.mlp(hidden_states)
@@ -269,15 +275,30 @@ class SSLAMEncoderOutput(NamedTuple):
 
     Attributes:
         last_hidden_state: Output of the last block, `(batch_size, 1 + num_patches, hidden_size)`.
-        hidden_states: Input of the first block and output of each, if asked for.
+        hidden_states: Input of the first block and output of each, if asked for. None in place of those that were not
+            selected.
         attentions: Attention probabilities of each block, if asked for.
         ffn_outputs: MLP output of each block before its residual connection, if asked for.
     """
 
     last_hidden_state: torch.Tensor
-    hidden_states: tuple[torch.Tensor, ...] | None
+    hidden_states: tuple[torch.Tensor | None, ...] | None
     attentions: tuple[torch.Tensor, ...] | None
     ffn_outputs: tuple[torch.Tensor, ...] | None
+
+
+def selected_hidden_states(output_hidden_states: bool | int | list[int], num_hidden_states: int) -> set[int]:
+    """Turn `output_hidden_states` into the indices to return, as transformers 5 does.
+
+    Args:
+        output_hidden_states: True selects all. An index or a list of them selects these; negative ones count from the
+            end, and those out of range select nothing.
+        num_hidden_states: Number of blocks, plus one for the first block's input.
+    """
+    if isinstance(output_hidden_states, bool):
+        return set(range(num_hidden_states)) if output_hidden_states else set()
+    indices = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
+    return {index % num_hidden_states for index in indices if -num_hidden_states <= index < num_hidden_states}
 
 
 class SSLAMEncoder(nn.Module):
@@ -297,25 +318,31 @@ class SSLAMEncoder(nn.Module):
         self,
         patches: torch.Tensor,
         patch_mask: torch.Tensor | None = None,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | int | list[int] = False,
         output_attentions: bool = False,
         output_ffn: bool = False,
+        **kwargs: Any,
     ) -> SSLAMEncoderOutput:
         """Encode patches.
 
         Args:
             patches: Of shape `(batch_size, num_patches, hidden_size)`, with their positions added.
             patch_mask: bool of shape `(batch_size, num_patches)`, False for patches that nothing may attend to.
-            output_hidden_states: Whether to return the input of the first block and the output of every block.
+            output_hidden_states: Whether to return the input of the first block and the output of every block, or
+                which of them; see [`selected_hidden_states`].
             output_attentions: Whether to return the attention probabilities of every block.
             output_ffn: Whether to return the MLP output of every block.
+            **kwargs: Further arguments of the attention function.
         """
         hidden_states, attention_mask = self.prepare(patches, patch_mask, output_attentions)
-        all_hidden_states, all_attentions, all_ffn_outputs = [hidden_states], [], []
-        for layer in self.layers:
-            hidden_states, ffn_output, attentions = layer(hidden_states, attention_mask, output_attentions)
-            if output_hidden_states:
-                all_hidden_states.append(hidden_states)
+        # The hooks of `_can_record_outputs` are no substitute: they get no attentions unless the implementation is
+        # eager, and those of transformers 4 run inside checkpointed layers, where states have no gradients.
+        selected = selected_hidden_states(output_hidden_states, 1 + len(self.layers))
+        all_hidden_states: list[torch.Tensor | None] = [hidden_states if 0 in selected else None]
+        all_attentions, all_ffn_outputs = [], []
+        for index, layer in enumerate(self.layers, start=1):
+            hidden_states, ffn_output, attentions = layer(hidden_states, attention_mask, output_attentions, **kwargs)
+            all_hidden_states.append(hidden_states if index in selected else None)
             if output_attentions:
                 all_attentions.append(attentions)
             if output_ffn:
@@ -348,6 +375,9 @@ class SSLAMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "sslam"
     main_input_name = "input_values"
     input_modalities = ["audio"]
+    # Transformers' Trainer shall divide the loss by its gradient accumulation steps. From `**kwargs` in `forward` it
+    # would infer that the loss divides by `num_items_in_batch`, but only that of single labels does.
+    accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
     _no_split_modules = ["SSLAMPatchEmbeddings", "SSLAMLayer"]
     _supports_sdpa = True
@@ -517,13 +547,17 @@ class SSLAMModel(SSLAMPreTrainedModel):
 
     def __init__(self, config: SSLAMConfig) -> None:
         super().__init__(config)
-        self.patch_embeddings = SSLAMPatchEmbeddings(config)
+        self.patch_embeddings: nn.Module = SSLAMPatchEmbeddings(config)
         self.encoder = SSLAMEncoder(config)
         self.post_init()
 
-    def get_input_embeddings(self) -> SSLAMPatchEmbeddings:
+    def get_input_embeddings(self) -> nn.Module:
         """Return the patch embeddings."""
         return self.patch_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the patch embeddings by a module that maps frames to patches."""
+        self.patch_embeddings = value
 
     @can_return_tuple
     def forward(
@@ -531,7 +565,8 @@ class SSLAMModel(SSLAMPreTrainedModel):
         input_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encode clips.
 
@@ -540,10 +575,14 @@ class SSLAMModel(SSLAMPreTrainedModel):
                 num_mel_bins)`, as [`SSLAMFeatureExtractor`] makes them. T is a multiple of `patch_size`.
             attention_mask: Of shape `(batch_size, T)`, 1 for frames of the clip and 0 for padding. No token attends
                 to patches that hold nothing but padding, so a clip gets the result that it gets alone. Without a mask
-                padding counts as sound, as in the published models.
+                padding counts as sound, as in the published models. In a clip whose mask is all 0 every token attends
+                to the CLS token alone.
             output_attentions: Whether to return the attention probabilities. They are computed by the eager
                 implementation.
-            output_hidden_states: Whether to return the input of the first block and the output of every block.
+            output_hidden_states: Whether to return the input of the first block and the output of every block. An
+                index or a list of indices, also negative ones, returns only these, with None for the others.
+            **kwargs: Further arguments of the attention function. As in transformers' models, it ignores those that it
+                does not know.
 
         Returns:
             `last_hidden_state` of shape `(batch_size, 1 + N, hidden_size)`, the CLS token first ([`patch_grid`] and
@@ -567,7 +606,7 @@ class SSLAMModel(SSLAMPreTrainedModel):
                     f"input_values it must be {(input_values.shape[0], input_values.shape[-2])}."
                 )
             patch_mask = patch_mask_from_frames(attention_mask, self.config)
-        outputs = self.encoder(patches, patch_mask, output_hidden_states, output_attentions)
+        outputs = self.encoder(patches, patch_mask, output_hidden_states, output_attentions, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=outputs.last_hidden_state[:, 0],
@@ -604,7 +643,10 @@ class SSLAMClassifier(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.num_labels)
 
     def forward(self, hidden_states: torch.Tensor, patch_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Turn states `(batch_size, 1 + N, hidden_size)` into logits `(batch_size, num_labels)`."""
+        """Turn states `(batch_size, 1 + N, hidden_size)` into logits `(batch_size, num_labels)`.
+
+        Pooling over the patches of a clip whose mask has none gives 0.
+        """
         if self.pooling == "cls":
             pooled = hidden_states[:, 0]
         elif self.pooling == "mean":
@@ -619,7 +661,7 @@ def _masked_mean(patches: torch.Tensor, patch_mask: torch.Tensor | None) -> torc
         return patches.mean(1)
     # Sum and count in float32, as `mean` does: bfloat16 cannot count to 512 exactly.
     total = patches.masked_fill(~patch_mask[..., None], 0.0).sum(1, dtype=torch.float32)
-    return (total / patch_mask.sum(1, keepdim=True)).to(patches.dtype)
+    return (total / patch_mask.sum(1, keepdim=True).clamp(min=1)).to(patches.dtype)
 
 
 def linear_softmax_pooling(states: torch.Tensor, patch_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -633,15 +675,44 @@ def linear_softmax_pooling(states: torch.Tensor, patch_mask: torch.Tensor | None
         patch_mask: bool of shape `(batch_size, N)`, False for patches to leave out.
 
     Returns:
-        `(batch_size, hidden_size)`.
+        `(batch_size, hidden_size)`; 0 for clips whose patches are all left out.
     """
     log_p = nn.functional.logsigmoid(states.float())
     if patch_mask is not None:
-        log_p = log_p.masked_fill(~patch_mask[..., None], -torch.inf)
+        is_empty = ~patch_mask.any(1, keepdim=True)
+        # A sum over no patches would make the gradients NaN, also where its result is replaced.
+        log_p = log_p.masked_fill(~(patch_mask | is_empty)[..., None], -torch.inf)
     # The published code keeps this distance from a probability of 1, whose logit is infinite.
     log_pooled = torch.logsumexp(2 * log_p, dim=1) - torch.logsumexp(log_p, dim=1) - 1e-6
     log_pooled = log_pooled.clamp(max=-torch.finfo(torch.float32).eps)
-    return (log_pooled - torch.log(-torch.expm1(log_pooled))).to(states.dtype)
+    pooled = (log_pooled - torch.log(-torch.expm1(log_pooled))).to(states.dtype)
+    return pooled if patch_mask is None else pooled.masked_fill(is_empty, 0.0)
+
+
+def check_labels(labels: torch.Tensor, logits: torch.Tensor, problem_type: str) -> None:
+    """Check that labels have the shape that the loss of a problem type takes.
+
+    Args:
+        labels: See [`SSLAMForAudioClassification.forward`].
+        logits: Of shape `(batch_size, num_labels)`.
+        problem_type: One of transformers' three.
+
+    Raises:
+        ValueError: If they have not. The message says which `problem_type` to set for labels of the other kind.
+    """
+    batch_size, num_labels = logits.shape
+    expected: tuple[int, ...]
+    if problem_type == "single_label_classification" or (problem_type == "regression" and num_labels == 1):
+        expected, fits = (batch_size,), labels.numel() == batch_size
+        other, kind = "multi_label_classification", "several labels a clip"
+    else:
+        expected, fits = (batch_size, num_labels), labels.shape == logits.shape
+        other, kind = "single_label_classification", "one label a clip"
+    if not fits:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}; problem_type={problem_type!r} with {num_labels} labels needs "
+            f'{expected}. For {kind} set problem_type="{other}" in `from_pretrained` or in `model.config`.'
+        )
 
 
 class SSLAMForAudioClassification(SSLAMPreTrainedModel):
@@ -661,7 +732,8 @@ class SSLAMForAudioClassification(SSLAMPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        **kwargs: Any,
     ) -> SequenceClassifierOutput:
         """Classify clips.
 
@@ -674,10 +746,15 @@ class SSLAMForAudioClassification(SSLAMPreTrainedModel):
                 transformers' rule infers it from `num_labels` and the labels' dtype.
             output_attentions: See [`SSLAMModel.forward`].
             output_hidden_states: See [`SSLAMModel.forward`].
+            **kwargs: Further arguments of the attention function and of the loss, such as `num_items_in_batch`, by
+                which the loss of single labels is divided instead of by the batch size.
 
         Returns:
             `loss` if labels are given, `logits` of shape `(batch_size, num_labels)`, `hidden_states` and `attentions`
             if asked for.
+
+        Raises:
+            ValueError: If the encoder refuses the input, or if the labels' shape does not fit `config.problem_type`.
         """
         outputs = self.sslam(
             input_values,
@@ -685,18 +762,22 @@ class SSLAMForAudioClassification(SSLAMPreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            **kwargs,
         )
         patch_mask = None if attention_mask is None else patch_mask_from_frames(attention_mask, self.config)
         logits = self.classifier(outputs.last_hidden_state, patch_mask)
         loss = None
         if labels is not None:
             problem_type = self.config.problem_type
-            if problem_type is None and self.num_labels > 1 and labels.dtype in (torch.long, torch.int):
-                problem_type = "single_label_classification"
+            if problem_type is None:
+                is_integer = labels.dtype in (torch.long, torch.int)
+                problem_type = "single_label_classification" if is_integer else "multi_label_classification"
+                problem_type = "regression" if self.num_labels == 1 else problem_type
+            check_labels(labels, logits, problem_type)
             if problem_type != "single_label_classification":
                 # The other losses have gradients only if targets have the logits' dtype.
                 labels = labels.to(logits.dtype)
-            loss = self.loss_function(labels, logits, self.config)
+            loss = self.loss_function(labels, logits, self.config, **kwargs)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -18,7 +18,14 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_sslam import SSLAMConfig
-from .modeling_sslam import SSLAMModel, SSLAMPreTrainedModel, check_input_values, checkpoint_activations
+from .modeling_sslam import (
+    SSLAMEncoderOutput,
+    SSLAMModel,
+    SSLAMPreTrainedModel,
+    check_input_values,
+    checkpoint_activations,
+    patch_mask_from_frames,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -126,6 +133,31 @@ def split_by_mask(
     order = bool_masked_pos.to(torch.uint8).argsort(dim=-1, stable=True)
     visible, masked = order.split((num_patches - num_masked, num_masked), dim=-1)
     return visible, masked
+
+
+def check_not_padded(attention_mask: torch.Tensor, clips: torch.Tensor, config: SSLAMConfig) -> None:
+    """Check that every patch has a frame of its clip.
+
+    Args:
+        attention_mask: `(batch_size, T)`, 1 for frames of the clip and 0 for padding.
+        clips: Log-mel frames `(batch_size, T, num_mel_bins)`.
+        config: The model's configuration.
+
+    Raises:
+        ValueError: If the mask has another shape, or if a whole patch is padding.
+    """
+    if attention_mask.shape != clips.shape[:2]:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; it masks frames, so for these input_values it "
+            f"must be {tuple(clips.shape[:2])}."
+        )
+    is_padded = ~patch_mask_from_frames(attention_mask, config).all(1)
+    if is_padded.any():
+        raise ValueError(
+            f"By attention_mask, {int(is_padded.sum())} of {len(clips)} clips are padded by whole patches, which the "
+            "pre-training objective would predict as if they were sound. Cut the clips to one length, or leave "
+            "attention_mask out: padding then counts as sound, as in the published pre-training."
+        )
 
 
 def check_can_be_mixed(batch_size: int, time_patches: int, config: SSLAMConfig) -> None:
@@ -382,8 +414,8 @@ def target_deviation(targets: torch.Tensor, masked: torch.Tensor) -> torch.Tenso
 class SSLAMForPreTrainingOutput(ModelOutput):
     """Output of [`SSLAMForPreTraining`].
 
-    Every tensor is a scalar. The five terms are weighted and divided as the objective says, so they add up to `loss`;
-    those that the objective leaves out are None.
+    Every tensor but the last two entries' is a scalar. The five terms are weighted and divided as the objective says,
+    so they add up to `loss`; those that the objective leaves out are None.
 
     Attributes:
         loss: The objective.
@@ -396,6 +428,9 @@ class SSLAMForPreTrainingOutput(ModelOutput):
         target_var: The same of the targets. Collapse shows as either of the two going to 0.
         masked_fraction: Share of patches that is masked.
         num_masked_tokens: Number of masked tokens of the batch, over all clips, mixtures and clones.
+        hidden_states: The student's, if asked for, each `(num_inputs * num_clones, 1 + num_visible, hidden_size)`. The
+            inputs are the unmixed clips, then the mixtures, as far as the objective has them.
+        attentions: The student's attention probabilities, if asked for.
     """
 
     loss: torch.Tensor | None = None
@@ -408,6 +443,8 @@ class SSLAMForPreTrainingOutput(ModelOutput):
     target_var: torch.Tensor | None = None
     masked_fraction: torch.Tensor | None = None
     num_masked_tokens: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class SSLAMForPreTraining(SSLAMPreTrainedModel):
@@ -489,6 +526,10 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         bool_masked_pos: torch.Tensor | None = None,
         unmixed_starts: tuple[int, int] | None = None,
         generator: torch.Generator | None = None,
+        attention_mask: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        **kwargs: Any,
     ) -> SSLAMForPreTrainingOutput:
         """Compute the loss of a batch (paper sections 3.1 to 3.3).
 
@@ -501,16 +542,29 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
                 [`draw_unmixed_starts`] if not given.
             generator: Source of masks and windows; torch's own CPU generator if not given. The noise at the decoder's
                 masked patches comes from the device's own generator, as dropout does.
+            attention_mask: As the feature extractor makes it; it changes nothing. The published objective has no
+                padded clips, so a mask by which a whole patch is padding is an error.
+            output_attentions: Whether to return the student's attention probabilities.
+            output_hidden_states: Whether to return the student's hidden states, or which; see [`SSLAMModel.forward`].
+            **kwargs: Further arguments of the student's attention function; see [`SSLAMModel.forward`].
 
         Returns:
             [`SSLAMForPreTrainingOutput`].
 
         Raises:
-            ValueError: If the batch cannot be mixed, or if masks or windows do not fit it.
+            ValueError: If the batch is padded or cannot be mixed, or if masks or windows do not fit it.
+            RuntimeError: If the model is traced.
         """
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                "SSLAMForPreTraining draws masks and mixtures anew for every batch, which a trace would freeze. Trace "
+                "its encoder, `model.sslam`, instead."
+            )
         config = self.config
         clips = check_input_values(input_values, config)
         batch_size, time_patches = len(clips), clips.shape[1] // config.patch_size
+        if attention_mask is not None:
+            check_not_padded(attention_mask, clips, config)
         # Draw and check on the CPU: a check on an accelerator would wait for it.
         if bool_masked_pos is None:
             bool_masked_pos = inverse_block_masks(batch_size, time_patches, config, generator)
@@ -521,10 +575,27 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
             if unmixed_starts is None:
                 unmixed_starts = draw_unmixed_starts(time_patches, config, generator)
             is_unmixed = unmixed_time_patches(unmixed_starts, time_patches, config)
-        return self._objective(clips, visible, masked, is_unmixed)
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        return self._objective(
+            clips,
+            visible,
+            masked,
+            is_unmixed,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
 
     def _objective(
-        self, clips: torch.Tensor, visible: torch.Tensor, masked: torch.Tensor, is_unmixed: torch.Tensor
+        self,
+        clips: torch.Tensor,
+        visible: torch.Tensor,
+        masked: torch.Tensor,
+        is_unmixed: torch.Tensor,
+        **encoder_options: Any,
     ) -> SSLAMForPreTrainingOutput:
         """Compute the loss, given what was drawn for the batch.
 
@@ -533,6 +604,7 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
             visible: int64 `(batch_size, num_clones, num_visible)`, the visible patches.
             masked: int64 `(batch_size, num_clones, num_masked)`, the masked patches.
             is_unmixed: bool `(time_patches,)` on the CPU, True in the unmixed windows.
+            **encoder_options: Further arguments of the student's encoder.
         """
         config, batch_size, device = self.config, len(clips), clips.device
         batches = BATCHES[config.pretraining_objective]
@@ -554,7 +626,8 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
                 retention_targets = self._retention_targets(
                     teacher_patches[:batch_size], targets.local[:batch_size], mixed
                 )
-        predictions = self._predict(inputs, all_visible, all_masked)
+        encoded = self._encode_visible(inputs, all_visible, **encoder_options)
+        predictions = self._predict(encoded.last_hidden_state, all_visible, all_masked)
         losses = pretraining_losses(predictions, targets, retention_targets, masked, config)
 
         return SSLAMForPreTrainingOutput(
@@ -564,6 +637,8 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
             target_var=target_deviation(targets.local, all_masked),
             masked_fraction=torch.tensor(masked.shape[2] / targets.local.shape[1]),
             num_masked_tokens=torch.tensor(all_masked.numel()),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
         )
 
     def _ffn_outputs(self, patches: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -602,14 +677,16 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         retention[:, mixed] = (own_targets[:, mixed] + foreign_targets.roll(1, 0)) / 2
         return retention
 
-    def _predict(self, inputs: torch.Tensor, visible: torch.Tensor, masked: torch.Tensor) -> LocalAndGlobal:
-        """Compute the student's predictions for every clone; the local ones at masked patches alone."""
+    def _encode_visible(self, inputs: torch.Tensor, visible: torch.Tensor, **options: Any) -> SSLAMEncoderOutput:
+        """Run the student on the visible patches of every clone."""
+        patches = self.sslam.patch_embeddings(inputs)
+        clones = _gather(patches, visible.flatten(1)).view(-1, visible.shape[2], self.config.hidden_size)
+        return self.sslam.encoder(clones, **options)
+
+    def _predict(self, states: torch.Tensor, visible: torch.Tensor, masked: torch.Tensor) -> LocalAndGlobal:
+        """Make predictions from the student's states of every clone; the local ones at masked patches alone."""
         config = self.config
         num_patches = visible.shape[2] + masked.shape[2]
-        patches = self.sslam.patch_embeddings(inputs)
-        clones = _gather(patches, visible.flatten(1)).view(-1, visible.shape[2], config.hidden_size)
-        states = self.sslam.encoder(clones).last_hidden_state
-
         grid = torch.empty(len(states), num_patches, config.hidden_size, device=states.device, dtype=states.dtype)
         grid.normal_(std=config.mask_noise_std)
         index = visible.flatten(0, 1)[..., None].expand(-1, -1, config.hidden_size)

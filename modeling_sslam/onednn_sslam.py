@@ -53,7 +53,8 @@ def use_onednn(model: Model) -> Model:
 
     Nothing changes on Intel processors, off x86, for models on other devices, or where `SSLAM_ONEDNN` is 0. Names and
     values of weights, saved files, copies and pickles stay as they are, and linear layers remain `nn.Linear`. Calling
-    this twice is the same as calling it once. To undo it, load the model anew.
+    this twice is the same as calling it once. To undo it, load the model anew, also before `torch.ao.quantization`,
+    which refuses the model otherwise.
 
     Args:
         model: Any SSLAM model. It is changed in place. An attention implementation other than sdpa is kept.
@@ -73,6 +74,18 @@ def use_onednn(model: Model) -> Model:
 
 class OnednnLinear(nn.Linear):
     """A linear layer that computes its float32 product as a 1x1 convolution, forward and backward."""
+
+    @property
+    def qconfig(self) -> None:
+        """Refuse torch.ao's quantisation, which finds layers by their exact class and would pass by this one."""
+        raise AttributeError("qconfig")
+
+    @qconfig.setter
+    def qconfig(self, value: object) -> None:
+        raise TypeError(
+            "torch.ao.quantization replaces layers whose class is exactly nn.Linear, but `use_onednn` has made these "
+            "OnednnLinear. Quantise a model that was just loaded, without `use_onednn` (SSLAM_ONEDNN=0 forbids it)."
+        )
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Project `(..., in_features)` to `(..., out_features)`."""
@@ -112,6 +125,7 @@ def onednn_attention_forward(
         _can_convolve(query)
         and query.shape[2] in CONVOLVED_LENGTHS
         and dropout == 0.0
+        and not kwargs.get("is_causal")  # a convolution has no causal form
         and not torch.is_grad_enabled()  # the backward pass would keep all scores
         and not torch.compiler.is_compiling()  # the graph would hold the operators of every clip and head
     ):
@@ -157,6 +171,7 @@ def _can_convolve(input: torch.Tensor) -> bool:
         input.device.type == "cpu"
         and input.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_exporting()  # the exported graph runs elsewhere
+        # An exported or traced graph runs elsewhere, and has other lengths and batch sizes.
+        and not (torch.compiler.is_exporting() or torch.jit.is_tracing())
         and input.numel() > 0  # a convolution refuses an empty image
     )

@@ -138,4 +138,16 @@ def key_mapping(layout: Layout) -> dict[str, str]:
     return mapping
 
 
-PUBLISHED_LAYOUTS[PUBLISHED_MODEL_TYPE] = PublishedLayout(eat_settings, eat_front_end, key_mapping(HUB_EAT))
+_KEY_MAPPING = key_mapping(HUB_EAT)
+
+
+def published_key_renamed(key: str) -> str:
+    """Return our name of a weight under its published name, and any other name as it is."""
+    for pattern, ours in _KEY_MAPPING.items():
+        key, matches = re.subn(pattern, ours, key)
+        if matches:
+            break
+    return key
+
+
+PUBLISHED_LAYOUTS[PUBLISHED_MODEL_TYPE] = PublishedLayout(eat_settings, eat_front_end, _KEY_MAPPING)

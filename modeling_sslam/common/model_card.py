@@ -1,9 +1,13 @@
 """Model card: the README.md of a model folder, with the metadata that the Hub reads."""
 
+import html
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from huggingface_hub import ModelCardData
+
+from .text import escape_controls
 
 TAGS = ("audio", "sslam")
 PAPER = "[SSLAM](https://arxiv.org/abs/2506.12222)"
@@ -55,12 +59,13 @@ def render_card(
     tags: Sequence[str] = (),
     license_name: str | None = None,
 ) -> str:
-    """Render a model card as Markdown.
+    r"""Render a model card as Markdown.
 
     Args:
         title: The heading.
         summary: Markdown below the heading.
-        facts: Rows of a table. Line breaks and column marks in them are escaped.
+        facts: Rows of a table. Line breaks, column marks and HTML in them become entities (`&#10;`), other control
+            characters Python's escapes (`\x1b`).
         model_class: The class in the usage example, a key of `USAGES`.
         sampling_rate: The model's sampling rate in Hz.
         sections: Markdown by heading, after the usage example.
@@ -85,6 +90,15 @@ inputs = extractor(waveform, sampling_rate={sampling_rate}, return_tensors="pt")
     return f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n"
 
 
+def code_span(text: str) -> str:
+    """Return text from a file as code in a line of Markdown. Control characters become Python's escapes."""
+    text = escape_controls(text)
+    # A span of code ends at as many backticks as it begins with.
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+
+
 def _cell(value: object) -> str:
-    """Escape text for a cell of a Markdown table."""
-    return " ".join(str(value).splitlines()).replace("|", r"\|")
+    """Escape text for a cell of a Markdown table. `html.unescape` returns the text."""
+    lines = html.escape(str(value), quote=False).replace("|", "&#124;").split("\n")
+    return "&#10;".join(map(escape_controls, lines))

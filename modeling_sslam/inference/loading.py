@@ -1,16 +1,27 @@
 """Loading of models from folders and from the Hub, with errors that say what was found instead."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import cached_file
 
 from ..common.errors import InferenceError
+from ..common.model_folder import check_front_end, expected_shapes, read_json, shard_names
+from ..common.text import escape_controls
 from ..configuration_sslam import SSLAMConfig
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
+from ..modeling_sslam import SSLAMPreTrainedModel
 from ..onednn_sslam import is_allowed
+from ..published import published_key_renamed
 from .devices import resolve_device, resolve_dtype
 from .packed_blocks import PRECISIONS, Model, can_optimize, optimize_for_cpu
+
+# Weights that an error lists by name.
+MAX_NAMES = 8
 
 
 def load_pretrained(
@@ -22,6 +33,8 @@ def load_pretrained(
     remedy: str = "",
 ) -> tuple[Model, SSLAMFeatureExtractor]:
     """Load a model to a device, with its feature extractor. No code from the folder or repository is run.
+
+    The sizes that the configurations state are compared with the stored weights before anything is built.
 
     Args:
         model_class: Class of the model.
@@ -36,6 +49,9 @@ def load_pretrained(
     """
     device = resolve_device(device)
     try:
+        for name in ("config.json", "preprocessor_config.json"):
+            if path := _find(model, name, revision):
+                read_json(path)
         # Transformers loads any model into this class, and initialises missing weights at random.
         settings, _ = SSLAMConfig.get_config_dict(model, revision=revision)
         if not settings:
@@ -48,17 +64,81 @@ def load_pretrained(
                 f"{model} holds a model of type {settings.get('model_type')!r}, not 'sslam'. Checkpoints of "
                 "fairseq are converted first: `sslam convert`."
             )
+        config = SSLAMConfig.from_pretrained(model, revision=revision or "main")
         extractor = SSLAMFeatureExtractor.from_pretrained(model, revision=revision or "main")
-        model_and_info: Any = model_class.from_pretrained(
-            model, revision=revision or "main", dtype=resolve_dtype(dtype), output_loading_info=True
-        )
-        loaded, loading = model_and_info
-    except (OSError, ValueError) as error:
+        check_front_end(extractor, config)
+        if missing := _missing_weights(model_class, config, _stored_shapes(model, revision)):
+            others = f" and {len(missing) - MAX_NAMES} more" if len(missing) > MAX_NAMES else ""
+            raise InferenceError(f"{model} has no weights for {', '.join(missing[:MAX_NAMES])}{others}.{remedy}")
+        loaded: Any = model_class.from_pretrained(model, revision=revision or "main", dtype=resolve_dtype(dtype))
+    except InferenceError:
+        raise
+    # The folder's files may hold any type where a number is expected.
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        SafetensorError,
+        pickle.UnpicklingError,
+    ) as error:
         where = "" if Path(model).is_dir() else " (no such folder here, so it was looked for on the Hub)"
-        raise InferenceError(f"{model} cannot be loaded{where}: {error}") from error
-    if loading["missing_keys"]:
-        raise InferenceError(f"{model} has no weights for {', '.join(sorted(loading['missing_keys']))}.{remedy}")
+        raise InferenceError(f"{model} cannot be loaded{where}: {escape_controls(str(error))}") from error
     return loaded.to(device), extractor
+
+
+def _find(model: str | Path, name: str, revision: str | None) -> Path | None:
+    """Return the path of a file of a model, downloaded if it lies on the Hub, or None if the model lacks it."""
+    path = cached_file(model, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return Path(path) if path else None
+
+
+def _stored_shapes(model: str | Path, revision: str | None) -> dict[str, torch.Size]:
+    """Return the shapes of a model's stored weights by our names, without reading the weights."""
+    for name in (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ):
+        if path := _find(model, name, revision):
+            break
+    else:
+        raise OSError("it holds no weights: neither model.safetensors nor pytorch_model.bin.")
+    names = shard_names(path) if path.name.endswith(".index.json") else [path.name]
+    shapes: dict[str, torch.Size] = {}
+    for name in names:
+        if (path := _find(model, name, revision)) is None:
+            raise OSError(f"its index of weights refers to {name}, which is not there.")
+        stored = load_state_dict(path, map_location="meta")
+        shapes |= {published_key_renamed(key): tensor.shape for key, tensor in stored.items()}
+    return shapes
+
+
+def _missing_weights(
+    model_class: type[SSLAMPreTrainedModel], config: SSLAMConfig, stored: dict[str, torch.Size]
+) -> list[str]:
+    """Return the names of weights that a model has and its files lack.
+
+    Raises:
+        ValueError: If weights have other shapes than the configuration states.
+    """
+
+    def core(name: str) -> str:
+        # An encoder can be loaded from the files of a model with a head, and the reverse.
+        return name.removeprefix(f"{model_class.base_model_prefix}.")
+
+    shapes = {core(name): shape for name, shape in stored.items()}
+    expected = expected_shapes(model_class, config)
+    for name, shape in expected.items():
+        if (found := shapes.get(core(name), shape)) != shape:
+            raise ValueError(
+                f"By the sizes in config.json {name} has shape {tuple(shape)}, but the weight has {tuple(found)}."
+            )
+    return sorted(name for name in expected if core(name) not in shapes)
 
 
 def speed_up(model: Model, dtype: str | torch.dtype) -> Model:

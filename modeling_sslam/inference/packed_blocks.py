@@ -29,6 +29,7 @@ from ..modeling_sslam import (
     SSLAMForAudioClassification,
     SSLAMLayer,
     SSLAMModel,
+    selected_hidden_states,
 )
 from ..onednn_sslam import IS_X86_WITH_ONEDNN, ONEDNN_IS_FASTER
 
@@ -119,9 +120,10 @@ class PackedEncoder(SSLAMEncoder):
         self,
         patches: torch.Tensor,
         patch_mask: torch.Tensor | None = None,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | int | list[int] = False,
         output_attentions: bool = False,
         output_ffn: bool = False,
+        **kwargs: Any,
     ) -> SSLAMEncoderOutput:
         """See [`SSLAMEncoder.forward`]."""
         if output_attentions or output_ffn:
@@ -130,11 +132,11 @@ class PackedEncoder(SSLAMEncoder):
                 "it anew."
             )
         hidden_states, attention_mask = self.prepare(patches, patch_mask)
-        all_hidden_states = [hidden_states.clone()] if output_hidden_states else []
-        for layer in self.layers:
+        selected = selected_hidden_states(output_hidden_states, 1 + len(self.layers))
+        all_hidden_states = [hidden_states.clone() if 0 in selected else None]
+        for index, layer in enumerate(self.layers, start=1):
             layer(hidden_states, attention_mask)
-            if output_hidden_states:
-                all_hidden_states.append(hidden_states.clone())
+            all_hidden_states.append(hidden_states.clone() if index in selected else None)
         return SSLAMEncoderOutput(
             last_hidden_state=hidden_states,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,

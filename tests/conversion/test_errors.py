@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMModel
+from modeling_sslam.common.files import temporary_path
 
 IMAGE = "modality_encoders.IMAGE."
 
@@ -37,6 +38,11 @@ IMAGE = "modality_encoders.IMAGE."
             {f"{IMAGE}fixed_positional_encoder.positions": torch.zeros(1, 6144, 32)},
             (),
             "position_embeddings differs from the fixed sines and cosines",
+        ),
+        (
+            {f"{IMAGE}fixed_positional_encoder.positions": torch.full((1, 6144, 32), torch.nan)},
+            (),
+            "position_embeddings differs from the fixed sines and cosines of SSLAM by up to nan",
         ),
         ({f"{IMAGE}fixed_positional_encoder.positions": torch.zeros(1, 6143, 32)}, (), "has shape (1, 6143, 32)"),
         ({"module.blocks.0.norm1.weight": torch.zeros(32)}, (), "holds tensors twice: blocks.0.norm1.weight"),
@@ -279,10 +285,10 @@ def test_errors_name_the_result_and_not_the_hidden_path(golden_dir, run, tmp_pat
 @pytest.mark.parametrize("to", ["transformers", "fairseq", "hub-eat", "onnx"])
 def test_results_do_not_hold_the_name_of_the_hidden_path(to, golden_dir, run, tmp_path):
     lines = run(golden_dir / "sslam_finetuned.pt", tmp_path / "result", "--to", to).lines
-    assert "tmp-" not in "".join(lines)
+    assert "sslam-tmp" not in "".join(lines)
     content = snapshot(tmp_path)
     assert content
-    assert not any(b"tmp-result" in name.encode() + data for name, data in content.items())
+    assert not any(b"sslam-tmp-result" in name.encode() + data for name, data in content.items())
 
 
 KILLED = """
@@ -302,7 +308,7 @@ def test_killed_conversion_is_cleaned_up_by_the_next(golden_dir, run, tmp_path):
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=Path(__file__).parents[2])
     assert killed.returncode == -signal.SIGKILL
     assert snapshot(out) == before
-    (hidden,) = (path for path in tmp_path.iterdir() if path != out)
+    hidden = temporary_path(out)
     (hidden / "left behind").touch()
     assert run(*arguments).code == 0
     assert SSLAMConfig.from_pretrained(out).architectures == ["SSLAMForAudioClassification"]

@@ -62,7 +62,7 @@ def test_large_preset():
         ({"decoder_kernel_size": 2}, "decoder_kernel_size=2 must be odd"),
         ({"decoder_groups": 5}, "decoder_groups=5 does not divide hidden_size=768"),
         ({"num_target_layers": 13}, "num_target_layers=13 must be None or lie between 1 and num_hidden_layers=12"),
-        ({"num_global_target_layers": 0}, "num_global_target_layers=0 must be None or lie between"),
+        ({"num_global_target_layers": 0}, "num_global_target_layers=0 must be None or a positive integer"),
         ({"ema_decay": 1.5}, "ema_decay=1.5 must lie between 0 and 1"),
         ({"ema_anneal_end_step": 0}, "ema_anneal_end_step=0 must be a positive integer"),
     ],

@@ -40,9 +40,11 @@ def saved(tmp_path, make_config) -> Path:
 
 
 def test_import_brings_no_optional_package():
+    assert run(f"import modeling_sslam; modeling_sslam.SSLAMConfig(); {LIST_OPTIONAL}") == "[]"
     # Before version 5 transformers' own Auto classes import scipy.
     auto_classes = run(f"from transformers import AutoConfig, AutoFeatureExtractor, AutoModel; {LIST_OPTIONAL}")
-    assert run(f"import modeling_sslam; modeling_sslam.SSLAMConfig(); {LIST_OPTIONAL}") == auto_classes
+    both = "import modeling_sslam; from transformers import AutoConfig, AutoFeatureExtractor, AutoModel"
+    assert run(f"{both}; {LIST_OPTIONAL}") == auto_classes
     if int(transformers.__version__.split(".")[0]) >= 5:
         assert auto_classes == "[]"
 
@@ -101,11 +103,40 @@ assert not hasattr(stand_in, "__wrapped__") and mapping[modeling_sslam.SSLAMConf
 assert stand_in.base_model_prefix == "sslam"
 model_class = modeling_sslam.SSLAMModel
 assert mapping[modeling_sslam.SSLAMConfig] is model_class
+class Derived(stand_in):
+    pass
+assert Derived.__bases__ == (model_class,)
 model = stand_in(modeling_sslam.SSLAMConfig(num_hidden_layers=1))
 assert type(model) is model_class and isinstance(model, stand_in) and issubclass(model_class, stand_in)
 assert pickle.loads(pickle.dumps(stand_in)) is model_class
 """
     run(script)
+
+
+def test_tables_hold_the_classes_once_their_modules_are_imported():
+    """In any order, and also if a module is imported by its own name."""
+    script = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+import modeling_sslam, transformers
+from modeling_sslam import feature_extraction_sslam, modeling_sslam_pretraining
+config = modeling_sslam.SSLAMConfig
+assert vars(modeling_sslam).get("SSLAMModel") is None
+model_file = sys.modules["modeling_sslam.modeling_sslam"]
+assert transformers.MODEL_MAPPING[config] is model_file.SSLAMModel
+assert transformers.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING[config] is model_file.SSLAMForAudioClassification
+assert transformers.MODEL_FOR_PRETRAINING_MAPPING[config] is modeling_sslam_pretraining.SSLAMForPreTraining
+assert transformers.FEATURE_EXTRACTOR_MAPPING[config] is feature_extraction_sslam.SSLAMFeatureExtractor
+class Derived(transformers.MODEL_MAPPING[config]):
+    pass
+Derived(config(num_hidden_layers=1))
+"""
+    for names in (
+        ("modeling_sslam.modeling_sslam", "transformers.models.auto.modeling_auto"),
+        ("modeling_sslam", "transformers.models.auto.modeling_auto", "modeling_sslam.modeling_sslam"),
+    ):
+        run(script, *names)
 
 
 def test_stand_in_leaves_what_was_registered_meanwhile():

@@ -567,8 +567,8 @@ class TestPooling:
         assert pooled.isfinite().all()
         assert logits.grad.isfinite().all()
         torch.testing.assert_close(pooled[0, :4], logits[0, 0, :4])
-        # The margin of 1e-6 from a probability of 1 bounds the logit.
-        torch.testing.assert_close(pooled[0, 4:], torch.full((3,), 13.8155), atol=1e-4, rtol=0)
+        # The margin of 1e-6 from a probability of 1 bounds the logit: -log(e^1e-6 - 1).
+        torch.testing.assert_close(pooled[0, 4:], torch.full((3,), 13.8155101), atol=1e-4, rtol=0)
 
     def test_mean_counts_patches_exactly_in_half_precision(self, make_config):
         config = make_config(classifier_pooling="mean", num_labels=3, max_position_embeddings=512, max_length=8192)

@@ -97,6 +97,21 @@ def test_masks_have_the_published_distribution(config):
     assert (scattered - expected).abs().max() > 0.05, "the statistic must tell blocks from scattered patches"
 
 
+@pytest.mark.parametrize(
+    ("time_patches", "mask_prob", "num_visible"),
+    [
+        (4, 0.8, 1),  # 1.6 of 8 patches
+        (7, 0.8, 2),  # 2.8 of 14
+        (5, 0.75, 2),  # 2.5 of 10
+        (4, 0.95, 1),  # 0.4 of 8: never none
+        (4, 0.05, 7),  # 7.6 of 8: never all
+    ],
+)
+def test_number_of_visible_patches_is_rounded_down(make_config, time_patches, mask_prob, num_visible):
+    masks = inverse_block_masks(3, time_patches, make_config(mask_prob=mask_prob))
+    assert ((~masks).sum(-1) == num_visible).all()
+
+
 def test_masks_come_from_the_generator_and_differ_between_clips_and_clones(tiny_config):
     first, second = (inverse_block_masks(3, 8, tiny_config, torch.Generator().manual_seed(s)) for s in (5, 5))
     assert first.shape == (3, tiny_config.num_clones, 16)
@@ -226,6 +241,7 @@ def plain_loss(
         return states[0], model.decoder.projection(grid[0].flatten(1).T)
 
     objective = config.pretraining_objective
+    local_layers = config.num_target_layers or depth
     global_layers = config.num_global_target_layers or (depth if objective == "ua" else 1)
     mixed = []
     if starts is not None:
@@ -242,11 +258,11 @@ def plain_loss(
             continue
         for i in range(batch_size):
             clip = clips[i] if kind == "ua" else mixtures[i]
-            local = teacher_target(clip, depth)
+            local = teacher_target(clip, local_layers)
             clip_target = teacher_target(clip, global_layers).mean(0)
             if "srl_loss" in sums:
-                retention = teacher_target(clips[i], depth)
-                foreign = teacher_target(clips[i - 1], depth, mixed)
+                retention = teacher_target(clips[i], local_layers)
+                foreign = teacher_target(clips[i - 1], local_layers, mixed)
                 retention[mixed] = (retention[mixed] + foreign) / 2
             for mask in masks[i]:
                 masked_tokens += int(mask.sum())
@@ -267,6 +283,8 @@ def plain_loss(
         (112, {"hidden_size": 48, "decoder_groups": 8, "num_clones": 3, "decoder_kernel_size": 5}),
         (80, {"num_mel_bins": 48, "hidden_act": "relu", "num_global_target_layers": 2}),
         (48, {"patch_size": 8, "num_mel_bins": 24, "decoder_num_layers": 1}),
+        (64, {"num_target_layers": 2}),
+        (64, {"num_target_layers": 1, "num_global_target_layers": 3}),
     ],
 )
 def test_any_size_follows_the_plain_transcription(objective, num_frames, overrides, make_model):

@@ -18,6 +18,7 @@ from transformers import AutoModel
 
 from conversion.convert import convert
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraining
+from modeling_sslam.common.files import TEMPORARY_PREFIX
 from training import pretrain
 from training.arguments import parse
 from training.data.loader import AudioLoader
@@ -124,7 +125,7 @@ def assert_identical(found, wanted) -> None:
 def assert_same_run(one: Path, other: Path) -> None:
     """Check that two runs have identical weights, optimiser states, random numbers and clips."""
     for path in (one, other):
-        assert not list(path.rglob(".tmp-*"))
+        assert not list(path.rglob(f"{TEMPORARY_PREFIX}*"))
     last, expected = list_checkpoints(one)[-1], list_checkpoints(other)[-1]
     assert last.name == expected.name
     weights, expected_weights = (load_file(path / "model.safetensors") for path in (last, expected))
@@ -254,13 +255,13 @@ def test_a_run_killed_at_any_moment_resumes_exactly(arguments, processes, tmp_pa
         if num_kills % 2:
             time.sleep(chance.uniform(0, 0.3))
         else:
-            while process.is_alive() and not list(checkpoints.glob(".tmp-*")):
+            while process.is_alive() and not list(checkpoints.glob(f"{TEMPORARY_PREFIX}*")):
                 time.sleep(0.0005)
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, "the run was over before it could be killed: make it longer"
         num_kills += 1
-        num_in_save += bool(list(checkpoints.glob(".tmp-*")))
+        num_in_save += bool(list(checkpoints.glob(f"{TEMPORARY_PREFIX}*")))
 
     process = processes(argv)
     process.join()

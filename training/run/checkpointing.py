@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from modeling_sslam.common.files import TEMPORARY_PREFIX, publish, temporary_path
+from modeling_sslam.common.files import publish, temporary_path
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +57,6 @@ def checkpoint_path(run_dir: Path, update: int) -> Path:
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Return the checkpoints of a run in their order, including damaged ones."""
     return sorted((run_dir / "checkpoints").glob("step-*[0-9]"))
-
-
-def remove_leftovers(run_dir: Path) -> None:
-    """Remove the hidden files and folders that a killed process left."""
-    for path in run_dir.glob(f"**/{TEMPORARY_PREFIX}*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:

@@ -16,10 +16,11 @@ from accelerate.utils import (
     set_seed,
 )
 
+from modeling_sslam.common.files import remove_leftovers
 from modeling_sslam.common.signals import StopRequest
 from training.arguments import parse
 from training.data.config import DataError
-from training.run.checkpointing import CheckpointError, latest_checkpoint, list_checkpoints, remove_leftovers
+from training.run.checkpointing import CheckpointError, latest_checkpoint, list_checkpoints
 from training.run.config import NEUTRAL_SETTINGS, RunConfig, TrainingError, plain_settings
 from training.run.processes import join_processes, make_accelerator
 from training.run.progress import Progress

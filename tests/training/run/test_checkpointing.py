@@ -6,13 +6,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from modeling_sslam.common.files import TEMPORARY_PREFIX, remove_leftovers
 from training.run.checkpointing import (
     CheckpointError,
     checkpoint_path,
     find_fault,
     latest_checkpoint,
     list_checkpoints,
-    remove_leftovers,
     rng_state,
     rotate,
     save_tensors,
@@ -85,10 +85,12 @@ def test_rotation_keeps_the_latest(save, tmp_path):
 
 def test_only_leftovers_are_removed(save, tmp_path):
     path = save(1)
-    (path.parent / ".tmp-step-00000002" / "deeper").mkdir(parents=True)
-    (tmp_path / ".tmp-config.yaml").write_text("half")
+    (path.parent / f"{TEMPORARY_PREFIX}step-00000002" / "deeper").mkdir(parents=True)
+    (tmp_path / f"{TEMPORARY_PREFIX}config.yaml").write_text("half")
+    (tmp_path / ".tmp-mine").write_text("a user's own")
     remove_leftovers(tmp_path)
-    assert not list(tmp_path.rglob(".tmp-*"))
+    assert not list(tmp_path.rglob(".sslam-*"))
+    assert (tmp_path / ".tmp-mine").read_text() == "a user's own"
     assert find_fault(path) is None
 
 
