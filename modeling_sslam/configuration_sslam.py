@@ -224,6 +224,11 @@ class SSLAMConfig(PretrainedConfig):
 
     def __init__(self, **kwargs: Any) -> None:
         fields = {name: kwargs.pop(name, getattr(SSLAMConfig, name)) for name in _FIELDS}
+        # The base class makes a name for each class, so their number is checked before.
+        num_labels = kwargs.get("num_labels")
+        for rule in _RULES["num_labels"] if num_labels is not None else ():
+            if not rule.holds(num_labels):
+                raise ValueError(f"SSLAMConfig: num_labels={reprlib.repr(num_labels)} {rule.message}.")
         # The base class comes first, because transformers 4 sets generation defaults there: `max_length` to 20.
         super().__init__(**kwargs)
         for name, value in fields.items():

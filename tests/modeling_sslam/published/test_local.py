@@ -21,7 +21,7 @@ from modeling_sslam import (
 )
 from modeling_sslam.common.labels import audioset_labels
 from modeling_sslam.layouts import HUB_EAT, to_ours
-from modeling_sslam.published import eat_settings, key_mapping
+from modeling_sslam.published import key_mapping
 
 MODELS = {"hub_pretrained": SSLAMModel, "hub_finetuned": SSLAMForAudioClassification}
 
@@ -215,11 +215,13 @@ class TestConfiguration:
             ({"patch_size": 16, "stride": 10}, "patches overlap"),
             ({"embed_dim": "wide"}, "no valid model"),
             ({"img_size": 1024}, "no valid model"),
+            ({"model_variant": "finetune", "num_classes": 10**9}, "num_labels=1000000000 is more than"),
+            ({"depth": 10**9}, "num_hidden_layers=1000000000 is more than"),
         ],
     )
     def test_other_models_are_refused(self, settings, message):
         with pytest.raises(ValueError, match=message):
-            eat_settings({"model_type": "eat"} | settings)
+            SSLAMConfig.from_dict({"model_type": "eat"} | settings)
 
 
 class TestAutoClasses:
