@@ -113,7 +113,7 @@ def _stored_shapes(model: str | Path, revision: str | None) -> dict[str, torch.S
     for name in names:
         if (path := _find(model, name, revision)) is None:
             raise OSError(f"its index of weights refers to {name}, which is not there.")
-        stored = load_state_dict(path, map_location="meta")
+        stored = load_state_dict(str(path), map_location="meta")
         shapes |= {published_key_renamed(key): tensor.shape for key, tensor in stored.items()}
     return shapes
 

@@ -19,12 +19,7 @@ STRANGER = b"import os, pathlib\npathlib.Path(os.environ['MARKER']).touch()\n"
 ISOLATED = """
 import socket, sys
 
-class NotInstalled:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("timm", "fairseq", "omegaconf"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, NotInstalled())
+sys.modules |= dict.fromkeys(("timm", "fairseq", "omegaconf"))
 connect = socket.socket.connect
 
 def only_here(self, address):
