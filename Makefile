@@ -9,7 +9,7 @@ PYTEST := -q -n auto --maxprocesses 4 --dist loadfile
 # Embeddings and the page stay out: datasets and Gradio need a newer Hub client than transformers 4.57 has.
 INFERENCE := tests/modeling_sslam/inference
 NEEDS_NEW_HUB := $(INFERENCE)/embedding $(INFERENCE)/test_prefetch.py $(INFERENCE)/commands/test_app_page.py \
-	$(INFERENCE)/commands/test_app_browser.py
+	$(INFERENCE)/commands/test_app_browser.py tests/modeling_sslam/published/test_hub_embeddings.py
 
 .PHONY: help quickstart test test-transformers-5 test-transformers-4.57 test-fast coverage bench lint clean
 

@@ -1,10 +1,11 @@
 """Conversion of published SSLAM and EAT checkpoints to transformers and back: `python -m conversion --help`.
 
-The modules in the order of the work. Each uses only those above it:
+The published names are tables in `modeling_sslam.layouts`. The modules in the order of the work, each of which uses
+only those above it:
 
 - `pickles` runs a pickle's program without calling anything, `torch_files` finds the tensors of a `.pt` file.
 - `reader` reads weights and settings from a file or folder.
-- `layouts` holds the published names as tables.
+- `avex` holds facts about the Earth Species Project's checkpoints.
 - `configuration` derives the model's configuration from weights and settings.
 - `writer` writes a model in a layout and checks the result; `onnx_export` writes an ONNX graph.
 - `card` renders the model card.

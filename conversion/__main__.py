@@ -48,6 +48,12 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_arguments(parser)
+    return parser
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments, which `sslam convert` takes as well."""
     parser.add_argument("source", metavar="SOURCE", help="a file, a folder, or a Hub repository's OWNER/NAME")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; with --to fairseq, the .pt file")
     parser.add_argument(
@@ -92,26 +98,29 @@ def make_parser() -> argparse.ArgumentParser:
     )
     overrides.add_argument(
         "--dataset-preset",
-        choices=("audioset", "esc50", "speech_commands"),
+        choices=("audioset", "esc50", "speech_commands", "esp_aves2"),
         help="data set whose mean, standard deviation and clip length the model was trained with",
     )
     hub = parser.add_argument_group("Hub")
     hub.add_argument("--revision", help="branch, tag or commit of SOURCE")
     hub.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the written folder")
     hub.add_argument("--private", action="store_true", help="create the repository as private")
-    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit status: 0, 1 after an error in one line on stderr, or 130 after Ctrl-C.
+        The exit status: 0, 1 after an error in one line on stderr, 2 for invalid arguments, or 130 after Ctrl-C.
     """
-    parser = make_parser()
-    options = parser.parse_args(arguments)
+    return run(make_parser().parse_args(arguments))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the conversion that parsed arguments describe, and return the exit status as [`main`] does."""
     if options.push_to_hub and options.to == "fairseq":
-        parser.error("--push-to-hub uploads a folder; --to fairseq writes a file")
+        print("error: --push-to-hub uploads a folder; --to fairseq writes a file", file=sys.stderr)
+        return 2
     try:
         return _run(options)
     except KeyboardInterrupt:

@@ -83,7 +83,8 @@ def _model_facts(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor) 
         facts |= {
             "Classes": str(config.num_labels),
             "Labels of a clip": (config.problem_type or "not stated").replace("_", " "),
-            "Classifier": f"pooling {config.classifier_pooling}, norm epsilon {config.classifier_norm_eps}",
+            "Classifier": f"pooling {config.classifier_pooling}, "
+            + ("no norm" if config.classifier_norm_eps is None else f"norm epsilon {config.classifier_norm_eps}"),
         }
     elif not isinstance(model, SSLAMModel):
         facts["Pre-training"] = (

@@ -14,19 +14,18 @@ import torch
 from modeling_sslam import DATASET_PRESETS, SSLAMConfig, SSLAMFeatureExtractor
 from modeling_sslam.common.labels import AUDIOSET_NUM_LABELS, audioset_labels
 from modeling_sslam.common.model_folder import check_front_end
-
-from . import ConversionError
-from .layouts import (
+from modeling_sslam.layouts import (
     CLASSIFIER_NORM_EPS,
     FAIRSEQ_ENCODER_CONSTANTS,
     FAIRSEQ_POOLINGS,
     FAIRSEQ_PRETRAINING_CONSTANTS,
     FAIRSEQ_SETTINGS,
-    HUB_CONSTANTS,
-    HUB_SETTINGS,
     POSITIONS,
     Layout,
 )
+from modeling_sslam.published import clip_frames, contradiction, encoder_fields
+
+from . import ConversionError
 from .reader import Checkpoint
 
 # Channels per attention head in the base and large models.
@@ -60,7 +59,9 @@ class Settings:
         """The fields of `SSLAMConfig` that the settings state."""
         if self.is_sslam:
             return {name: value for name, value in self.all.items() if name in SSLAMConfig.__annotations__}
-        pairs = FAIRSEQ_SETTINGS if self.is_fairseq else HUB_SETTINGS if self.is_hub else ()
+        if self.is_hub:
+            return encoder_fields(self.all)
+        pairs = FAIRSEQ_SETTINGS if self.is_fairseq else ()
         # Reversed: if several paths state a field, the first in the table takes precedence.
         stated = ((ours, lookup(self.pretraining, path)) for ours, path in reversed(pairs))
         return {ours: value for ours, value in stated if value is not None}
@@ -72,7 +73,7 @@ class Settings:
             paths = ("model.target_length", "model.modalities.image.target_length", "task.target_length")
             return next((value for path in paths if (value := lookup(self.all, path)) is not None), None)
         if self.is_hub:
-            return (self.all.get("img_size") or [None])[0]
+            return clip_frames(self.all)
         return self.fields.get("max_length")
 
     @property
@@ -120,7 +121,9 @@ class Settings:
         Raises:
             ConversionError: If a setting has another value, so that the converted model would compute other numbers.
         """
-        constants = FAIRSEQ_ENCODER_CONSTANTS if self.is_fairseq else HUB_CONSTANTS if self.is_hub else {}
+        if self.is_hub and (problem := contradiction(self.all)):
+            raise ConversionError(problem)
+        constants = FAIRSEQ_ENCODER_CONSTANTS if self.is_fairseq else {}
         if self.is_fairseq and pretraining:
             constants = constants | FAIRSEQ_PRETRAINING_CONSTANTS
         for path, expected in constants.items():
@@ -130,10 +133,6 @@ class Settings:
                     f"The checkpoint's settings state {path}={value!r}. SSLAM and EAT have {expected!r}, so the "
                     "converted model would compute other numbers."
                 )
-        if self.is_hub and self.all.get("stride", self.all.get("patch_size")) != self.all.get("patch_size"):
-            raise ConversionError(
-                f"The checkpoint's patches overlap (stride={self.all['stride']}), but SSLAM's do not."
-            )
 
 
 def lookup(settings: dict[str, Any], path: str) -> Any:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
 
@@ -18,12 +19,13 @@ from modeling_sslam import (
 )
 from modeling_sslam.common.files import replacing
 from modeling_sslam.common.model_folder import expected_shapes
+from modeling_sslam.layouts import CLASSIFIER_NORM_EPS, POSITIONS, Layout, recognise, to_theirs
 from modeling_sslam.modeling_sslam import sincos_position_table
 
 from . import ConversionError
+from .avex import LABEL_MAP, PRESET, is_avex, read_label_map
 from .card import model_card
 from .configuration import Choices, describe
-from .layouts import CLASSIFIER_NORM_EPS, POSITIONS, Layout, recognise, to_theirs
 from .onnx_export import write_onnx
 from .reader import read_checkpoint
 from .writer import Check, write_fairseq, write_hub, write_transformers
@@ -149,7 +151,9 @@ def _convert(
     if weights == "teacher":
         tensors = {name.replace("teacher", "sslam", 1): tensors[name] for name in tensors if _part(name) == "teacher"}
     tensors = {name: tensor for name, tensor in tensors.items() if _part(name) in HEAD_PARTS[head]}
-    config, extractor, notes = describe(tensors, checkpoint, layout, choices, head == "pretraining")
+    choices, notes = _avex_choices(choices, layout, (title, *(str(file) for file in checkpoint.files)), source, head)
+    config, extractor, assumptions = describe(tensors, checkpoint, layout, choices, head == "pretraining")
+    notes += assumptions
     notes += _check_positions(tensors, config, layout)
 
     def theirs(name: str) -> str:
@@ -159,6 +163,8 @@ def _convert(
 
     weights_alone = {name: tensors[name] for name in tensors if not name.endswith(POSITIONS)}
     model = _build(weights_alone, config, MODEL_CLASSES[head], theirs)
+    if head == "classification" and config.classifier_norm_eps is None and to in CLASSIFIER_NORM_EPS:
+        raise ConversionError(f"This classifier has no norm, and the code that reads --to {to} needs one.")
     eps = CLASSIFIER_NORM_EPS.get(to, config.classifier_norm_eps)
     if head == "classification" and eps != config.classifier_norm_eps:
         notes.append(
@@ -276,6 +282,23 @@ def _build(
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
     return model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+
+
+def _avex_choices(
+    choices: Choices, layout: Layout, names: Iterable[str], source: Path, head: str
+) -> tuple[Choices, list[str]]:
+    """Complete the choices for a checkpoint of the Earth Species Project, and return notes."""
+    if not is_avex(layout, names):
+        return choices, []
+    notes = []
+    if choices.dataset is None:
+        choices = replace(choices, dataset=PRESET)
+        notes.append(f"Inputs are normalised as avex does for the Earth Species Project's EATs ({PRESET}).")
+    label_map = (source if source.is_dir() else source.parent) / LABEL_MAP
+    if head == "classification" and choices.labels is None and label_map.is_file():
+        choices = replace(choices, labels=read_label_map(label_map))
+        notes.append(f"The classes are named by {LABEL_MAP}.")
+    return choices, notes
 
 
 def _part(name: str) -> str:

@@ -8,9 +8,10 @@ from pathlib import Path
 import huggingface_hub
 
 from . import ConversionError
+from .avex import LABEL_MAP
 
 # The files downloaded beside the weights. A repository's own code is never among them.
-DESCRIPTIONS = ("config.json", "preprocessor_config.json", "README.md")
+DESCRIPTIONS = ("config.json", "preprocessor_config.json", "README.md", LABEL_MAP)
 # If a repository has its weights in several formats, only the first is downloaded.
 WEIGHT_FORMATS = ((".safetensors", ".safetensors.index.json"), (".bin", ".bin.index.json"), (".pt", ".pth"))
 

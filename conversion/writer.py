@@ -20,10 +20,7 @@ from modeling_sslam import (
     SSLAMPreTrainedModel,
 )
 from modeling_sslam.common.files import write_errors
-from modeling_sslam.modeling_sslam import sincos_position_table
-
-from . import ConversionError
-from .layouts import (
+from modeling_sslam.layouts import (
     FAIRSEQ_CLASSIFICATION,
     FAIRSEQ_ENCODER_CONSTANTS,
     FAIRSEQ_POOLINGS,
@@ -39,6 +36,9 @@ from .layouts import (
     Layout,
     to_theirs,
 )
+from modeling_sslam.modeling_sslam import sincos_position_table
+
+from . import ConversionError
 from .reader import read_checkpoint
 
 Tensors = dict[str, torch.Tensor]

@@ -10,6 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .after_import import after_import
+from .auto_classes import extend_feature_extractor_lookup
+from .layouts import PUBLISHED_MODEL_TYPE
 from .lazy_class import LazyClass
 
 if TYPE_CHECKING:
@@ -48,10 +50,13 @@ def _load(name: str) -> Any:
 
 
 def _register_config() -> None:
-    from transformers.models.auto.configuration_auto import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
     config = _load("SSLAMConfig")
     AutoConfig.register(config.model_type, config)
+    # `AutoConfig.register` refuses a second type for a class. A model of this type in transformers would stay.
+    if PUBLISHED_MODEL_TYPE not in CONFIG_MAPPING:
+        CONFIG_MAPPING.register(PUBLISHED_MODEL_TYPE, config)
 
 
 def _register(name: str, auto_module: str, mapping_name: str) -> None:
@@ -69,9 +74,17 @@ def _register(name: str, auto_module: str, mapping_name: str) -> None:
         mapping.register(config, registered, exist_ok=True)
 
 
+def _extend_feature_extractors() -> None:
+    from transformers.feature_extraction_utils import FeatureExtractionMixin
+
+    extend_feature_extractor_lookup(FeatureExtractionMixin)
+
+
+after_import(f"{__name__}.configuration_sslam", lambda: import_module(".published", __name__))
 # Importing the tables here would take seconds, also for `sslam --help`.
 _AUTO = "transformers.models.auto"
 after_import(f"{_AUTO}.configuration_auto", _register_config)
+after_import(f"{_AUTO}.feature_extraction_auto", _extend_feature_extractors)
 for _name, _auto_module, _mapping_name in (
     ("SSLAMFeatureExtractor", f"{_AUTO}.feature_extraction_auto", "FEATURE_EXTRACTOR_MAPPING"),
     ("SSLAMModel", f"{_AUTO}.modeling_auto", "MODEL_MAPPING"),

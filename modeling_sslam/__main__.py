@@ -14,16 +14,18 @@ DESCRIPTION = """\
 Label sounds in recordings, locate them in time and embed them, with an SSLAM or EAT model.
 """
 EPILOG = """\
-MODEL is a folder that save_pretrained or `python -m conversion` wrote, or OWNER/NAME of such a repository on the Hub.
+MODEL is OWNER/NAME of a model on the Hub, as published or saved by transformers, or a folder of one. Checkpoints of
+fairseq are converted to such folders.
 
 examples:
-  sslam tag recordings/ --model MODEL
+  sslam tag recordings/ --model ta012/SSLAM_AS2M_Finetuned
+  sslam convert SSLAM_AS2M_Finetuned.pt sslam-as2m
   sslam timeline night.wav --model MODEL
   sslam COMMAND --help      # options and examples of a command
 """
 # A command is a module of `inference/commands` with the texts SUMMARY, DETAILS and EXAMPLES, `add_arguments(parser)`
 # and `run(args)`, which returns the exit status. `run` imports what computes, so that help and errors appear at once.
-COMMANDS = ("tag", "timeline", "embed", "app")
+COMMANDS = ("tag", "timeline", "embed", "app", "convert")
 
 
 def make_parser() -> argparse.ArgumentParser:

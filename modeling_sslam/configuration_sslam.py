@@ -3,9 +3,36 @@
 import math
 import reprlib
 from collections.abc import Callable, Iterator
+from os import PathLike
 from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
+
+
+class PublishedLayout(NamedTuple):
+    """A layout that was published under another `model_type`, and that `from_pretrained` reads as well.
+
+    Attributes:
+        settings: Turns a config.json of the layout into that of [`SSLAMConfig`].
+        front_end: Turns it into the arguments of [`SSLAMFeatureExtractor`].
+        key_mapping: For each weight a regular expression of the layout's name, and the replacement that gives ours.
+    """
+
+    settings: Callable[[dict[str, Any]], dict[str, Any]]
+    front_end: Callable[[dict[str, Any]], dict[str, Any]]
+    key_mapping: dict[str, str]
+
+
+# By `model_type`. The package fills this table (modeling_sslam.published). It stays empty where this file travels
+# beside saved weights, which are in our own layout.
+PUBLISHED_LAYOUTS: dict[str, PublishedLayout] = {}
+
+
+def published_layout(settings: dict[str, Any]) -> PublishedLayout | None:
+    """Return the published layout that a config.json belongs to, or None for any other."""
+    model_type = settings.get("model_type")
+    return PUBLISHED_LAYOUTS.get(model_type) if isinstance(model_type, str) else None
+
 
 PRETRAINING_OBJECTIVES = ("ua", "pma", "ua+pma", "sslam")
 POOLINGS = ("cls", "mean", "lin_softmax")
@@ -68,7 +95,12 @@ _RULES = {
     "max_position_embeddings": _size(_MAX_POSITIONS),
     "num_labels": _size(_MAX_LABELS),
     "problem_type": _one_of(None, "regression", "single_label_classification", "multi_label_classification"),
-    "classifier_norm_eps": _POSITIVE,
+    "classifier_norm_eps": [
+        _Rule(
+            lambda value: value is None or (isinstance(value, (int, float)) and value > 0.0),
+            "must be positive or None",
+        )
+    ],
     "classifier_pooling": _one_of(*POOLINGS),
     "pretraining_objective": _one_of(*PRETRAINING_OBJECTIVES),
     "num_clones": _COUNT,
@@ -117,7 +149,7 @@ class SSLAMConfig(PretrainedConfig):
             multiple of `patch_size` up to the position table.
         max_position_embeddings: Length of the position table in time patches: 768 are about two minutes.
         classifier_norm_eps: Epsilon of the LayerNorm in the classification head: 1e-6 in fairseq checkpoints,
-            1e-5 in the published Hub layout.
+            1e-5 in the published Hub layout. `None` is a head without a norm, as the Earth Species Project's.
         classifier_pooling: Input of the head. "cls": the CLS token. "mean": the mean over patch tokens. "lin_softmax":
             the head scores every patch token with a probability p and returns the logit of sum(p^2) / sum(p).
         pretraining_objective: Selects the losses that [`SSLAMForPreTraining`] sums. "ua": unmixed audio (EAT's
@@ -171,7 +203,7 @@ class SSLAMConfig(PretrainedConfig):
     num_mel_bins: int = 128
     max_length: int = 1024
     max_position_embeddings: int = 768
-    classifier_norm_eps: float = 1e-6
+    classifier_norm_eps: float | None = 1e-6
     classifier_pooling: str = "cls"
     pretraining_objective: str = "sslam"
     num_clones: int = 8
@@ -192,11 +224,32 @@ class SSLAMConfig(PretrainedConfig):
 
     def __init__(self, **kwargs: Any) -> None:
         fields = {name: kwargs.pop(name, getattr(SSLAMConfig, name)) for name in _FIELDS}
+        # The base class makes a name for each class, so their number is checked before.
+        num_labels = kwargs.get("num_labels")
+        for rule in _RULES["num_labels"] if num_labels is not None else ():
+            if not rule.holds(num_labels):
+                raise ValueError(f"SSLAMConfig: num_labels={reprlib.repr(num_labels)} {rule.message}.")
         # The base class comes first, because transformers 4 sets generation defaults there: `max_length` to 20.
         super().__init__(**kwargs)
         for name, value in fields.items():
             setattr(self, name, value)
         self.validate_architecture()
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | PathLike[Any], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a config.json as transformers does; one in a published layout is turned into ours."""
+        settings, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return _as_ours(settings), unused
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Create a configuration as transformers does; settings of a published layout are turned into ours.
+
+        `AutoConfig` reads the file itself and calls this.
+        """
+        return super().from_dict(_as_ours(config_dict), **kwargs)
 
     @classmethod
     def large(cls, **overrides: Any) -> "SSLAMConfig":
@@ -277,6 +330,11 @@ class SSLAMConfig(PretrainedConfig):
     def _get_non_default_generation_parameters(self) -> dict[str, Any]:
         # Transformers 4 takes `max_length` for the length of generated text and would warn on every save.
         return {}
+
+
+def _as_ours(settings: dict[str, Any]) -> dict[str, Any]:
+    layout = published_layout(settings)
+    return settings if layout is None else layout.settings(settings)
 
 
 _FIELDS = tuple(SSLAMConfig.__annotations__)

@@ -3,13 +3,15 @@
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from os import PathLike
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import BatchFeature, SequenceFeatureExtractor
+from transformers import BatchFeature, PretrainedConfig, SequenceFeatureExtractor
 from transformers.utils import PaddingStrategy, TensorType, logging, to_numpy
 
+from .configuration_sslam import published_layout
 from .filter_bank_sslam import (
     FRAME_LENGTH_MS,
     LogMelFilterBank,
@@ -28,7 +30,14 @@ DATASET_PRESETS: dict[str, dict[str, float]] = {
     "audioset": {"mean": -4.268, "std": 4.569, "max_length": 1024},
     "esc50": {"mean": -6.627, "std": 5.359, "max_length": 512},
     "speech_commands": {"mean": -6.846, "std": 5.565, "max_length": 128},
+    # Of the Earth Species Project's EATs (esp-aves2), as their package `avex` states them.
+    "esp_aves2": {"mean": -5.553, "std": 4.606, "max_length": 1024},
 }
+# Arguments of `from_pretrained` that say where a file is and who asks for it.
+HUB_ARGUMENTS = (
+    *("cache_dir", "force_download", "proxies", "subfolder", "token", "local_files_only", "revision"),
+    *("_from_auto", "_from_pipeline"),
+)
 
 # Float audio has full scale 1. A peak 20 dB above it means integer samples that were never divided by their range.
 PEAK_LIMIT = 10.0
@@ -105,12 +114,28 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         """Create an extractor with the statistics and the clip length of a dataset.
 
         Args:
-            name: "audioset", "esc50" or "speech_commands".
+            name: "audioset", "esc50", "speech_commands" or "esp_aves2".
             overrides: Further arguments of the class, which take precedence.
         """
         if name not in DATASET_PRESETS:
             raise ValueError(f"No preset for dataset {name!r}; there are {', '.join(DATASET_PRESETS)}.")
         return cls(**(DATASET_PRESETS[name] | overrides))
+
+    @classmethod
+    def get_feature_extractor_dict(
+        cls, pretrained_model_name_or_path: str | PathLike[Any], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a preprocessor_config.json as transformers does.
+
+        The published layouts have no such file. Their config.json gives the arguments.
+        """
+        try:
+            return super().get_feature_extractor_dict(pretrained_model_name_or_path, **kwargs)
+        except OSError:
+            found = published_front_end(pretrained_model_name_or_path, kwargs)
+            if found is None:
+                raise
+            return found
 
     @property
     def frame_length(self) -> int:
@@ -400,6 +425,30 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
                 "(num_samples, channels), transpose it."
             )
         return clip
+
+
+def published_front_end(
+    pretrained_model_name_or_path: str | PathLike[Any], kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Derive the arguments of a feature extractor from the config.json of a checkpoint in a published layout.
+
+    Args:
+        pretrained_model_name_or_path: Folder or repository.
+        kwargs: Arguments of `from_pretrained`.
+
+    Returns:
+        The feature extractor's arguments and the part of `kwargs` that does not say where a file is. None for a
+        checkpoint in any other layout.
+    """
+    where = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+    try:
+        settings, _ = PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **where)
+    except OSError:
+        return None
+    layout = published_layout(settings)
+    if layout is None:
+        return None
+    return layout.front_end(settings), {name: kwargs[name] for name in kwargs.keys() - set(HUB_ARGUMENTS)}
 
 
 def _check_max_length(max_length: int, patch_size: int) -> None:

@@ -5,8 +5,10 @@ encoder, which adds the CLS token, then the heads. A clip of T frames and F mel 
 (F / patch_size) patches in time-major order: patch t * (F / patch_size) + f lies at time t and frequency f.
 """
 
+import re
 from collections.abc import Callable
 from os import PathLike
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -20,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceCl
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_sslam import SSLAMConfig
+from .configuration_sslam import PUBLISHED_LAYOUTS, SSLAMConfig
 
 
 def sincos_position_table(config: SSLAMConfig) -> torch.Tensor:
@@ -384,7 +386,8 @@ class SSLAMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     # A pre-training checkpoint holds the student under the base model's name. Encoder and classifier load that part.
-    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^teacher\."]
+    # Published checkpoints hold the table of positions, which this model computes.
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^teacher\.", r"patch_embeddings\.position_embeddings$"]
     # Classes in the source files that `save_pretrained` writes beside the weights.
     _auto_map: ClassVar[dict[str, str]] = {
         "AutoConfig": "configuration_sslam.SSLAMConfig",
@@ -395,6 +398,63 @@ class SSLAMPreTrainedModel(PreTrainedModel):
     def __init__(self, config: SSLAMConfig) -> None:
         super().__init__(config)
         config.validate_architecture()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[Any] | None, *model_args: Any, **kwargs: Any
+    ) -> Any:
+        """Load as transformers does, also from the published layouts, and never leave an encoder at random.
+
+        Weights under published names are renamed while they are read.
+
+        Returns:
+            The model; with `output_loading_info=True` a tuple of it and a dictionary.
+
+        Raises:
+            OSError: If there is no file that can be read.
+            ValueError: If the checkpoint lacks weights of the encoder. A head that it lacks is new, with transformers'
+                warning.
+        """
+        name = pretrained_model_name_or_path
+        if name is not None and Path(name).suffix in (".pt", ".pth", ".ckpt"):
+            raise OSError(f"{name} is a checkpoint of a training program, not a folder or repository. {_advice(name)}")
+        if kwargs.get("key_mapping") is None:
+            kwargs["key_mapping"] = _published_key_mapping()
+        output_loading_info = kwargs.pop("output_loading_info", False)
+        try:
+            loaded: Any = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
+        except OSError as error:
+            if "file named" not in str(error):
+                raise
+            raise OSError(f"{error} {_advice(name)}") from error
+        model, info = loaded
+        _check_encoder(model, info, name)
+        # With these, transformers 5 would save under the published names again.
+        model._weight_conversions = [
+            conversion
+            for conversion in getattr(model, "_weight_conversions", None) or ()
+            if kwargs["key_mapping"].keys().isdisjoint(conversion._original_source_patterns)
+        ]
+        return (model, info) if output_loading_info else model
+
+    def _get_key_renaming_mapping(
+        self,
+        checkpoint_keys: list[str],
+        key_mapping: dict[str, str] | None = None,
+        loading_base_model_from_task_state_dict: bool = False,
+        loading_task_model_from_base_state_dict: bool = False,
+    ) -> dict[str, str]:
+        # Only transformers 4 calls this. It looks for `base_model_prefix` in the names before it renames them, but the
+        # prefix comes with the renaming.
+        if any(re.match(pattern, key) for pattern in key_mapping or () for key in checkpoint_keys):
+            loading_base_model_from_task_state_dict = not hasattr(self, self.base_model_prefix)
+            loading_task_model_from_base_state_dict = False
+        return super()._get_key_renaming_mapping(  # type: ignore[misc]  # transformers 5 has no such method
+            checkpoint_keys,
+            key_mapping,
+            loading_base_model_from_task_state_dict,
+            loading_task_model_from_base_state_dict,
+        )
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -425,6 +485,46 @@ class SSLAMPreTrainedModel(PreTrainedModel):
         """
         self.config.auto_map = dict(self._auto_map)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def _published_key_mapping() -> dict[str, str]:
+    return {pattern: ours for layout in PUBLISHED_LAYOUTS.values() for pattern, ours in layout.key_mapping.items()}
+
+
+def _check_encoder(model: SSLAMPreTrainedModel, info: dict[str, Any], name: str | PathLike[Any] | None) -> None:
+    """Check that a checkpoint held all weights of the encoder.
+
+    Args:
+        model: The loaded model.
+        info: Transformers' information about the loading.
+        name: Folder or repository, for the message.
+
+    Raises:
+        ValueError: If weights are missing. The message says what the checkpoint holds.
+    """
+    prefix = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
+    missing = sorted(key for key in info["missing_keys"] if key.startswith(prefix))
+    if not missing:
+        return
+    held = sorted(info["unexpected_keys"])
+    holds = f"It holds {_some(held)}, which this model does not have. " if held else ""
+    raise ValueError(
+        f"{'The state_dict' if name is None else name} lacks {len(missing)} weights of the encoder: {_some(missing)}. "
+        f"{holds}{_advice(name)}"
+    )
+
+
+def _some(names: list[str], at_most: int = 4) -> str:
+    rest = len(names) - at_most
+    return ", ".join(names[:at_most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _advice(name: str | PathLike[Any] | None) -> str:
+    source = "SOURCE" if name is None else name
+    return (
+        f"`sslam convert {source} OUT` reads checkpoints of fairseq, bare state dicts and those of the Earth Species "
+        "Project, and writes a folder for from_pretrained."
+    )
 
 
 def patch_mask_from_frames(attention_mask: torch.Tensor, config: SSLAMConfig) -> torch.Tensor:
@@ -537,7 +637,8 @@ class SSLAMClassifier(nn.Module):
     def __init__(self, config: SSLAMConfig) -> None:
         super().__init__()
         self.pooling = config.classifier_pooling
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.classifier_norm_eps)
+        eps = config.classifier_norm_eps
+        self.layernorm = nn.Identity() if eps is None else nn.LayerNorm(config.hidden_size, eps=eps)
         assert config.num_labels is not None  # the configuration has two labels by default
         self.dense = nn.Linear(config.hidden_size, config.num_labels)
 

@@ -1,7 +1,15 @@
 """Fixtures that all tests share, and the table of parity with the published code at the end of a run."""
 
-from collections.abc import Callable, Iterable
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -143,6 +151,139 @@ def write_audio_parquet(tmp_path: Path) -> Callable[..., Path]:
         return folder.parent
 
     return write
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class Hub:
+    """Repositories by name, and the requests received."""
+
+    repositories: dict[str, dict[str, bytes]]
+    requests: list[str] = field(default_factory=list)
+    private: set[str] = field(default_factory=set)
+    address: str = ""
+
+
+def _make_handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_) -> None:
+            pass
+
+        def answer(self, content: bytes, code: int = 200, **headers: str) -> None:
+            self.send_response(code)
+            for name, value in ({"Content-Length": str(len(content))} | headers).items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        def answer_json(self, content, code: int = 200) -> None:
+            self.answer(json.dumps(content).encode(), code, Content_Type="application/json")
+
+        def not_found(self, what: str) -> None:
+            self.answer(b"", 404, X_Error_Code=what, X_Error_Message=f"{what}: {self.path}")
+
+        def do_GET(self) -> None:
+            path = self.path.partition("?")[0].strip("/")
+            hub.requests.append(f"{self.command} {path}")
+            if path.startswith("api/models/"):
+                owner, name, *rest = path.removeprefix("api/models/").split("/")
+                files = hub.repositories.get(f"{owner}/{name}")
+                if files is None:
+                    self.not_found("RepoNotFound")
+                elif rest[:1] == ["tree"]:
+                    self.answer_json([_tree_entry(name, content) for name, content in files.items()])
+                elif rest[:1] in ([], ["revision"]) and rest[1:] in ([], ["main"], ["v1"], [COMMIT]):
+                    siblings = [{"rfilename": file} for file in files]
+                    self.answer_json({"id": f"{owner}/{name}", "sha": COMMIT, "siblings": siblings, "private": False})
+                else:
+                    self.not_found("RevisionNotFound")
+                return
+            owner, name, *where = path.split("/", 4)
+            content = hub.repositories.get(f"{owner}/{name}", {}).get(where[-1]) if len(where) == 3 else None
+            if content is None:
+                self.not_found("EntryNotFound")
+            else:
+                self.answer(content, ETag=f'"{hashlib.sha256(content).hexdigest()}"', X_Repo_Commit=COMMIT)
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def do_POST(self) -> None:
+            path = self.path.partition("?")[0].strip("/")
+            hub.requests.append(f"POST {path}")
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.headers["Authorization"] != "Bearer hf_stand_in":
+                self.answer(b"", 401, X_Error_Message="Invalid token")
+            elif path == "api/repos/create":
+                wish = json.loads(body)
+                name = f"{wish['organization']}/{wish['name']}"
+                hub.repositories.setdefault(name, {})
+                if wish.get("private") or wish.get("visibility") == "private":
+                    hub.private.add(name)
+                self.answer_json({"url": f"{hub.address}/{name}", "name": name, "id": name})
+            elif path == "api/validate-yaml":
+                self.answer_json({"errors": [], "warnings": []})
+            elif "/preupload/" in path:
+                files = [file["path"] for file in json.loads(body)["files"]]
+                answers = [
+                    {"path": file, "uploadMode": "regular", "shouldIgnore": False, "oid": None} for file in files
+                ]
+                self.answer_json({"files": answers})
+            elif "/commit/" in path:
+                owner, name = path.removeprefix("api/models/").split("/")[:2]
+                for line in map(json.loads, body.splitlines()):
+                    if line["key"] == "file":
+                        content = base64.b64decode(line["value"]["content"])
+                        hub.repositories[f"{owner}/{name}"][line["value"]["path"]] = content
+                self.answer_json({"commitUrl": f"{hub.address}/{owner}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
+            else:
+                self.not_found("Unknown")
+
+    return Handler
+
+
+def _tree_entry(path: str, content: bytes) -> dict:
+    return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+
+
+@pytest.fixture(scope="session")
+def serve_hub() -> Callable[[dict[str, dict[str, bytes]]], AbstractContextManager[Hub]]:
+    """Return a function that serves repositories as the Hub does, on this machine."""
+
+    @contextmanager
+    def serve(repositories: dict[str, dict[str, bytes]]) -> Iterator[Hub]:
+        hub = Hub(repositories)
+        server = ThreadingHTTPServer(("127.0.0.1", 0), _make_handler(hub))
+        hub.address = f"http://127.0.0.1:{server.server_port}"
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield hub
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+    return serve
+
+
+@pytest.fixture(scope="session")
+def hub_environment() -> Callable[[Hub, Path], dict[str, str]]:
+    """Return a function that makes the environment of a process that takes a stand-in for the Hub."""
+
+    def environment(hub: Hub, home: Path) -> dict[str, str]:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        return inherited | {
+            "HF_ENDPOINT": hub.address,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": "hf_stand_in",
+            "NO_PROXY": "127.0.0.1",
+        }
+
+    return environment
 
 
 def pytest_configure() -> None:

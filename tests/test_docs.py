@@ -111,6 +111,10 @@ def clone(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(quickstart / "stage2" / "model", folder / "sslam-base")
     for name in QUICKSTART_RECORDINGS:
         shutil.copy(ROOT / "tests" / "fixtures" / "audio" / "misc_crow.flac", quickstart / name)
+    # Folders under the names of published repositories, which are taken for a download.
+    for source, name in {"hub_finetuned": "SSLAM_AS2M_Finetuned", "hub_pretrained": "SSLAM_pretrain"}.items():
+        shutil.copytree(golden_dir / source, folder / "ta012" / name)
+    shutil.copy(ROOT / "tests" / "fixtures" / "audio" / "misc_crow.flac", folder / "recording.flac")
     (folder / "tests").symlink_to(ROOT / "tests")
     return folder
 

@@ -16,6 +16,7 @@ from ..configuration_sslam import SSLAMConfig
 from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMPreTrainedModel
 from ..onednn_sslam import is_allowed
+from ..published import published_key_renamed
 from .devices import resolve_device, resolve_dtype
 from .packed_blocks import PRECISIONS, Model, can_optimize, optimize_for_cpu
 
@@ -54,11 +55,14 @@ def load_pretrained(
         # Transformers loads any model into this class, and initialises missing weights at random.
         settings, _ = SSLAMConfig.get_config_dict(model, revision=revision)
         if not settings:
-            raise InferenceError(f"{model} has no config.json: it is no folder of a model.")
+            raise InferenceError(
+                f"{model} has no config.json: it is no folder of a model. `sslam convert {model} OUT` makes one of a "
+                "checkpoint of fairseq or of the Earth Species Project."
+            )
         if settings.get("model_type") != SSLAMConfig.model_type:
             raise InferenceError(
-                f"{model} holds a model of type {settings.get('model_type')!r}, not 'sslam'. Published checkpoints of "
-                "SSLAM and EAT are converted first: python -m conversion."
+                f"{model} holds a model of type {settings.get('model_type')!r}, not 'sslam'. Checkpoints of "
+                "fairseq are converted first: `sslam convert`."
             )
         config = SSLAMConfig.from_pretrained(model, revision=revision or "main")
         extractor = SSLAMFeatureExtractor.from_pretrained(model, revision=revision or "main")
@@ -93,7 +97,7 @@ def _find(model: str | Path, name: str, revision: str | None) -> Path | None:
 
 
 def _stored_shapes(model: str | Path, revision: str | None) -> dict[str, torch.Size]:
-    """Return the shapes of a model's stored weights by name, without reading the weights."""
+    """Return the shapes of a model's stored weights by our names, without reading the weights."""
     for name in (
         "model.safetensors",
         "model.safetensors.index.json",
@@ -109,7 +113,8 @@ def _stored_shapes(model: str | Path, revision: str | None) -> dict[str, torch.S
     for name in names:
         if (path := _find(model, name, revision)) is None:
             raise OSError(f"its index of weights refers to {name}, which is not there.")
-        shapes |= {key: tensor.shape for key, tensor in load_state_dict(path, map_location="meta").items()}
+        stored = load_state_dict(str(path), map_location="meta")
+        shapes |= {published_key_renamed(key): tensor.shape for key, tensor in stored.items()}
     return shapes
 
 

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from conversion.__main__ import make_parser
 from conversion.convert import HEAD_PARTS, HEADS, WRITERS, convert
-from conversion.layouts import FAIRSEQ_POOLINGS, HUB_EAT, recognise
 from conversion.reader import read_checkpoint
 from modeling_sslam import (
     DATASET_PRESETS,
@@ -27,6 +26,7 @@ from modeling_sslam import (
     SSLAMModel,
 )
 from modeling_sslam.common.labels import audioset_labels
+from modeling_sslam.layouts import FAIRSEQ_POOLINGS, HUB_EAT, recognise
 
 # Eight units in the last place of float32 values between 4 and 8, the largest states and logits: two machines sum in
 # different orders in each of the three blocks.

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from conversion.configuration import lookup
-from conversion.layouts import FAIRSEQ_ENCODER_CONSTANTS, FAIRSEQ_PRETRAINING_CONSTANTS, FAIRSEQ_SETTINGS
 from conversion.reader import read_checkpoint
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor
+from modeling_sslam.layouts import FAIRSEQ_ENCODER_CONSTANTS, FAIRSEQ_PRETRAINING_CONSTANTS, FAIRSEQ_SETTINGS
 
 FAIRSEQ_PATHS = [path for _, path in FAIRSEQ_SETTINGS] + [*FAIRSEQ_ENCODER_CONSTANTS, *FAIRSEQ_PRETRAINING_CONSTANTS]
 

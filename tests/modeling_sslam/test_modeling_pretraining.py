@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from conversion.convert import convert
-from conversion.layouts import FAIRSEQ_PRETRAINING, to_theirs
 from modeling_sslam import SSLAMConfig, SSLAMForAudioClassification, SSLAMForPreTraining, SSLAMModel
+from modeling_sslam.layouts import FAIRSEQ_PRETRAINING, to_theirs
 from modeling_sslam.modeling_sslam_pretraining import (
     draw_unmixed_starts,
     inverse_block_masks,

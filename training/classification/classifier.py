@@ -63,6 +63,8 @@ def make_classifier(
         if has_head:
             model = SSLAMForAudioClassification.from_pretrained(name, config=config, dtype=torch.float32)
         else:
+            # A new head has a norm, also in place of one that has none.
+            config.classifier_norm_eps = config.classifier_norm_eps or SSLAMConfig.classifier_norm_eps
             model = SSLAMForAudioClassification(config)
             model.sslam = SSLAMModel.from_pretrained(name, config=config, dtype=torch.float32)
         logger.info("%s: %s", name, "encoder and head" if has_head else "encoder, with a new head")

@@ -291,10 +291,15 @@ def fit_and_report(
     )
 
 
+def norm_eps(config: SSLAMConfig) -> float:
+    """Return the epsilon of the heads' norm. A fitted head has one, also where the model's own has none."""
+    return config.classifier_norm_eps or 1e-6
+
+
 def evaluate_head(result: HeadResult, clips: Round, encoder: FrozenEncoder) -> Evaluation:
     """Return the full evaluation of a fitted head on the test clips."""
     test, labels = clips.test, encoder.task.labels
-    logits = head_logits(test.pooled(result.head), result.state, encoder.model.config.classifier_norm_eps)
+    logits = head_logits(test.pooled(result.head), result.state, norm_eps(encoder.model.config))
     targets = labels.encode(test.column("labels"))
     predictions = Predictions(test.column("ids"), logits.numpy(), targets.numpy(), test.groups())
     return Evaluation.of(predictions, encoder.task.problem_type, labels.names, test.group_column)
@@ -328,7 +333,7 @@ def evaluate_round(
             (features[1], targets[1]) if len(clips.validation) else None,
             problem_type,
             config.head,
-            eps=settings.classifier_norm_eps,
+            eps=norm_eps(settings),
             std=settings.initializer_range,
             loss=config.loss or DEFAULT_LOSS[problem_type],
             label_smoothing=config.label_smoothing,

@@ -190,13 +190,15 @@ def test_regression_models_are_rejected(config):
         make_tagger(config)
 
 
-def test_loading_errors_name_the_cause(tmp_path, config, golden_dir):
+def test_loading_errors_name_the_cause(tmp_path, config):
     SSLAMModel(config).save_pretrained(tmp_path / "encoder")
     SSLAMFeatureExtractor().save_pretrained(tmp_path / "encoder")
     with pytest.raises(InferenceError, match=r"no weights for classifier\.dense\.bias.* fine-tune it"):
         SSLAMTagger.from_pretrained(tmp_path / "encoder")
-    with pytest.raises(InferenceError, match=r"type 'eat', not 'sslam'.*python -m conversion"):
-        SSLAMTagger.from_pretrained(golden_dir / "hub_finetuned")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "wav2vec2"}')
+    with pytest.raises(InferenceError, match=r"type 'wav2vec2', not 'sslam'.*sslam convert"):
+        SSLAMTagger.from_pretrained(tmp_path / "other")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InferenceError, match=r"empty has no config\.json"):
         SSLAMTagger.from_pretrained(tmp_path / "empty")

@@ -1,5 +1,7 @@
 """Published layouts as data: tables of names that are read in both directions. No layout has code of its own.
 
+`from_pretrained` (through `published`) and the conversion read the same tables.
+
 In every table our name stands on the left and the published name on the right; `*` is a block's index. A name is that
 of a module, whose weight and bias follow, or that of a parameter. Our names begin with the part of the model: `sslam.`
 (the encoder; in a pre-training checkpoint, the student), `decoder.`, `teacher.` or `classifier.`.
@@ -43,6 +45,8 @@ DECODER_NAMES: Names = (
     ("projection", "modality_encoders.IMAGE.decoder.proj"),
 )
 CLASSIFIER_NAMES: Names = (("layernorm", "fc_norm"), ("dense", "head"))
+# The Earth Species Project's head is a linear layer without a norm.
+AVEX_CLASSIFIER_NAMES: Names = (("dense", "classifier"),)
 
 
 def _own(names: Names) -> Names:
@@ -84,6 +88,11 @@ HUB_EAT = Layout(
     "Hub (EATModel)",
     (("sslam.", "model.", HUB_ENCODER_NAMES), ("classifier.", "model.", CLASSIFIER_NAMES)),
 )
+AVEX = Layout(
+    "avex",
+    "avex (Earth Species Project)",
+    (("sslam.", "backbone.model.", HUB_ENCODER_NAMES), ("classifier.", "", AVEX_CLASSIFIER_NAMES)),
+)
 TRANSFORMERS = Layout(
     "transformers",
     "transformers (SSLAM)",
@@ -97,7 +106,7 @@ TRANSFORMERS = Layout(
 TRANSFORMERS_ENCODER = Layout(
     "transformers", "transformers (SSLAM), encoder", (("sslam.", "", _own(FAIRSEQ_ENCODER_NAMES)),)
 )
-LAYOUTS = (FAIRSEQ_PRETRAINING, FAIRSEQ_CLASSIFICATION, HUB_EAT, TRANSFORMERS, TRANSFORMERS_ENCODER)
+LAYOUTS = (FAIRSEQ_PRETRAINING, FAIRSEQ_CLASSIFICATION, HUB_EAT, AVEX, TRANSFORMERS, TRANSFORMERS_ENCODER)
 
 # Prefixes that do not identify a layout. An outer module, DistributedDataParallel and torch.compile add them, and
 # users strip them.
@@ -256,9 +265,10 @@ FAIRSEQ_PRETRAINING_EXTRAS: dict[str, Any] = {
     "lr_scheduler": None,
     "optimizer": None,
 }
+PUBLISHED_MODEL_TYPE = "eat"
 HUB_EXTRAS: dict[str, Any] = {
     "architectures": ["EATModel"],
-    "model_type": "eat",
+    "model_type": PUBLISHED_MODEL_TYPE,
     "drop_rate": 0.0,
     "attn_drop_rate": 0.0,
     "activation_dropout": 0.0,
@@ -276,5 +286,6 @@ FAIRSEQ_POOLINGS = {
     2: "cls",
     3: "lin_softmax",
 }
-# Epsilon of the classifier's LayerNorm. The code that reads the layout fixes it; no settings state it.
-CLASSIFIER_NORM_EPS = {"fairseq": 1e-6, "hub-eat": 1e-5}
+# Epsilon of the classifier's LayerNorm, None where it has no norm. The code that reads the layout fixes it; no
+# settings state it.
+CLASSIFIER_NORM_EPS: dict[str, float | None] = {"fairseq": 1e-6, "hub-eat": 1e-5, "avex": None}

@@ -2,7 +2,10 @@
 
 import pytest
 
-from conversion.layouts import (
+from modeling_sslam import SSLAMForAudioClassification, SSLAMForPreTraining
+from modeling_sslam.layouts import (
+    AVEX,
+    CLASSIFIER_NORM_EPS,
     FAIRSEQ_CLASSIFICATION,
     FAIRSEQ_PRETRAINING,
     HUB_EAT,
@@ -12,7 +15,6 @@ from conversion.layouts import (
     to_ours,
     to_theirs,
 )
-from modeling_sslam import SSLAMForAudioClassification, SSLAMForPreTraining
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.title)
@@ -27,12 +29,14 @@ def test_names_are_one_to_one(layout):
         (FAIRSEQ_PRETRAINING, SSLAMForPreTraining),
         (FAIRSEQ_CLASSIFICATION, SSLAMForAudioClassification),
         (HUB_EAT, SSLAMForAudioClassification),
+        (AVEX, SSLAMForAudioClassification),
         (TRANSFORMERS, SSLAMForPreTraining),
         (TRANSFORMERS, SSLAMForAudioClassification),
     ],
 )
 def test_every_parameter_is_renamed_and_back(layout, model_class, make_config):
-    ours = list(model_class(make_config(num_hidden_layers=11)).state_dict())
+    config = make_config(num_hidden_layers=11, classifier_norm_eps=CLASSIFIER_NORM_EPS.get(layout.family, 1e-6))
+    ours = list(model_class(config).state_dict())
     theirs = {to_theirs(name, layout): name for name in ours}
     assert len(theirs) == len(ours)
     assert to_ours(theirs, layout) == theirs
