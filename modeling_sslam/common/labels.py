@@ -1,12 +1,33 @@
 """Class names, from a label file or from AudioSet's own list."""
 
 import csv
+import io
+import re
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+
+from .text import read_utf8
 
 AUDIOSET_NUM_LABELS = 527
 # AudioSet's published file: index, machine id, display name.
 AUDIOSET_LABELS = Path(__file__).with_name("audioset_labels.csv")
+# Ids of the ontology, as AudioSet and FSD50K have them.
+MACHINE_ID = re.compile(r"/[mtg]/\w+")
+SEPARATORS = ",;\t|"
+# Headers of a file that has names alone.
+NAME_HEADERS = (
+    "index",
+    "name",
+    "names",
+    "label",
+    "labels",
+    "class",
+    "classes",
+    "class_name",
+    "display_name",
+    "category",
+)
 
 
 class LabelFileError(ValueError):
@@ -22,8 +43,8 @@ def read_label_table(path: Path) -> list[tuple[str, str | None]]:
     """Read class names and, where the file has them, machine ids.
 
     Args:
-        path: A CSV file with one line for each class: `index,mid,name` (as AudioSet's), `index,name,mid` (as FSD50K's),
-            `index,name`, or just `name`. A header line is optional. Cells may be separated by semicolons, tabs or
+        path: A CSV file with one line for each class: `index,mid,name` (as AudioSet's), `index,name,mid` (as
+            FSD50K's), `index,name`, or just `name`. A header line is optional. Cells may be separated by semicolons, tabs or
             vertical bars, too. The index is the column of numbers, and the mid is the column of AudioSet's ids. Other
             ids come before the name, unless the header says otherwise.
 
