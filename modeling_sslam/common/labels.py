@@ -44,9 +44,9 @@ def read_label_table(path: Path) -> list[tuple[str, str | None]]:
 
     Args:
         path: A CSV file with one line for each class: `index,mid,name` (as AudioSet's), `index,name,mid` (as
-            FSD50K's), `index,name`, or just `name`. A header line is optional. Cells may be separated by semicolons, tabs or
-            vertical bars, too. The index is the column of numbers, and the mid is the column of AudioSet's ids. Other
-            ids come before the name, unless the header says otherwise.
+            FSD50K's), `index,name`, or just `name`. A header line is optional. Cells may be separated by semicolons,
+            tabs or vertical bars, too. The index is the column of numbers, and the mid is the column of AudioSet's
+            ids. Other ids come before the name, unless the header says otherwise.
 
     Returns:
         Name and machine id of each class, in the order of the classifier's outputs.
@@ -83,7 +83,7 @@ def read_label_table(path: Path) -> list[tuple[str, str | None]]:
 
 def _parse(text: str, separator: str) -> list[list[str]]:
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
-    return [cells for row in rows if any(cells := [cell.strip() for cell in row])]
+    return [[cell.strip() for cell in row] for row in rows if row]
 
 
 def _read_columns(rows: Sequence[Sequence[str]]) -> list[tuple[int, str, str | None]] | None:
@@ -103,7 +103,7 @@ def _read_columns(rows: Sequence[Sequence[str]]) -> list[tuple[int, str, str | N
         says_name = ["name" in header[i].lower() for i in others] if header else [False, False]
         if ids == [False, True] or (ids == [False, False] and says_name == [True, False]):
             others.reverse()
-        if any(MACHINE_ID.fullmatch(row[others[1]]) for row in rows):
+        if ids != [True, True] and any(MACHINE_ID.fullmatch(row[others[1]]) for row in rows):
             return None
     return [(int(row[column]), row[others[-1]], row[others[0]] if len(others) == 2 else None) for row in rows]
 
