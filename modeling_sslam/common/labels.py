@@ -52,8 +52,8 @@ def read_label_table(path: Path) -> list[tuple[str, str | None]]:
         Name and machine id of each class, in the order of the classifier's outputs.
 
     Raises:
-        LabelFileError: If the columns are not recognised, if the indices are not 0, 1, ..., or if a name is empty or
-            occurs twice.
+        LabelFileError: If there are no classes, if the columns are not recognised, if the indices are not 0, 1, ...,
+            or if a name is empty or occurs twice.
     """
     try:
         text = read_utf8(path)
@@ -74,6 +74,8 @@ def read_label_table(path: Path) -> list[tuple[str, str | None]]:
         raise LabelFileError(
             f'{path}: the lines are neither `index,mid,"name"`, nor `index,"name",mid`, nor `index,name`, nor `name`.'
         )
+    if not table:
+        raise LabelFileError(f"{path} lists no classes.")
     names = [name for name, _ in table]
     for position, name in enumerate(names):
         if not name or name in names[:position]:

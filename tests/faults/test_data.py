@@ -25,6 +25,8 @@ from training.data.config import DataConfig, EvaluationDataConfig, LabelledDataC
 from training.data.loader import make_loader
 from training.data.sources import is_one_split, open_source
 from training.evaluate import EvaluateConfig, EvaluationError, evaluate
+from training.preparation import manifest
+from training.preparation.listing import PreparationError, read_table, sound_files
 from training.run.config import TrainingError
 
 
@@ -333,6 +335,29 @@ def test_other_label_files_that_are_recognised(table):
 def test_label_files_with_unclear_columns_are_refused(table, text):
     with pytest.raises(LabelFileError, match="the lines are neither"):
         read_label_table(table(text))
+
+
+def test_label_files_without_classes_are_refused(table):
+    for text in ("", "\ufeff\n", "\n\n"):
+        with pytest.raises(LabelFileError, match="lists no classes"):
+            read_label_table(table(text))
+
+
+def test_annotations_for_preparation(write, table):
+    """The same faults in a downloaded data set: surplus cells, other encodings, an empty manifest, a loop of links."""
+    path = table("filename,label\na.wav,Speech, human\nb.wav,Dog\n")
+    with pytest.raises(PreparationError, match="line 2 has more than 2 cells"):
+        list(read_table(path, ["label"]))
+    path = table("filename,label\na.wav,Dog,,\nb.wav\n")
+    assert list(read_table(path, [])) == [{"filename": "a.wav", "label": "Dog"}, {"filename": "b.wav", "label": ""}]
+    with pytest.raises(PreparationError, match="Save it as UTF-8"):
+        list(read_table(table("name\ncafé\n".encode("latin-1")), ["name"]))
+    table("0,Dog\n", "label_descriptors.csv")
+    with pytest.raises(PreparationError, match="first line must be the root folder"):
+        manifest.list_clips(table("", "train.tsv").parent)
+    folder = write("a.flac")
+    (folder / "loop").symlink_to(folder)
+    assert sound_files(folder) == [folder / "a.flac"]
 
 
 # ------------------------------------------------------------------------------------------------------ B9: a server
