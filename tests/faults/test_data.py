@@ -77,7 +77,7 @@ def refusal(source, split="train"):
         (("train", "other"), "train"),
     ],
 )
-@pytest.mark.parametrize("asked", ["test", "train+test", "validation"])
+@pytest.mark.parametrize("asked", ["test", "train+test", "validation", "", "."])
 def test_a_folder_of_splits_has_no_others(write, names, there, asked):
     folder = write(*(f"{split}/{label}/a.flac" for split in names for label in ("dog", "cat")))
     message = refusal(folder, asked)

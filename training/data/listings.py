@@ -76,19 +76,17 @@ def chosen_splits(folder: Path, files: Sequence[Path], split: str) -> list[str]:
     Raises:
         ValueError: If the folder has splits, but not those. The message names them.
     """
-    if (folder / split).is_dir():
-        wanted = [split]
-    else:
-        wanted = split_names(split)
+    wanted = [split] if (folder / split).is_dir() else split_names(split)
     parts = [file.relative_to(folder).parts for file in files]
-    asked = {name for name in wanted if (folder / name).is_dir()}
+    asked = {name for name in wanted if name.strip("./") and (folder / name).is_dir()}
     subfolders = {names[0] for names in parts if len(names) > 1} | asked
     usual = {name for name in subfolders if SPLIT_FOLDER.search(name)}
     classes = {names[0] for names in parts if len(names) == 2} - {names[0] for names in parts if len(names) > 2}
     splits = (usual if usual == subfolders else usual - classes) | (asked - usual)
     if splits and (missing := [name for name in wanted if name not in splits]):
         raise ValueError(
-            f"{folder} has no split {missing[0]!r}; it has {', '.join(sorted(splits))}. Name one by data.split."
+            f"{folder} has no split {missing[0]!r}; it has {', '.join(sorted(splits))}. Name one by data.split; "
+            "if they are classes, rename them or list the files in a .csv table."
         )
     deeper = {
         "/".join(names[: i + 1]) for names in parts for i in range(1, len(names) - 2) if SPLIT_FOLDER.search(names[i])
@@ -207,6 +205,7 @@ def read_table(path: Path, config: DataConfig) -> Listing:
             raise ValueError(f"{path} has no split {missing[0]!r}; it has {', '.join(present)}.")
         rows = [row for row in rows if row["split"] in wanted]
     audio = find_column(path, names, config.audio_column or "auto", PATH_COLUMNS, "audio_column")
+    assert audio is not None  # find_column raises an error if no column is usual
     paths = [row[audio] for row in rows]
     listing: Listing = {
         "id": [row[config.id_column] if config.id_column else row[audio] for row in rows],

@@ -38,6 +38,8 @@ FINDINGS = {
 
 # A download may lack a million files. The first names show what they have in common.
 NAMES_KEPT, NAMES_SHOWN = 20, 3
+# Key of a row's cells that have no column.
+SURPLUS = "surplus cells"
 
 
 class PreparationError(Exception):
@@ -160,13 +162,13 @@ def read_table(path: Path, columns: Iterable[str], delimiter: str = ",") -> Iter
     Raises:
         PreparationError: If the table cannot be read or lacks one of the columns, or a row has more cells.
     """
-    reader = csv.DictReader(read_lines(path), delimiter=delimiter, restval="")
+    reader = csv.DictReader(read_lines(path), delimiter=delimiter, restval="", restkey=SURPLUS)
     if missing := [name for name in columns if name not in (reader.fieldnames or [])]:
         raise PreparationError(
             f"{path} has no column {', '.join(missing)}; it has {', '.join(reader.fieldnames or ['none'])}."
         )
     for row in reader:
-        if any(row.pop(None, ())):  # type: ignore[call-overload]  # DictReader's key of surplus cells
+        if any(row.pop(SURPLUS, ())):
             raise PreparationError(
                 f"{path}, line {reader.line_num} has more than {len(reader.fieldnames or [])} cells: put a cell with "
                 f"{delimiter!r} into quotes."
