@@ -2,6 +2,8 @@
 
     config = parse(PretrainConfig)    # reads sys.argv
 
+Lists are written with commas or as several words: `--folds fold1,fold2` or `--folds fold1 fold2`.
+
 A field that is itself a dataclass is a section. Types are checked for every value. An unknown key is an error that
 names the nearest known one: a misspelt setting that silently keeps its default would cost a training run. A field's
 `metadata["help"]` is its line in `--help`.
@@ -90,6 +92,7 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, description:
         groups[section].add_argument(
             *names,
             dest=setting.key,
+            nargs="+" if _is_list(setting.type) else None,
             metavar=_name(setting.type),
             default=argparse.SUPPRESS,
             help=f"{setting.help} [{state}]".strip().replace("%", "%%"),
@@ -102,7 +105,8 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, description:
         values = read_yaml(given.config, config_class) if given.config else {}
         for key, text in vars(given).items():
             if key != "config":
-                values[key] = convert(text, known[key].type, f"--{key}")
+                value = _joined(text) if isinstance(text, list) else text
+                values[key] = convert(value, known[key].type, f"--{key}")
         return build(config_class, values)
     except ValueError as error:
         parser.error(str(error))
@@ -297,6 +301,20 @@ def _name(hint: Any) -> str:
     if origin is tuple:
         return "[" + ",".join(map(_name, arguments)) + "]"
     return hint.__name__.lower()
+
+
+def _is_list(hint: Any) -> bool:
+    """Return whether a type is a list or a pair, or one of these or `None`."""
+    return get_origin(hint) in (list, tuple) or any(
+        get_origin(part) in (list, tuple) for part in get_args(hint) if get_origin(hint) in (Union, types.UnionType)
+    )
+
+
+def _joined(words: Sequence[str]) -> str:
+    """Return the words of a list as one text: with commas, as in YAML `[a, b]`, or each word a member."""
+    if words[0].lstrip().startswith("["):
+        return " ".join(words)
+    return words[0] if len(words) == 1 else ",".join(word.strip(",") for word in words if word != ",")
 
 
 def _nearest(key: str, known: dict[str, Setting]) -> str:

@@ -1,9 +1,10 @@
-"""Text for outputs that cannot hold every character: escapes, and rows of CSV."""
+"""Text files of users, and text for outputs that cannot hold every character: escapes, and rows of CSV."""
 
 import csv
 import io
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 # Lone surrogates: Python's stand-ins for the bytes of a file name that are not UTF-8.
 UNDECODABLE = r"\ud800-\udfff"
@@ -44,6 +45,23 @@ def escape_controls(text: str) -> str:
 def escape_markdown(text: str) -> str:
     """Write text so that Markdown shows it as it is, on one line and also in the cell of a table."""
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", escape_controls(text))
+
+
+def read_utf8(path: Path) -> str:
+    """Read a text file, with or without a byte order mark. Line ends stay as they are.
+
+    Raises:
+        ValueError: If it is not UTF-8. The message names the line and the remedy.
+    """
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{path} is not UTF-8 text: byte 0x{content[error.start]:02x} in line {line}. Save it as UTF-8, for "
+            "example with `iconv -f LATIN1 -t UTF-8`."
+        ) from error
 
 
 def csv_row(cells: Iterable[object]) -> str:

@@ -90,13 +90,14 @@ def write_parquet(encode):
 
 @pytest.fixture
 def make_folder(tmp_path, encode):
-    """A function that makes a folder with a number of sound files."""
+    """A function that makes a folder with a number of sound files, every second one in another subfolder."""
 
-    def make_folder(count, name="clips", seconds=0.3):
+    def make_folder(count, name="clips", seconds=0.3, first="."):
         folder = tmp_path / name
-        (folder / "deeper").mkdir(parents=True)
+        (folder / first).mkdir(parents=True)
+        (folder / "deeper").mkdir()
         for i in range(count):
-            (folder / ("deeper" if i % 2 else ".") / f"clip{i:03d}.flac").write_bytes(encode(i, seconds))
+            (folder / ("deeper" if i % 2 else first) / f"clip{i:03d}.flac").write_bytes(encode(i, seconds))
         return folder
 
     return make_folder

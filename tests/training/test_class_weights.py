@@ -94,10 +94,10 @@ def test_the_loader_draws_clips_by_the_table(two_splits, tmp_path, extractor):
 
 
 def test_labels_of_a_folder_of_folders(make_folder, tmp_path):
-    make_folder(5)
+    make_folder(5, first="clips")
     class_weights.main(["--data", str(tmp_path / "clips"), "--output", str(tmp_path / "weights.csv")])
     assert read_table(tmp_path / "weights.csv") == {
-        **{f"clip00{i}.flac": 1000 / 3.01 for i in (0, 2, 4)},
+        **{f"clips/clip00{i}.flac": 1000 / 3.01 for i in (0, 2, 4)},
         **{f"deeper/clip00{i}.flac": 1000 / 2.01 for i in (1, 3)},
     }
 

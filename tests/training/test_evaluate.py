@@ -124,7 +124,7 @@ def test_several_labels_end_to_end(make_model, soundscapes, capsys):
 
 def test_one_label_by_the_data(make_model, make_folder, caplog):
     model = make_model(problem_type=None, names=["clips", "deeper"])
-    folder = make_folder(7)
+    folder = make_folder(7, first="clips")
     with caplog.at_level("INFO"):
         run(model, folder, "--output_dir", str(model / "results"))
     assert "Every clip has one label: taken for single_label_classification" in caplog.text
@@ -212,7 +212,7 @@ def test_metrics_that_became_undefined_are_removed_from_the_card(tmp_path):
 
 def test_a_perfect_model_has_no_infinity_in_its_files(make_model, make_folder):
     model = make_model(names=["clips", "deeper"])
-    results = evaluate_with(model, make_folder(4), [[9, -9], [-9, 9]])
+    results = evaluate_with(model, make_folder(4, first="clips"), [[9, -9], [-9, 9]])
     assert (results["metrics"]["mean_auc"], results["metrics"]["d_prime"]) == (1, None)
     types = [result.metric_type for result in ModelCard.load(model / "README.md").data.eval_results]
     assert types == ["map", "mean_auc"]
@@ -222,7 +222,7 @@ def evaluate_with(model, folder, logits_of):
     """Return the results of a model whose logits depend on the enclosing folder."""
 
     def forward(self, input_values):
-        # Clips are in the order of the listing: clip000, clip002, then those in deeper/.
+        # Clips are in the order of the listing: those in clips/, then those in deeper/.
         logits = torch.tensor([logits_of[i >= len(input_values) / 2] for i in range(len(input_values))])
         return type("Output", (), {"logits": logits.float()})
 
@@ -251,8 +251,8 @@ def test_a_model_without_names_takes_them_from_the_label_file(make_model, write_
 
 
 def test_skipped_clips_are_counted(make_model, soundscapes, make_folder):
-    model, folder = make_model(names=["clips", "deeper"]), make_folder(4)
-    (folder / "clip000.flac").write_bytes(b"no sound")
+    model, folder = make_model(names=["clips", "deeper"]), make_folder(4, first="clips")
+    (folder / "clips" / "clip000.flac").write_bytes(b"no sound")
     run(model, folder)
     results = read_json(next(model.glob("evaluation/*/results.json")))
     assert (results["num_clips"], results["num_skipped"]) == (3, 1)

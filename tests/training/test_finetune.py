@@ -220,6 +220,14 @@ def test_each_fold_is_validated_by_a_model_trained_on_the_others(train, sounds, 
     assert "accuracy over 2 folds" in capsys.readouterr().out
 
 
+def test_the_test_split_is_whole_if_clips_are_held_out(train, table):
+    run = train(data=table, test_split="validation", max_updates=1, evaluate_every=1)
+    results = json.loads((run / "model" / "evaluation" / "clips-validation" / "results.json").read_text())
+    assert results["num_clips"] == 8
+    held_out = json.loads((run / "model" / "evaluation" / "clips-train-held-out" / "results.json").read_text())
+    assert 0 < held_out["num_clips"] < 24
+
+
 def test_a_frozen_encoder_does_not_change(train, encoder):
     run = train(freeze_encoder="true", max_updates=4)
     before = weights_of(encoder)

@@ -210,6 +210,7 @@ def test_held_out_clips_replace_a_validation_split(run, sounds):
     _, results = run(**settings, **{"data.hold_out": 0.3, "layers": "all"})
     size = results["num_clips"]["fold4"]
     assert size["train"] + size["validation"] == 18
+    assert size["test"] == 6
     assert 2 <= size["validation"] <= 9
     _, on_held_out = run("other", **settings | {"data.hold_out": 0.3, "test_split": "null"})
     assert on_held_out["num_clips"] == {"held out": size | {"test": size["validation"]}}

@@ -102,14 +102,18 @@ def check_splits(
         test_split: The test split, if any.
 
     Raises:
-        TrainingError: If a split would be evaluated that is trained on.
+        TrainingError: If a split would be evaluated that is trained on, or a folder lacks it.
     """
     if validation_source not in (None, data.source):
         return
     for key, split in {"validation_split": validation_split, "test_split": test_split}.items():
         if split is None or (key == "validation_split" and data.hold_out):
             continue
-        if split == data.split or is_one_split(replace(data, split=split)):
+        try:
+            is_trained_on = split == data.split or is_one_split(replace(data, split=split))
+        except ValueError as error:
+            raise TrainingError(f"{key}={split!r}: {error}") from error
+        if is_trained_on:
             raise TrainingError(
                 f"{key}={split!r} of {data.source!r} would be the clips that it trains on. Hold some out by "
                 "data.hold_out, name other data by validation_source, or set test_split to null."

@@ -25,7 +25,8 @@ class DataConfig:
     split: str = field(
         default="train",
         metadata={
-            "help": "Split to read, or several joined by +. A plain folder and a .tsv manifest have a single split."
+            "help": "Split to read, or several joined by +. A .tsv manifest has a single split, and so has a plain "
+            "folder without a subfolder for each split."
         },
     )
     revision: str | None = field(

@@ -5,7 +5,6 @@ before. Skipping a clip costs nothing if the source refers to files by path. A s
 read in full.
 """
 
-import csv
 from functools import lru_cache, partial
 from hashlib import blake2b
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 
 from training.data.config import DataConfig
 from training.data.seeding import generator_for
+from training.data.tables import read_rows
 
 
 class Selection(Protocol):
@@ -105,11 +105,10 @@ def _digest(clip_id: str) -> np.uint64:
 
 @lru_cache(maxsize=1)
 def _read_weights(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    with open(path, encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        if not {"id", "weight"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"{path} must have the columns id and weight; it has {reader.fieldnames}.")
-        pairs = [(_digest(row["id"]), float(row["weight"])) for row in reader]
+    names, rows = read_rows(Path(path))
+    if not {"id", "weight"} <= set(names):
+        raise ValueError(f"{path} must have the columns id and weight; it has {names}.")
+    pairs = [(_digest(row["id"]), float(row["weight"])) for row in rows]
     digests = np.array([digest for digest, _ in pairs], dtype=np.uint64)
     weights = np.array([weight for _, weight in pairs])
     if not (np.isfinite(weights).all() and (weights >= 0).all()):

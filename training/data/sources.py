@@ -9,8 +9,8 @@
   read from the `.lbl` file beside it;
 - a `.csv` table with a column of paths relative to it and, optionally, a column of labels (several in a cell are
   separated by `;`) and a column `split`;
-- any other folder: all sound files in it, or in its subfolder of the split's name if there is one. Labels are the
-  names of the enclosing folders.
+- any other folder: all sound files in it. With labels, those in its subfolder of the split's name, if it has a
+  subfolder for each split; labels are the names of the enclosing folders.
 
 `+` joins several splits: `fold1+fold2`.
 
@@ -21,6 +21,7 @@ of shards, which ranks and workers share and each epoch reorders. Neither reads 
 import dataclasses
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,18 @@ import numpy as np
 from modeling_sslam.common.encoded_audio import EncodedAudio
 from training.data.columns import Columns, find_columns
 from training.data.config import DataConfig
-from training.data.listings import Listing, columns_of, has_split_column, list_folder, read_manifest, read_table
+from training.data.listings import (
+    Listing,
+    as_dataset,
+    chosen_splits,
+    columns_of,
+    find_files,
+    has_split_column,
+    list_folder,
+    read_manifest,
+    read_table,
+    split_names,
+)
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 SHARD_SUFFIXES = (".parquet", ".arrow", ".tar")
@@ -167,6 +179,8 @@ class Source:
     def audio(self, row: dict[str, Any]) -> tuple[bytes | None, str | None]:
         """Return an example's encoded file and its path or name."""
         value = row[self.columns.audio]
+        if isinstance(value, bytes):
+            return None, os.fsdecode(value)
         if isinstance(value, str):
             return None, value
         return (value["bytes"], value["path"]) if value else (b"", None)
@@ -222,18 +236,29 @@ def open_source(config: DataConfig) -> Source:
     elif _is_plain_folder(path, config):
         listing = list_folder(path, config)
     if listing is not None:
-        return Source(config, [ListedPart(datasets.Dataset.from_dict(listing))], columns_of(listing))
-    opened = [_open_split(dataclasses.replace(config, split=split.strip()), path) for split in config.split.split("+")]
+        return Source(config, [ListedPart(as_dataset(listing))], columns_of(listing))
+    if path.is_dir() and _is_saved_dataset(path):
+        saved = _load_from_disk(path, config.split)
+        columns = find_columns(config, saved[0].features)
+        return Source(config, [StoredPart(part, columns) for part in saved], columns)
+    opened = [_open_split(dataclasses.replace(config, split=split), path) for split in split_names(config.split)]
     return Source(config, [part for part, _ in opened], opened[0][1])
 
 
 def is_one_split(config: DataConfig) -> bool:
-    """Return whether the source ignores the split's name, so that every split is all of it."""
+    """Return whether the source ignores the split's name, so that every split is all of it.
+
+    Raises:
+        ValueError: If it is a folder with a subfolder for each split, and has none for this one.
+    """
     path = Path(config.source).expanduser()
     if path.suffix == ".csv":
         return not has_split_column(path)
     if _is_plain_folder(path, config):
-        return not (config.label_column and (path / config.split).is_dir())
+        return not (config.label_column and chosen_splits(path, find_files(path), config.split))
+    if path.is_dir() and _is_saved_dataset(path):
+        saved = datasets.load_from_disk(str(path))
+        return isinstance(saved, datasets.Dataset) and saved.split is None
     return path.suffix == ".tsv"
 
 
@@ -284,10 +309,6 @@ def _has_metadata(names: Iterable[str]) -> bool:
 def _open_split(config: DataConfig, path: Path) -> tuple[Part, Columns]:
     """Open a split of a dataset with the library `datasets`."""
     if path.is_dir():
-        if _is_saved_dataset(path):
-            saved = _load_from_disk(path, config.split)
-            columns = find_columns(config, saved.features)
-            return StoredPart(saved, columns), columns
         names = _names_in(path)
         if _has_metadata(names) and not _has_shards(names):
             return _list_audiofolder(config, path)
@@ -309,13 +330,17 @@ def _open_split(config: DataConfig, path: Path) -> tuple[Part, Columns]:
     return StreamedPart(dataset, columns, reopen), columns
 
 
-def _load_from_disk(path: Path, split: str) -> datasets.Dataset:
-    dataset = datasets.load_from_disk(str(path))
-    if isinstance(dataset, datasets.DatasetDict):
-        if split not in dataset:
-            raise ValueError(f"{path} has no split {split!r}; it has {', '.join(dataset)}.")
-        dataset = dataset[split]
-    return dataset
+def _load_from_disk(path: Path, split: str) -> list[datasets.Dataset]:
+    """Load the splits of a saved dataset. One that was saved without a split's name stands for any split."""
+    saved, wanted = datasets.load_from_disk(str(path)), split_names(split)
+    if isinstance(saved, datasets.DatasetDict):
+        if missing := [name for name in wanted if name not in saved]:
+            raise ValueError(f"{path} has no split {missing[0]!r}; it has {', '.join(saved)}.")
+        return [saved[name] for name in wanted]
+    # The name of a part, such as train[:80%], counts as that of its split.
+    if saved.split is not None and set(wanted) != set(split_names(re.sub(r"\[.*?\]", "", str(saved.split)))):
+        raise ValueError(f"{path} has no split {split!r}; it has {saved.split}.")
+    return [saved]
 
 
 def _list_audiofolder(config: DataConfig, folder: Path) -> tuple[Part, Columns]:
@@ -334,7 +359,7 @@ def _list_audiofolder(config: DataConfig, folder: Path) -> tuple[Part, Columns]:
             listing.setdefault("labels", []).append(source.labels(row))
         if columns.group is not None:
             listing.setdefault(columns.group, []).append(row[columns.group])
-    part = ListedPart(datasets.Dataset.from_dict(listing))
+    part = ListedPart(as_dataset(listing))
     return part, columns_of(listing)._replace(label_names=columns.label_names)
 
 

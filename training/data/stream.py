@@ -65,7 +65,9 @@ def with_retries(action: Callable[[], T], max_retries: int, name: str) -> T:
     while True:
         try:
             return action()
-        except TRANSIENT_ERRORS as error:
+        except (*TRANSIENT_ERRORS, ValueError) as error:
+            if isinstance(error, ValueError) and not _is_answer_without_range(error):
+                raise
             cause, retry = _cause(error), retry + 1
             if retry > max_retries or _is_permanent(cause):
                 raise
@@ -82,6 +84,14 @@ def _cause(error: BaseException) -> BaseException:
     while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
     return error
+
+
+def _is_answer_without_range(error: BaseException) -> bool:
+    """Return whether a server sent a whole file for a part of it, which fsspec reports; its next answer may differ."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and traceback.tb_frame.f_globals.get("__name__") == "fsspec.implementations.http"
 
 
 def _is_permanent(cause: BaseException) -> bool:

@@ -195,7 +195,9 @@ def data_digest(source: Source) -> str | None:
     if path.exists() or data.data_files:
         for name, file in _files(path, source):
             state = file.stat() if file.exists() else None
-            digest.update(f"{name} {state and state.st_size} {state and state.st_mtime_ns}\n".encode())
+            digest.update(
+                f"{name} {state and state.st_size} {state and state.st_mtime_ns}\n".encode(errors="surrogateescape")
+            )
         return digest.hexdigest()
     try:
         return HfApi().dataset_info(data.source, revision=data.revision).sha

@@ -8,13 +8,14 @@ finding: it is counted and named in the report.
 """
 
 import csv
-import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from modeling_sslam.common.recordings import is_recording_name
+from modeling_sslam.common.recordings import search_folder
+from modeling_sslam.common.text import read_utf8
 
 # Kinds of findings, and the fate of the clip, file, row or label in question.
 FINDINGS = {
@@ -37,6 +38,8 @@ FINDINGS = {
 
 # A download may lack a million files. The first names show what they have in common.
 NAMES_KEPT, NAMES_SHOWN = 20, 3
+# Key of a row's cells that have no column.
+SURPLUS = "surplus cells"
 
 
 class PreparationError(Exception):
@@ -132,12 +135,8 @@ class Listing:
 
 
 def sound_files(folder: Path) -> list[Path]:
-    """Return all sound files under a folder in order of their names. Symbolic links are followed."""
-    found = []
-    for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(root, name) for name in sorted(names) if is_recording_name(name)]
-    return found
+    """Return all sound files under a folder in order of their names. Symbolic links are followed, at last."""
+    return [Path(path) for path in search_folder(str(folder))]
 
 
 def read_lines(path: Path) -> list[str]:
@@ -147,8 +146,8 @@ def read_lines(path: Path) -> list[str]:
         PreparationError: If the file cannot be read.
     """
     try:
-        return path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        return re.split(r"\r\n|\r|\n", read_utf8(path).rstrip("\r\n"))
+    except (OSError, ValueError) as error:
         raise PreparationError(f"{path} cannot be read: {error}.") from error
 
 
@@ -161,14 +160,20 @@ def read_table(path: Path, columns: Iterable[str], delimiter: str = ",") -> Iter
         delimiter: Separator of the cells.
 
     Raises:
-        PreparationError: If the table cannot be read or lacks one of the columns.
+        PreparationError: If the table cannot be read or lacks one of the columns, or a row has more cells.
     """
-    reader = csv.DictReader(read_lines(path), delimiter=delimiter, restval="")
+    reader = csv.DictReader(read_lines(path), delimiter=delimiter, restval="", restkey=SURPLUS)
     if missing := [name for name in columns if name not in (reader.fieldnames or [])]:
         raise PreparationError(
             f"{path} has no column {', '.join(missing)}; it has {', '.join(reader.fieldnames or ['none'])}."
         )
-    yield from reader
+    for row in reader:
+        if any(row.pop(SURPLUS, ())):
+            raise PreparationError(
+                f"{path}, line {reader.line_num} has more than {len(reader.fieldnames or [])} cells: put a cell with "
+                f"{delimiter!r} into quotes."
+            )
+        yield row
 
 
 def without_duplicates(clips: Iterable[Clip], findings: Findings) -> list[Clip]:

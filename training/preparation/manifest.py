@@ -36,6 +36,8 @@ def list_clips(source: Path, root: Path | None = None) -> Listing:
     clips, findings, roots = [], Findings(), set()
     for manifest in sorted(source.glob("*.tsv")):
         first, *lines = read_lines(manifest)
+        if not first.strip():
+            raise PreparationError(f"{manifest} is empty: its first line must be the root folder.")
         folder = root or Path(first.strip())
         if not folder.is_dir():
             raise PreparationError(

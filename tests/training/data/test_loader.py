@@ -95,6 +95,30 @@ def test_epochs_follow_one_another_and_no_clip_is_lost(open_loader):
     assert len({tuple(order) for order in orders}) == 5
 
 
+@pytest.mark.parametrize(("world_size", "num_workers"), [(2, 0), (3, 0), (2, 2)])
+def test_each_rank_reads_its_own_files(open_loader, world_size, num_workers):
+    """Also if the ranks do not divide the number of files evenly."""
+    sizes = (7, 3, 8, 5, 2)
+    file_of = np.repeat(range(5), sizes)
+    readers = {file: set() for file in range(5)}
+    for rank in range(world_size):
+        loader = open_loader(sizes=sizes, rank=rank, world_size=world_size, num_workers=num_workers, repeat=False)
+        for id_ in itertools.chain(*ids_of(loader)):
+            readers[file_of[int(id_[4:])]].add(rank)
+    assert [len(ranks) for ranks in readers.values()] == [1] * 5
+
+
+def test_the_order_within_a_block_differs_from_epoch_to_epoch(open_loader):
+    """The order of a single shard is that of its block, which holds all clips unless its random size is small."""
+    loader = open_loader(sizes=(9,), batch_size=9, shuffle_buffer=1000, repeat=False)
+    orders = []
+    for epoch in range(8):
+        loader.set_epoch(epoch)
+        orders.append(tuple(itertools.chain(*ids_of(loader))))
+    assert len(set(orders)) == 8
+    assert {frozenset(order) for order in orders} == {frozenset(f"clip{i:03d}" for i in range(9))}
+
+
 def test_the_order_depends_on_the_seed_alone(open_loader):
     """The loader does not use the global generators, so resuming it does not change them."""
     batches = take(open_loader("folder", num_workers=2), 6)

@@ -33,11 +33,12 @@ NAMES = {f"clip{i:03d}" for i in range(7)}
 
 
 def test_plain_folder(make_folder, extractor):
-    folder = make_folder(7)
+    folder = make_folder(7, first="clips")
     (folder / "notes.txt").write_text("not a sound")
     (folder / "._clip000.flac").write_bytes(b"what macOS leaves beside a file")
     clips = read_all(config_for(folder, label_column="label"), extractor)
-    assert set(clips) == {f"{'deeper/' if i % 2 else ''}clip{i:03d}.flac" for i in range(7)}
+    assert set(clips) == {f"{'deeper' if i % 2 else 'clips'}/clip{i:03d}.flac" for i in range(7)}
+    assert clips["clips/clip000.flac"][0] == ["clips"]
     assert clips["deeper/clip001.flac"][0] == ["deeper"]
 
 

@@ -18,6 +18,8 @@ from training.data.config import DataConfig
 from training.data.loader import make_loader
 from training.data.sources import open_source
 
+# Seconds after which a stalled answer counts as lost. A good one must arrive within it on a busy machine.
+READ_TIMEOUT = 1.0
 COLUMNS = (("bytes", "binary"), ("path", "string"))
 
 
@@ -34,7 +36,7 @@ class FaultyServer(ThreadingHTTPServer):
         self.random = random.Random(0)
         self.lock = threading.Lock()
         self.served = Counter()
-        self.stall_seconds = 1.0
+        self.stall_seconds = 2 * READ_TIMEOUT
 
     def url(self, name):
         return f"http://127.0.0.1:{self.server_port}/{name}"
@@ -132,7 +134,7 @@ def config_for(server, paths, num_workers, **kwargs):
         data_files=urls,
         num_workers=num_workers,
         shuffle_buffer=8,
-        read_timeout=0.3,
+        read_timeout=READ_TIMEOUT,
         max_retries=12,
         **kwargs,
     )
@@ -194,7 +196,9 @@ def test_clips_that_are_files_on_a_server(tmp_path, make_folder, extractor, serv
     rows = [{"id": name, "audio": {"bytes": None, "path": server.url(name)}} for name in [*names, "gone.flac"]]
     features = datasets.Features({"id": datasets.Value("string"), "audio": {n: datasets.Value(t) for n, t in COLUMNS}})
     datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "saved"))
-    config = DataConfig(str(tmp_path / "saved"), num_workers=0, shuffle_buffer=8, read_timeout=0.3, max_retries=12)
+    config = DataConfig(
+        str(tmp_path / "saved"), num_workers=0, shuffle_buffer=8, read_timeout=READ_TIMEOUT, max_retries=12
+    )
     loader = make_loader(open_source(config), extractor, batch_size=4, seed=0, repeat=False)
     assert sorted(itertools.chain(*(batch["ids"] for batch in loader))) == names
     assert loader.skipped == {"missing": 1}
@@ -212,7 +216,7 @@ def test_webdataset_over_http(tmp_path, encode, extractor, serve, hurried):
 
     def ids(url, fault_rate=0.0):
         config = DataConfig(
-            "webdataset", data_files=[url], num_workers=0, shuffle_buffer=8, read_timeout=0.3, max_retries=20
+            "webdataset", data_files=[url], num_workers=0, shuffle_buffer=8, read_timeout=READ_TIMEOUT, max_retries=20
         )
         loader = make_loader(open_source(config), extractor, batch_size=4, seed=0)
         server.fault_rate = fault_rate
