@@ -18,6 +18,7 @@ from transformers import AutoModel
 
 from conversion.convert import convert
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraining
+from modeling_sslam.common.files import TEMPORARY_PREFIX
 from training import pretrain
 from training.arguments import parse
 from training.data.loader import AudioLoader
@@ -254,13 +255,13 @@ def test_a_run_killed_at_any_moment_resumes_exactly(arguments, processes, tmp_pa
         if num_kills % 2:
             time.sleep(chance.uniform(0, 0.3))
         else:
-            while process.is_alive() and not list(checkpoints.glob(".tmp-*")):
+            while process.is_alive() and not list(checkpoints.glob(f"{TEMPORARY_PREFIX}*")):
                 time.sleep(0.0005)
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, "the run was over before it could be killed: make it longer"
         num_kills += 1
-        num_in_save += bool(list(checkpoints.glob(".tmp-*")))
+        num_in_save += bool(list(checkpoints.glob(f"{TEMPORARY_PREFIX}*")))
 
     process = processes(argv)
     process.join()

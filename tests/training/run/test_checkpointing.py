@@ -6,13 +6,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from modeling_sslam.common.files import TEMPORARY_PREFIX, remove_leftovers
 from training.run.checkpointing import (
     CheckpointError,
     checkpoint_path,
     find_fault,
     latest_checkpoint,
     list_checkpoints,
-    remove_leftovers,
     rng_state,
     rotate,
     save_tensors,
