@@ -159,22 +159,24 @@ def write_report(run_dir: Path) -> None:
             copy_model(weights, temporary)
             shutil.copy(run_dir / "curves.png", temporary)
             # The card describes these weights, so it omits the lines that the run has logged since.
-            card = model_card(run_dir, weights, [row for row in rows if row["update"] <= update] or rows[:1])
+            rows = [row for row in rows if row["update"] <= update] or rows[:1]
+            try:
+                card = model_card(run_dir, weights, rows)
+            except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+                raise TrainingError(
+                    f"The model card of {run_dir} cannot be written, since config.yaml or metrics.jsonl is damaged "
+                    f"({type(error).__name__}: {error}). Resuming the run writes config.yaml anew."
+                ) from error
             (temporary / "README.md").write_text(card, encoding="utf-8")
-    except (OSError, shutil.Error) as error:
+    except OSError as error:
         raise TrainingError(
             f"The report of {run_dir} cannot be written: {error}. Its checkpoints are not affected; make room, then "
             f"call python -m training.report {run_dir}"
         ) from error
-    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise TrainingError(
-            f"The report of {run_dir} cannot be made, since config.yaml or metrics.jsonl is damaged: "
-            f"{type(error).__name__}: {error}"
-        ) from error
 
 
 def best_weights(run_dir: Path) -> Path | None:
-    """Return the folder with the weights of the best evaluation, or else of the latest checkpoint, if one is intact."""
+    """Return the intact folder with the weights of the best evaluation, or else of the latest checkpoint."""
     best = run_dir / BEST
     if best.exists():
         if (fault := find_fault(best)) is None:

@@ -125,7 +125,7 @@ def assert_identical(found, wanted) -> None:
 def assert_same_run(one: Path, other: Path) -> None:
     """Check that two runs have identical weights, optimiser states, random numbers and clips."""
     for path in (one, other):
-        assert not list(path.rglob(".tmp-*"))
+        assert not list(path.rglob(f"{TEMPORARY_PREFIX}*"))
     last, expected = list_checkpoints(one)[-1], list_checkpoints(other)[-1]
     assert last.name == expected.name
     weights, expected_weights = (load_file(path / "model.safetensors") for path in (last, expected))

@@ -131,9 +131,11 @@ def write_checkpoint(target: Path, write: Callable[[Path], None], accelerator: A
 
 def copy_model(checkpoint: Path, folder: Path) -> None:
     """Copy the files of a checkpoint that `from_pretrained` needs into a new `folder`."""
-    shutil.copytree(
-        checkpoint, folder, ignore=shutil.ignore_patterns("optimizer.pt", "rank-*.pt", "trainer.json", MANIFEST)
-    )
+    others = shutil.ignore_patterns("optimizer.pt", "rank-*.pt", "trainer.json", MANIFEST)
+    try:
+        shutil.copytree(checkpoint, folder, ignore=others)
+    except shutil.Error as error:  # holds a list of all failures
+        raise OSError(error.args[0][0][2]) from error
 
 
 def rotate(latest: Path, keep: int) -> None:

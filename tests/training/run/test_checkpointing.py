@@ -79,16 +79,18 @@ def test_a_checkpoint_can_be_written_again(save, tmp_path):
 def test_rotation_keeps_the_latest(save, tmp_path):
     for update in range(1, 6):
         save(update)
-    rotate(tmp_path, keep=2)
+    rotate(checkpoint_path(tmp_path, 5), keep=2)
     assert list_checkpoints(tmp_path) == [checkpoint_path(tmp_path, 4), checkpoint_path(tmp_path, 5)]
 
 
 def test_only_leftovers_are_removed(save, tmp_path):
     path = save(1)
-    (path.parent / ".tmp-step-00000002" / "deeper").mkdir(parents=True)
-    (tmp_path / ".tmp-config.yaml").write_text("half")
+    (path.parent / f"{TEMPORARY_PREFIX}step-00000002" / "deeper").mkdir(parents=True)
+    (tmp_path / f"{TEMPORARY_PREFIX}config.yaml").write_text("half")
+    (tmp_path / ".tmp-mine").write_text("a user's own")
     remove_leftovers(tmp_path)
-    assert not list(tmp_path.rglob(".tmp-*"))
+    assert not list(tmp_path.rglob(".sslam-*"))
+    assert (tmp_path / ".tmp-mine").read_text() == "a user's own"
     assert find_fault(path) is None
 
 
