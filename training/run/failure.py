@@ -17,8 +17,8 @@ from modeling_sslam.common.signals import INTERRUPTED
 # How long a process that failed looks for the reason of another one.
 LONGEST_LOOK = timedelta(seconds=5)
 _LOST_CONTACT = (
-    "Another process of this launch ended without giving a reason; it may have been killed for lack of memory. The "
-    "last checkpoint is intact: continue with --resume auto."
+    "Another process of this launch ended without giving a reason; it may have been killed for lack of memory. "
+    "Start again; a run continues from its last checkpoint with --resume auto."
 )
 
 
@@ -49,10 +49,10 @@ def reported(*errors: type[Exception]) -> Iterator[None]:
                 _end(reason)
             if isinstance(error, DistError) or "gloo" in text:
                 _end(_LOST_CONTACT)
-        _first_failure(f"{type(error).__name__}: {text}")
+        _record(f"{type(error).__name__}: {text}")
         raise
     except Exception as error:
-        _first_failure(f"{type(error).__name__}: {_one_line(error)}")
+        _record(f"{type(error).__name__}: {_one_line(error)}")
         raise
 
 
@@ -62,13 +62,18 @@ def _one_line(error: Exception) -> str:
 
 def _end(reason: str) -> None:
     """End this process, with a line if it is the first of the launch that failed."""
-    first = _first_failure(reason)
+    sys.exit(f"error: {reason}" if _record(reason) is reason else 1)
+
+
+def _record(reason: str) -> str:
+    """Tell the other processes and the launcher why this one ends. Return why the first one ended."""
+    first = _first_failure(reason) or reason
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # torchrun's format. Its summary at the end of the output shows the message.
         content = {"message": {"message": first, "extraInfo": {"timestamp": str(int(time.time()))}}}
         with suppress(OSError):
             Path(path).write_text(json.dumps(content), encoding="utf-8")
-    sys.exit(f"error: {reason}" if first is reason else 1)
+    return first
 
 
 def _first_failure(reason: str | None) -> str | None:

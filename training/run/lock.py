@@ -51,7 +51,7 @@ def locked_by_launch(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Hold the lock of an output folder, which is created if it does not exist and removed if it stays empty.
+    """Hold the lock of an output folder, which is created if it is missing and removed if it stays empty.
 
     The system releases the lock when the process ends, even if it is killed; data workers do not inherit it. On a
     network disk it works between hosts if the file system forwards POSIX locks, as NFS and Lustre do by default.
@@ -61,7 +61,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
         FolderInUseError: If another process holds the lock.
         TrainingError: If the folder cannot be made or written to.
     """
-    is_new = not folder.exists()
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _acquire(folder)
@@ -73,9 +73,9 @@ def locked_folder(folder: Path) -> Iterator[None]:
         # Removed first: once the lock is free, the file may be that of another process.
         (folder / LOCK).unlink(missing_ok=True)
         os.close(descriptor)
-        if is_new:
-            with suppress(OSError):
-                folder.rmdir()
+        with suppress(OSError):  # the first folder that is not empty
+            for path in missing:
+                path.rmdir()
 
 
 def _acquire(folder: Path) -> int:

@@ -120,10 +120,14 @@ def open_run(config: RunConfig, stop: StopRequest) -> Run:
     All processes then draw the same random numbers, for the same new weights.
 
     Raises:
-        TrainingError: If the precision or an earlier run in the folder does not allow it.
+        TrainingError: If the folder, the precision or an earlier run in the folder does not allow it.
     """
     accelerator = accelerator_of(config)
     if accelerator.is_main_process:
+        try:
+            config.output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainingError(f"output_dir={str(config.output_dir)!r} cannot be made: {error}") from error
         remove_leftovers(config.output_dir)
     accelerator.wait_for_everyone()
     checkpoint, saved = find_checkpoint(config, accelerator)
