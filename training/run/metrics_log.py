@@ -23,9 +23,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def append_metrics(path: Path, row: dict[str, Any]) -> None:
-    """Append a row."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    """Append a row.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 def truncate_metrics(path: Path, update: int) -> None:
