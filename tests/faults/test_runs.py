@@ -178,7 +178,7 @@ def test_the_second_of_two_runs_ends_and_the_first_goes_on(arguments, train, tmp
         first.join()
     # The lock of the killed run, whose data worker may still live, is no obstacle.
     wanted = int(list_checkpoints(tmp_path / "run")[-1].name[-8:]) + 2
-    run = train(max_updates=wanted, allow_changed_config="true")
+    run = train(**changes | {"max_updates": wanted}, allow_changed_config="true")
     assert [row["update"] for row in read_metrics(metrics)] == list(range(1, wanted + 1))
     assert hidden(run) == []
 
@@ -330,7 +330,7 @@ def test_what_a_killed_preparation_unpacked_is_removed_by_the_next(table, monkey
     source = tmp_path / "ESC-50"
     shutil.copytree(table.parent, source / "audio")
     (source / "meta").mkdir()
-    lines = [f"{i:02d}.flac,{1 + i % 5},{i % 2},{('tone', 'noise')[i % 2]},False,0,A\n" for i in range(16)]
+    lines = [f"{i:02d}.flac,{1 + i % 5},{i % 2},{('dog', 'cat')[i % 2]},False,0,A\n" for i in range(16)]
     (source / "meta" / "esc50.csv").write_text("filename,fold,target,category,esc10,src_file,take\n" + "".join(lines))
     archive = shutil.make_archive(str(tmp_path / "esc"), "zip", tmp_path, "ESC-50")
     work = tmp_path / "work"
