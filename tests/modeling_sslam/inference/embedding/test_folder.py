@@ -20,6 +20,7 @@ import soundfile
 
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMModel
 from modeling_sslam.__main__ import main
+from modeling_sslam.common.files import TEMPORARY_PREFIX
 from modeling_sslam.inference import Embedder, InferenceError, embed
 from modeling_sslam.inference.embedding.dataset import AudioDataset
 from modeling_sslam.inference.embedding.folder import Processes, embed_to_folder
@@ -231,7 +232,7 @@ def test_killed_and_continued(start_embed, model_folder, recordings, tmp_path):
     assert progress.begun == {str(recordings / "3.wav"): 5}
     (recordings / "4.wav").unlink()
     shutil.move(tmp_path / "4.wav", recordings / "4.wav")
-    (out / "data" / ".tmp-embeddings-0000-00000-00002").write_bytes(b"half a shard")
+    (out / "data" / f"{TEMPORARY_PREFIX}embeddings-0000-00000-00002").write_bytes(b"half a shard")
 
     assert run_embed([recordings], model_folder, out, *options) == 0
     assert run_embed([recordings], model_folder, expected) == 0
