@@ -17,7 +17,6 @@ import logging
 import os
 import platform
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -43,8 +42,10 @@ from training.evaluation.facts import PACKAGES, card_results, dataset_facts, dat
 from training.evaluation.metrics import problem_type_of
 from training.evaluation.prediction import predict, skipped_clips
 from training.evaluation.results import MAIN_METRICS, Evaluation, summary, write_results
-from training.run.config import plain_settings
-from training.run.processes import make_accelerator
+from training.run.config import TrainingError, plain_settings
+from training.run.failure import reported
+from training.run.lock import locked_by_launch
+from training.run.processes import join_processes, make_accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -89,10 +90,9 @@ class EvaluationError(Exception):
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     config = parse(EvaluateConfig, argv, description=__doc__)
-    try:
+    join_processes()
+    with reported(EvaluationError, TrainingError, DataError), locked_by_launch(output_dir_of(config)):
         evaluate(config)
-    except (EvaluationError, DataError) as error:
-        sys.exit(f"error: {error}")
     PartialState().destroy_process_group()
 
 
@@ -117,7 +117,7 @@ def evaluate(config: EvaluateConfig, opened: Source | None = None) -> Evaluation
 
     # Errors of the places of the results are found before the work.
     model_dir = path if (path := Path(config.model).expanduser()).is_dir() else None
-    output_dir = config.output_dir or results_dir(config, model_dir)
+    output_dir = output_dir_of(config)
     card_dir = model_dir if config.update_card else None
     try:
         if card_dir is not None:
@@ -208,13 +208,16 @@ def find_labels(config: EvaluateConfig, model_config: Any, source: Source) -> La
     return LabelSet(labels.names, ids)
 
 
-def results_dir(config: EvaluateConfig, model_dir: Path | None) -> Path:
-    """Return the folder for the results of a model folder.
+def output_dir_of(config: EvaluateConfig) -> Path:
+    """Return the folder for the results.
 
     Raises:
-        EvaluationError: If the model is not a folder.
+        EvaluationError: If none is given and the model is not a folder.
     """
-    if model_dir is None:
+    if config.output_dir is not None:
+        return config.output_dir
+    model_dir = Path(config.model).expanduser()
+    if not model_dir.is_dir():
         raise EvaluationError(
             f"model={config.model!r} is not a folder. If it is an id on the Hub, name a folder for the results by "
             "--output_dir."

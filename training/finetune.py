@@ -48,6 +48,7 @@ from training.report import write_report
 from training.run.accumulation import accumulate_gradients
 from training.run.checkpointing import BEST
 from training.run.config import RunConfig, TrainingError
+from training.run.lock import locked_by_launch
 from training.run.losses import Loss, loss_sum, loss_weight
 from training.run.optimization import OptimizerConfig
 from training.run.processes import join_processes
@@ -212,16 +213,15 @@ def finetune(config: FinetuneConfig, stop: StopRequest) -> dict[str, Evaluation]
     results: dict[str, Evaluation] = {}
     for fold in config.folds:
         others = "+".join(other for other in config.folds if other != fold)
-        results |= train(
-            replace(
-                config,
-                output_dir=config.output_dir / fold,
-                data=replace(config.data, split=others),
-                validation_split=fold,
-                folds=[],
-            ),
-            stop,
+        fold_config = replace(
+            config,
+            output_dir=config.output_dir / fold,
+            data=replace(config.data, split=others),
+            validation_split=fold,
+            folds=[],
         )
+        with locked_by_launch(fold_config.output_dir):
+            results |= train(fold_config, stop)
         if stop.requested:
             return results
     if join_processes().is_main_process:

@@ -6,10 +6,12 @@ evaluation so far, or of the latest checkpoint if the run has no evaluations.
 
 import argparse
 import json
+import logging
 import math
 import platform
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor
-from modeling_sslam.common.files import replacing
+from modeling_sslam.common.files import remove_leftovers, replacing
 from modeling_sslam.common.model_card import PAPER, render_card
 from training.data.labels import LabelSet
-from training.run.checkpointing import BEST, copy_model, latest_checkpoint
+from training.run.checkpointing import BEST, copy_model, find_fault, latest_checkpoint
+from training.run.config import TrainingError
+from training.run.lock import locked_folder
 from training.run.metrics_log import read_metrics
+
+logger = logging.getLogger(__name__)
 
 # Panels of the curves: title, keys, whether the axis is logarithmic.
 PANELS = (
@@ -137,21 +143,46 @@ def write_report(run_dir: Path) -> None:
 
     Raises:
         FileNotFoundError: If the folder holds no such run.
+        TrainingError: If the run's files are damaged, or the report cannot be written.
     """
     rows = read_metrics(run_dir / "metrics.jsonl")
     if not rows:
         raise FileNotFoundError(f"{run_dir} has no metrics.jsonl with a line in it: no run has logged there yet.")
-    plot_curves(rows, run_dir / "curves.png", run_dir.name)
-    weights = run_dir / BEST if (run_dir / BEST).exists() else latest_checkpoint(run_dir)
-    if weights is None:
-        return
-    update = json.loads((weights / "trainer.json").read_text(encoding="utf-8"))["progress"]["update"]
-    with replacing(run_dir / "model") as temporary:
-        copy_model(weights, temporary)
-        shutil.copy(run_dir / "curves.png", temporary)
-        # The card describes these weights, so it omits the lines that the run has logged since.
-        card = model_card(run_dir, weights, [row for row in rows if row["update"] <= update] or rows[:1])
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+    try:
+        with replacing(run_dir / "curves.png") as temporary:
+            plot_curves(rows, temporary, run_dir.name)
+        weights = best_weights(run_dir)
+        if weights is None:
+            return
+        update = json.loads((weights / "trainer.json").read_text(encoding="utf-8"))["progress"]["update"]
+        with replacing(run_dir / "model") as temporary:
+            copy_model(weights, temporary)
+            shutil.copy(run_dir / "curves.png", temporary)
+            # The card describes these weights, so it omits the lines that the run has logged since.
+            rows = [row for row in rows if row["update"] <= update] or rows[:1]
+            try:
+                card = model_card(run_dir, weights, rows)
+            except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+                raise TrainingError(
+                    f"The model card of {run_dir} cannot be written, since config.yaml or metrics.jsonl is damaged "
+                    f"({type(error).__name__}: {error}). Resuming the run writes config.yaml anew."
+                ) from error
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+    except OSError as error:
+        raise TrainingError(
+            f"The report of {run_dir} cannot be written: {error}. Its checkpoints are not affected; make room, then "
+            f"call python -m training.report {run_dir}"
+        ) from error
+
+
+def best_weights(run_dir: Path) -> Path | None:
+    """Return the intact folder with the weights of the best evaluation, or else of the latest checkpoint."""
+    best = run_dir / BEST
+    if best.exists():
+        if (fault := find_fault(best)) is None:
+            return best
+        logger.warning("%s is damaged (%s); taking the latest checkpoint.", best, fault)
+    return latest_checkpoint(run_dir)
 
 
 def main() -> None:
@@ -163,8 +194,12 @@ def main() -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     run_dir = parser.parse_args().run_dir
     try:
+        if run_dir.is_dir():
+            # A run that goes on cleans up itself. In a folder that is not writable nothing was left unfinished.
+            with suppress(TrainingError), locked_folder(run_dir):
+                remove_leftovers(run_dir)
         write_report(run_dir)
-    except FileNotFoundError as error:
+    except (OSError, TrainingError) as error:
         sys.exit(f"error: {error}")
     print(*(path for path in (run_dir / "curves.png", run_dir / "model") if path.exists()), sep="\n")
 

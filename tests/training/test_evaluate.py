@@ -331,7 +331,7 @@ class TestErrors:
 
     def test_places_that_cannot_be_written(self, fails, make_model, tmp_path):
         (tmp_path / "file").write_text("")
-        assert "cannot be put into" in fails(make_model(), "--output_dir", str(tmp_path / "file" / "out"))
+        assert "cannot be made or written to" in fails(make_model(), "--output_dir", str(tmp_path / "file" / "out"))
 
     def test_card_that_cannot_be_read(self, fails, make_model):
         model = make_model()

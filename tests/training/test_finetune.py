@@ -353,7 +353,16 @@ def test_shipped_protocols_are_the_published_ones(task):
     assert len(config.folds) == (5 if task == "esc50" else 0)
 
 
-def test_other_shipped_configurations_are_complete():
-    for name in ("custom", "tiny"):
-        path = Path(finetune.__file__).parent / "configs" / f"finetune_{name}.yaml"
-        parse(finetune.FinetuneConfig, ["--config", str(path), "--model", "encoder"])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("custom", {"epochs": 30, "max_updates": None, "patience": 8, "problem_type": "auto", "test_split": None}),
+        ("tiny", {"epochs": None, "max_updates": 600, "evaluate_every": 200, "test_split": "test"}),
+    ],
+)
+def test_other_shipped_configurations_are_complete(name, expected):
+    path = Path(finetune.__file__).parent / "configs" / f"finetune_{name}.yaml"
+    config = parse(finetune.FinetuneConfig, ["--config", str(path), "--model", "encoder"])
+    assert {key: getattr(config, key) for key in expected} == expected
+    assert config.data.hold_out == (0.2 if name == "custom" else 0.0)
+    assert config.optimizer.learning_rate == (5e-5 if name == "custom" else 3e-3)

@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -249,6 +250,7 @@ def test_a_run_killed_at_any_moment_resumes_exactly(arguments, processes, tmp_pa
         return max((path.name for path in checkpoints.glob("step-*")), default="")
 
     while num_kills < 6 or not num_in_save:
+        assert num_kills < 40, "no kill hit a save"
         process, first = processes(argv), newest()
         while newest() == first and process.is_alive():  # some progress first
             time.sleep(0.001)
@@ -275,6 +277,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_resumes_exactly(number, arguments
     metrics = tmp_path / "stopped" / "metrics.jsonl"
     process = processes(arguments("stopped", **changes))
     while not read_metrics(metrics):
+        assert process.is_alive(), "the run ended before its first line of the log"
         time.sleep(0.005)
     # Terminals and launchers signal the workers too.
     for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
@@ -341,6 +344,75 @@ def test_an_update_with_a_loss_that_is_not_finite_is_dropped(train, monkeypatch,
     assert len(messages) == last["dropped_updates"]
     assert all("clip05.flac" in message for message in messages)
     assert all(tensor.isfinite().all() for tensor in load_file(run / "model" / "model.safetensors").values())
+
+
+def with_infinite_batches(monkeypatch, numbers):
+    """Make the batches with these numbers, from 1, infinite."""
+    honest = AudioLoader.input_values
+    monkeypatch.setattr(
+        AudioLoader,
+        "input_values",
+        lambda self, batch, device: (
+            honest(self, batch, device)
+            * (float("inf") if self.num_clips // SETTINGS["batch_size"] in numbers else 1.0)
+        ),
+    )
+
+
+def test_a_dropped_update_changes_no_weight_of_student_and_teacher(train, monkeypatch):
+    with_infinite_batches(monkeypatch, {3, 5})
+    states = []
+    honest = trainer.Trainer.step
+
+    def step(self, outputs, batches):
+        before = {name: tensor.clone() for name, tensor in self.plain_model.state_dict().items()}
+        states.append([before, values := honest(self, outputs, batches)])
+        return values
+
+    monkeypatch.setattr(trainer.Trainer, "step", step)
+    train(max_updates=5)
+    assert [values is None for _, values in states] == [False, False, True, False, True, False, False]
+    for (before, values), (after, _) in pairwise(states):
+        is_equal = {name: torch.equal(before[name], after[name]) for name in before if name.startswith("teacher.")}
+        assert len(is_equal) > 10
+        if values is None:
+            assert all(torch.equal(before[name], after[name]) for name in before)
+        else:
+            assert not any(is_equal[name] for name in is_equal if name.endswith("weight"))
+
+
+def test_good_updates_between_dropped_ones_count(train, monkeypatch):
+    with_infinite_batches(monkeypatch, {2, 4, 6})
+    run = train(max_updates=5, **{"watch.max_dropped": 2})
+    last = read_metrics(run / "metrics.jsonl")[-1]
+    assert (last["update"], last["dropped_updates"]) == (5, 3)
+
+
+@pytest.mark.parametrize("bound", [1e-9, 1e-7])
+def test_an_update_follows_the_clipped_gradient(bound, train, monkeypatch):
+    honest = trainer.Trainer.step
+    errors = []
+
+    def step(self, outputs, batches):
+        parameters = [p for p in self.plain_model.parameters() if p.grad is not None]
+        before, gradients = [p.detach().clone() for p in parameters], [p.grad.clone() for p in parameters]
+        norm = torch.stack([g.norm() for g in gradients]).norm()
+        values = honest(self, outputs, batches)
+        if self.progress.update == 1:
+            assert values["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+            assert norm > 100 * bound
+            for parameter, old, gradient in zip(parameters, before, gradients, strict=True):
+                # Of AdamW's first step, the bias-corrected moments are the gradient and its square.
+                clipped = gradient * (bound / norm)
+                step_size = self.learning_rate * clipped / (clipped.abs() + 1e-8)
+                errors.append((old - step_size - parameter.detach()).abs().max().item())
+        return values
+
+    monkeypatch.setattr(trainer.Trainer, "step", step)
+    train(max_updates=2, **{"optimizer.max_grad_norm": bound, "optimizer.weight_decay": 0})
+    # Without clipping, every weight moves by the learning rate of 5e-4.
+    assert len(errors) > 10
+    assert max(errors) < 1e-6
 
 
 def test_too_many_dropped_updates_in_a_row_stop_the_run(train, monkeypatch, tmp_path):

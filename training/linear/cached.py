@@ -1,7 +1,6 @@
 """Fast linear evaluation: heads fitted on cached features of a frozen encoder."""
 
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ from accelerate.utils import set_seed
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
-from modeling_sslam.common.files import write_text
+from modeling_sslam.common.files import remove, write_text
 from modeling_sslam.onednn_sslam import use_onednn
 from training.classification.classifier import compile_blocks, make_classifier
 from training.classification.task import Task, check_splits, evaluation_data, find_task
@@ -98,7 +97,10 @@ def evaluate_cached(config: LinearEvalConfig) -> None:
     seconds = time.perf_counter() - started
     # Heads are small: one device fits them faster than several could share them.
     if accelerator.is_main_process:
-        fit_and_report(config, encoder, heads, sets, seconds)
+        try:
+            fit_and_report(config, encoder, heads, sets, seconds)
+        except OSError as error:
+            raise TrainingError(f"The results cannot be written into {config.output_dir}: {error}") from error
 
 
 def freeze_encoder(config: LinearEvalConfig, task: Task, accelerator: Accelerator) -> FrozenEncoder:
@@ -268,8 +270,9 @@ def fit_and_report(
     remove_sweep(out)
     if len(heads) > 1:
         files += write_sweep(out, table, metric, metric_name, f"{short_name}: linear evaluation ({config.mode})")
-    shutil.rmtree(out / "model", ignore_errors=True)
-    if no_model is None:
+    if no_model is not None:
+        remove(out / "model")
+    else:
         (result,) = (part[chosen] for part in results.values())
         write_model(out / "model", encoder.model, encoder.feature_extractor, result, encoder_name, protocol)
         if config.test_split is not None:

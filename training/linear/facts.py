@@ -45,7 +45,12 @@ def check_results_dir(config: LinearEvalConfig) -> None:
     path = config.output_dir / "results.json"
     if not path.exists():
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(before, dict):
+            raise ValueError(f"a {type(before).__name__} instead of a table")
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{path} is not of an evaluation ({error}); name another --output_dir.") from error
     facts = common_facts(config)
     for name in ("mode", "model", "dataset"):
         if before.get(name) != facts[name]:

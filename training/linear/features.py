@@ -18,7 +18,7 @@ import glob
 import inspect
 import json
 import logging
-import shutil
+import os
 from collections import Counter
 from collections.abc import Iterator
 from hashlib import blake2b
@@ -36,7 +36,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from tqdm.auto import tqdm
 
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMModel
-from modeling_sslam.common.files import publish, temporary_path
+from modeling_sslam.common.files import publish, remove, temporary_path
 from modeling_sslam.common.recordings import AUDIO_SUFFIXES
 from modeling_sslam.modeling_sslam import linear_softmax_pooling
 from training.data.config import DataError
@@ -118,7 +118,7 @@ def cached_features(
     data = source.config
     cache_dir = Path(cache_dir)
     found: list[Path | bool | None] = [None, None]
-    lock = None
+    lock, temporary = None, None
     try:
         if accelerator.is_main_process:
             key = json.dumps(
@@ -130,12 +130,12 @@ def cached_features(
             # Another run that needs the same features waits here and then finds them.
             lock = FileLock(cache_dir / f".{folder.name}.lock")
             lock.acquire()
-            found = [folder, folder.is_dir()]
+            found = [folder, _is_intact(folder)]
         folder, is_cached = broadcast_object_list(found)
         if not is_cached:
             temporary = temporary_path(folder)
             if accelerator.is_main_process:
-                shutil.rmtree(temporary, ignore_errors=True)
+                remove(temporary)
                 temporary.mkdir()
                 (temporary / "key.json").write_text(key)
             accelerator.wait_for_everyone()
@@ -149,8 +149,25 @@ def cached_features(
             logger.info("Features of %s %s: found in %s", data.source, data.split, folder)
     finally:
         if lock is not None:
+            if temporary is not None:
+                remove(temporary)
             lock.release()
     return read_features(folder)
+
+
+def _is_intact(folder: Path) -> bool:
+    """Return whether a folder of the cache exists and can be read."""
+    if not folder.is_dir():
+        return False
+    try:
+        features = read_features(folder)
+        if len(features.ids) == len(features.pooled):
+            return True
+        problem = "incomplete"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        problem = str(error)
+    logger.warning("The cached features in %s are damaged (%s): computed anew.", folder, problem)
+    return False
 
 
 def read_features(folder: Path) -> FeatureSet:
@@ -289,6 +306,10 @@ def _merge_parts(folder: Path, num_parts: int, source: str) -> None:
         raise DataError(f"{source} has the clip {twice!r} twice; set data.id_column to a column of unique names.")
     shape, dtype = tuple(contents[0]["shape"]), contents[0]["dtype"]
     merged = np.lib.format.open_memmap(folder / "features.npy", mode="w+", dtype=dtype, shape=(len(ids), *shape))
+    # Writing into the mapped pages of a file that has no room on the disk would kill the process.
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with open(folder / "features.npy", "rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     place = np.empty(len(ids), dtype=np.int64)
     place[order] = np.arange(len(ids))
     first = 0

@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMPreTrainedModel
-from modeling_sslam.common.files import replacing, write_text
+from modeling_sslam.common.files import replacing, write_errors, write_text
 from modeling_sslam.common.model_card import render_card
 from modeling_sslam.configuration_sslam import POOLINGS as MODEL_POOLINGS
 from training.linear.heads import Head
@@ -224,7 +224,7 @@ def save_folder(
         card: Text of the model card; `None` for no card.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(folder) as temporary:
+    with replacing(folder) as temporary, write_errors(folder):
         model.save_pretrained(temporary)
         feature_extractor.save_pretrained(temporary)
         if card is not None:

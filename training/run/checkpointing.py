@@ -20,6 +20,7 @@ import random
 import shutil
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from modeling_sslam.common.files import publish, temporary_path
+from modeling_sslam.common.files import remove, replacing, temporary_path
 
 logger = logging.getLogger(__name__)
 
@@ -72,17 +73,26 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 def find_fault(checkpoint: Path) -> str | None:
     """Compare a checkpoint with its manifest. Return the first difference, or `None`."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         return f"{MANIFEST}: {error}"
-    for name, (size, checksum) in manifest.items():
+    if not (isinstance(manifest, dict) and manifest):
+        return f"{MANIFEST} does not list files"
+    for name, entry in manifest.items():
         path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, not {size}"
-        if _checksum(path) != checksum:
-            return f"{name} does not have the checksum that it was written with"
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            match entry:
+                case [size, checksum]:
+                    if path.stat().st_size != size:
+                        return f"{name} has {path.stat().st_size} bytes, not {size}"
+                    if _checksum(path) != checksum:
+                        return f"{name} does not have the checksum that it was written with"
+                case _:
+                    return f"{MANIFEST} has no size and checksum of {name}"
+        except (OSError, ValueError) as error:
+            return f"{name} cannot be read: {error}"
     return None
 
 
@@ -97,21 +107,21 @@ def write_checkpoint(target: Path, write: Callable[[Path], None], accelerator: A
     Raises:
         CheckpointError: If the folder cannot be written. `target` then keeps its content.
     """
-    temporary = temporary_path(target)
+    is_main = accelerator.is_main_process
     try:
-        if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        write(temporary)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            files = sorted(path for path in temporary.rglob("*") if path.is_file())
-            manifest = {str(path.relative_to(temporary)): [path.stat().st_size, _checksum(path)] for path in files}
-            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            publish(temporary, target)
+        if is_main:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) if is_main else nullcontext(temporary_path(target)) as temporary:
+            if is_main:
+                temporary.mkdir()
+            accelerator.wait_for_everyone()
+            write(temporary)
+            accelerator.wait_for_everyone()
+            if is_main:
+                files = sorted(path for path in temporary.rglob("*") if path.is_file())
+                manifest = {str(path.relative_to(temporary)): [path.stat().st_size, _checksum(path)] for path in files}
+                (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     except WRITE_ERRORS as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"{target} could not be written: {error}. The disk may be full, or the folder not writable. Earlier "
             "checkpoints are intact; make room and continue with --resume auto."
@@ -121,18 +131,22 @@ def write_checkpoint(target: Path, write: Callable[[Path], None], accelerator: A
 
 def copy_model(checkpoint: Path, folder: Path) -> None:
     """Copy the files of a checkpoint that `from_pretrained` needs into a new `folder`."""
-    shutil.copytree(
-        checkpoint, folder, ignore=shutil.ignore_patterns("optimizer.pt", "rank-*.pt", "trainer.json", MANIFEST)
-    )
+    others = shutil.ignore_patterns("optimizer.pt", "rank-*.pt", "trainer.json", MANIFEST)
+    try:
+        shutil.copytree(checkpoint, folder, ignore=others)
+    except shutil.Error as error:  # holds a list of all failures
+        raise OSError(error.args[0][0][2]) from error
 
 
-def rotate(run_dir: Path, keep: int) -> None:
-    """Remove all but the `keep` latest checkpoints."""
-    for path in list_checkpoints(run_dir)[:-keep]:
+def rotate(latest: Path, keep: int) -> None:
+    """Remove all but the `keep` checkpoints of a run up to `latest`. Later ones are damaged and do not count."""
+    run_dir = latest.parents[1]
+    for path in [path for path in list_checkpoints(run_dir) if path <= latest][:-keep]:
         # Renamed first, so that a checkpoint is complete or absent also during its removal.
         doomed = temporary_path(path)
+        remove(doomed)
         path.rename(doomed)
-        shutil.rmtree(doomed)
+        remove(doomed)
 
 
 def save_optimizer(folder: Path, accelerator: Accelerator, model: nn.Module, optimizer: AcceleratedOptimizer) -> None:

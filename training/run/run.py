@@ -1,11 +1,10 @@
 """A run before its model exists: processes, folder, seeds, and the checkpoint to continue from."""
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from accelerate import Accelerator, PartialState
@@ -22,10 +21,18 @@ from training.arguments import parse
 from training.data.config import DataError
 from training.run.checkpointing import CheckpointError, latest_checkpoint, list_checkpoints
 from training.run.config import NEUTRAL_SETTINGS, RunConfig, TrainingError, plain_settings
+from training.run.failure import reported
+from training.run.lock import locked_by_launch
 from training.run.processes import join_processes, make_accelerator
 from training.run.progress import Progress
 
-ConfigT = TypeVar("ConfigT")
+
+class _HasOutputFolder(Protocol):
+    @property
+    def output_dir(self) -> Path: ...
+
+
+ConfigT = TypeVar("ConfigT", bound=_HasOutputFolder)
 ProgressT = TypeVar("ProgressT", bound=Progress)
 
 
@@ -35,7 +42,7 @@ def run_program(
     argv: Sequence[str] | None,
     description: str | None,
 ) -> None:
-    """Run a training program: parse its settings, join the processes, and report an error as one line.
+    """Run a training program: parse its settings, join the processes, lock its folder, and report errors as one line.
 
     Args:
         config_class: The settings of the program.
@@ -45,10 +52,8 @@ def run_program(
     """
     config = parse(config_class, argv, description=description)
     join_processes()
-    try:
+    with reported(TrainingError, CheckpointError, DataError), locked_by_launch(config.output_dir):
         program(config)
-    except (TrainingError, CheckpointError, DataError) as error:
-        sys.exit(f"error: {error}")
     PartialState().destroy_process_group()
 
 
@@ -110,7 +115,9 @@ class Run:
 
 
 def open_run(config: RunConfig, stop: StopRequest) -> Run:
-    """Start a run or continue one. All processes then draw the same random numbers, for the same new weights.
+    """Start a run or continue one in its folder, whose lock the program holds.
+
+    All processes then draw the same random numbers, for the same new weights.
 
     Raises:
         TrainingError: If the folder, the precision or an earlier run in the folder does not allow it.

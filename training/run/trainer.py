@@ -262,9 +262,10 @@ class Trainer(Generic[ProgressT]):
             }
             self._write_model(folder, weights, state)
 
-        write_checkpoint(checkpoint_path(self.run.folder, self.progress.update), write, self.accelerator)
+        target = checkpoint_path(self.run.folder, self.progress.update)
+        write_checkpoint(target, write, self.accelerator)
         if self.accelerator.is_main_process:
-            rotate(self.run.folder, self.config.checkpoint.keep)
+            rotate(target, self.config.checkpoint.keep)
 
     def save_model(self, name: str) -> None:
         """Write the current weights into the run's model folder `name`, replacing its content.

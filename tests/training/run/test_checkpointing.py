@@ -79,7 +79,7 @@ def test_a_checkpoint_can_be_written_again(save, tmp_path):
 def test_rotation_keeps_the_latest(save, tmp_path):
     for update in range(1, 6):
         save(update)
-    rotate(tmp_path, keep=2)
+    rotate(checkpoint_path(tmp_path, 5), keep=2)
     assert list_checkpoints(tmp_path) == [checkpoint_path(tmp_path, 4), checkpoint_path(tmp_path, 5)]
 
 
