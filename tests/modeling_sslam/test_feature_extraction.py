@@ -55,6 +55,11 @@ def extractor() -> SSLAMFeatureExtractor:
     return SSLAMFeatureExtractor()
 
 
+def log_mel_tolerance(waveform: torch.Tensor, expected: torch.Tensor) -> float:
+    """Bins without energy magnify the rounding of this machine's FFT. torchaudio's own error here shows how much."""
+    return (torchaudio_fbank(waveform) - expected).abs().max().item() + 1e-5
+
+
 class TestParity:
     @pytest.fixture(scope="class")
     @staticmethod
@@ -71,10 +76,8 @@ class TestParity:
     def test_log_mel(self, golden, parity, plain, name):
         waveform = golden.get(f"resampled_{name}", golden[f"wave_{name}"].float() / 32768)
         expected = golden[f"fbank_{name}"]
-        # Bins without energy magnify the rounding of this machine's FFT. torchaudio's own error here shows how much.
-        unavoidable = (torchaudio_fbank(waveform) - expected).abs().max().item()
         error = (log_mel(plain, waveform) - expected).abs().max()
-        parity(f"front end {name}: log-mel", error, unavoidable + 1e-5)
+        parity(f"front end {name}: log-mel", error, log_mel_tolerance(waveform, expected))
 
     @pytest.mark.parametrize(
         ("name", "max_length"),
@@ -91,8 +94,10 @@ class TestParity:
     def test_input_values(self, golden, parity, extractor, name, max_length):
         waveform = golden.get(f"resampled_{name}", golden[f"wave_{name}"].float() / 32768)
         features = extractor(waveform, sampling_rate=RATE, max_length=max_length, return_tensors="pt")
-        expected = golden[f"input_values_{name}_{max_length}"]
-        parity(f"front end {name}: input_values", (features["input_values"][0] - expected).abs().max(), 2e-4)
+        error = (features["input_values"][0] - golden[f"input_values_{name}_{max_length}"]).abs().max()
+        log_mel_values = golden.get(f"fbank_{name}", torchaudio_fbank(waveform))
+        tolerance = log_mel_tolerance(waveform, log_mel_values) / (2 * extractor.std)
+        parity(f"front end {name}: input_values", error, tolerance)
 
     def test_int16_equals_its_float_samples(self, golden, extractor):
         as_int, as_float = (
