@@ -451,6 +451,7 @@ def save(tmp_path):
         *(b'{"a\\u0000b": [1, 2]}', b'{"\\ud800": [1, 2]}'),
         *('{"weights": "\xe9"}'.encode("latin-1"), '{"weights": [1, 2]}'.encode("utf-16")),
     ],
+    ids=lambda content: repr(content[:30]),
 )
 def test_a_manifest_of_another_kind_is_a_damage(content, save, tmp_path, caplog):
     before, last = save(1), save(2)

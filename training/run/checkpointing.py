@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from modeling_sslam.common.files import remove, replacing, temporary_path
+from modeling_sslam.common.text import escape_controls
 
 logger = logging.getLogger(__name__)
 
@@ -79,20 +80,20 @@ def find_fault(checkpoint: Path) -> str | None:
     if not (isinstance(manifest, dict) and manifest):
         return f"{MANIFEST} does not list files"
     for name, entry in manifest.items():
-        path = checkpoint / name
+        path, shown = checkpoint / name, escape_controls(name)
         try:
             if not path.is_file():
-                return f"{name} is missing"
+                return f"{shown} is missing"
             match entry:
                 case [size, checksum]:
                     if path.stat().st_size != size:
-                        return f"{name} has {path.stat().st_size} bytes, not {size}"
+                        return f"{shown} has {path.stat().st_size} bytes, not {size}"
                     if _checksum(path) != checksum:
-                        return f"{name} does not have the checksum that it was written with"
+                        return f"{shown} does not have the checksum that it was written with"
                 case _:
-                    return f"{MANIFEST} has no size and checksum of {name}"
+                    return f"{MANIFEST} has no size and checksum of {shown}"
         except (OSError, ValueError) as error:
-            return f"{name} cannot be read: {error}"
+            return f"{shown} cannot be read: {error}"
     return None
 
 
