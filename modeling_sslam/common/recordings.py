@@ -96,7 +96,7 @@ def search_folder(folder: str) -> list[str]:
 
 
 def _files(folder: str, with_hidden: bool = False) -> Iterator[os.DirEntry[str]]:
-    """Yield what a folder and its subfolders hold besides folders; see [`search_folder`]."""
+    """Yield the entries of a folder and its subfolders that are no folders; see [`search_folder`]."""
     searched: set[tuple[int, int]] = set()
     links = [folder]
     while links:
@@ -141,7 +141,7 @@ def _expand(pattern: str) -> list[str]:
     parts = pattern.split(os.sep)
     if "**" not in parts:
         return sorted(path for path in glob.glob(pattern) if os.path.isfile(path))
-    # glob enters links that lead back to where they are, again and again.
+    # glob follows a link to one of its own parent folders again and again.
     first = parts.index("**")
     head, tail = os.sep.join(parts[:first]), parts[first:]
     folders = [folder for folder in glob.glob(head or os.curdir) if os.path.isdir(folder)]
