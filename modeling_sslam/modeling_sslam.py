@@ -375,8 +375,8 @@ class SSLAMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "sslam"
     main_input_name = "input_values"
     input_modalities = ["audio"]
-    # Transformers' Trainer shall divide the loss by its gradient accumulation steps. From `**kwargs` in `forward` it
-    # would infer that the loss divides by `num_items_in_batch`, but only that of single labels does.
+    # Transformers' Trainer must divide the loss by its gradient accumulation steps. From `**kwargs` in `forward` it
+    # would infer that the loss divides by `num_items_in_batch`, but only the single-label loss does.
     accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
     _no_split_modules = ["SSLAMPatchEmbeddings", "SSLAMLayer"]
@@ -698,7 +698,7 @@ def check_labels(labels: torch.Tensor, logits: torch.Tensor, problem_type: str) 
         problem_type: One of transformers' three.
 
     Raises:
-        ValueError: If they have not. The message says which `problem_type` to set for labels of the other kind.
+        ValueError: If the shape differs. The message says which `problem_type` to set for labels of the other kind.
     """
     batch_size, num_labels = logits.shape
     expected: tuple[int, ...]

@@ -90,8 +90,8 @@ class LongAudioClassificationPipeline(ChunkPipeline):
         windows = {name: value for name, value in windows.items() if value is not None}
         return windows, {}, windows | kwargs
 
-    # The type hints of the base class are those of pipelines without chunks, whose settings are all dictionaries, so
-    # these three steps cannot agree with them.
+    # The base class has the type hints of pipelines without chunks, whose settings are all dictionaries. These three
+    # steps cannot agree with them.
 
     def preprocess(  # type: ignore[override]
         self, inputs: Audio, chunk_length_s: float = DEFAULT_CHUNK_SECONDS, stride_length_s: Any = None

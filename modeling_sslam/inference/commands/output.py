@@ -48,8 +48,8 @@ def results_stream(is_json: bool = False) -> Iterator[TextIO]:
         results.flush()
     finally:
         if os.name == "posix":
-            # C keeps what libraries printed in a buffer of its own, which otherwise is written to the results.
+            # C buffers the libraries' output. Without this flush the buffer would be written to the results.
             ctypes.CDLL(None).fflush(None)
         os.dup2(results.fileno(), STDOUT)
-        with suppress(BrokenPipeError):  # raised before, by the write that met the closed pipe
+        with suppress(BrokenPipeError):  # the write that met the closed pipe has raised it already
             results.close()

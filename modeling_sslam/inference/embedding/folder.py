@@ -266,7 +266,7 @@ def _plan(
     _begin(out, settings, schema)
     data, key = out / "data", schema.names[0]
     progress = read_progress(data, key)
-    # Shards may vanish below, but the numbers of calls must go on.
+    # Read this before shards are removed below, because the numbers of calls must keep rising.
     call = next_call(data)
     stamps = {name: stamp for name, path in files.items() if (stamp := _stamp(path)) is not None}
     # Shards of earlier versions have no stamps.
@@ -386,14 +386,14 @@ def _write_batches(
     bar: tqdm,
     should_stop: Callable[[], bool],
 ) -> bool:
-    """Write batches until there are no more or `should_stop` says so. Return whether it did."""
+    """Write batches until none is left or `should_stop` returns true. Return whether it was stopped."""
     num_windows = 0
     for clips in batches:
         writer.write(to_rows(clips), [(clip.key, clip.window, clip.is_last) for clip in clips])
         writer.publish_if_full()
         num_windows += len(clips)
         bar.update(sum(clip.is_last for clip in clips))
-        # This also redraws the bar, which a recording of hours would not advance.
+        # This also redraws the bar, which does not advance within a long recording.
         bar.set_postfix(windows=num_windows)
         if should_stop():
             return True

@@ -1,4 +1,4 @@
-"""Embeddings as table rows: one vector a row, as a list of fixed size, with the place that it stands for."""
+"""Embeddings as table rows: one vector a row, as a list of fixed size, with its place in the sound."""
 
 import math
 from collections.abc import Iterable
@@ -27,7 +27,7 @@ COLUMNS = {
 
 
 def axes_of(embedder: Embedder) -> tuple[str, ...]:
-    """Return the names of the axes of `ClipEmbedding.embedding` without the last."""
+    """Return the names of all axes of `ClipEmbedding.embedding` but the last."""
     return (*(("layer",) if embedder.layer == "all" else ()), *POOLED_AXES[embedder.pooling])
 
 

@@ -33,7 +33,7 @@ SHORTEST_WINDOW = 0.5
 # Uploads are private, so they are deleted this long after they came.
 CACHE_SECONDS = 3600
 MAX_WAITING = 20
-# One suffix for each format; .jams and .json name the same.
+# One suffix for each format; .jams and .json name the same format.
 DOWNLOADS = {suffix: name for suffix, name in SUFFIXES.items() if suffix != ".jams"}
 # Least width of a column in pixels. In a narrower window, the columns stand one below the other.
 MIN_COLUMN_PIXELS = 300
