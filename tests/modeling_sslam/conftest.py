@@ -63,8 +63,8 @@ def transformers_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCap
 def assert_rounds_like() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
     """`assert_rounds_like(found, plain, exact)` for float32 results of the same computation in another order.
 
-    How far torch's own float32 result `plain` lies from `exact`, the float64 one, is the size of the rounding that the
-    computation has. `found` may lie twice as far from it, by Euclidean distance.
+    The Euclidean distance of torch's own float32 result `plain` from `exact`, the float64 result, is the rounding of
+    the computation. `found` may lie twice as far from `exact`.
     """
 
     def check(found: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:

@@ -56,7 +56,7 @@ def extractor() -> SSLAMFeatureExtractor:
 
 
 def log_mel_tolerance(waveform: torch.Tensor, expected: torch.Tensor) -> float:
-    """Bins without energy magnify the rounding of this machine's FFT. torchaudio's own error here shows how much."""
+    """Return the tolerance by torchaudio's own error here: bins without energy magnify the rounding of the FFT."""
     return (torchaudio_fbank(waveform) - expected).abs().max().item() + 1e-5
 
 

@@ -33,8 +33,8 @@ def to_rttm(timeline: "Timeline") -> str:
     r"""Format events as NIST's Rich Transcription Time Marked (RTTM), which diarisation tools read.
 
     A line has ten fields between spaces. The class is in the speaker field, and the score in the confidence field.
-    Spaces in names become underscores, or `\u0020` if two classes would otherwise get the same name. Control characters
-    become escapes such as `\n`.
+    Spaces in names become underscores, or `\u0020` if two classes would otherwise get the same name. Control
+    characters become escapes such as `\n`.
     """
     recording = Path(timeline.path).stem if timeline.path else "recording"
     (recording,) = _words([recording])

@@ -111,7 +111,7 @@ def test_upload_shows_picture_and_playback_moves_the_cursor(page, tagger, audio_
     )
 
     def where() -> tuple[float, float]:
-        """Position in the sound in seconds, by the player and by the cursor."""
+        """Return the position in the sound in seconds, from the player and from the cursor."""
         position, box = audio.evaluate("audio => audio.currentTime"), picture.bounding_box()
         line = cursor.bounding_box()
         share = (line["x"] + line["width"] / 2 - box["x"]) / box["width"]
