@@ -65,8 +65,8 @@ def export_graph(model: SSLAMPreTrainedModel, file: Path, masked: bool) -> None:
 
     Its inputs are `input_values`, float32 of shape `(batch_size, T, num_mel_bins)`, and, if `masked`,
     `attention_mask`, int64 of shape `(batch_size, T)`. Any batch size is valid, and any T that is a multiple of
-    `patch_size` within the position table. Running the graph on another T fails. The outputs are those of
-    [`output_names`].
+    `patch_size` within the position table. Running the graph on another T fails. [`output_names`] lists
+    the outputs.
 
     Args:
         model: A float32 model in eval mode.

@@ -123,7 +123,7 @@ def _content(stream: IO[bytes], record: zipfile.ZipInfo) -> bytes:
 
 
 def _check_records(archive: zipfile.ZipFile, file_size: int) -> None:
-    """Check that a zip file holds what it declares, as torch.save writes it.
+    """Check that the records of a zip file are as declared, and as torch.save writes them.
 
     Raises:
         PickleError: If a record is compressed, larger than the file, or there twice.

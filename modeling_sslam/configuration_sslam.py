@@ -13,7 +13,7 @@ class PublishedLayout(NamedTuple):
     """A layout that was published under another `model_type`, and that `from_pretrained` reads as well.
 
     Attributes:
-        settings: Turns a config.json of the layout into that of [`SSLAMConfig`].
+        settings: Turns a config.json of the layout into one of [`SSLAMConfig`].
         front_end: Turns it into the arguments of [`SSLAMFeatureExtractor`].
         key_mapping: For each weight a regular expression of the layout's name, and the replacement that gives ours.
     """
@@ -296,7 +296,7 @@ class SSLAMConfig(PretrainedConfig):
         return ValueError(f"SSLAMConfig: {field}={reprlib.repr(getattr(self, field))} {message}.")
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:
-        """Yield each field that does not fit the others, with the end of its error message."""
+        """Yield each field that contradicts another, with the end of its error message."""
         heads, patch, layers = self.num_attention_heads, self.patch_size, self.num_hidden_layers
         if self.hidden_size % heads:
             yield "hidden_size", f"is not divisible by num_attention_heads={heads}; change one of the two"

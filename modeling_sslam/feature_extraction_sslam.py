@@ -180,7 +180,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
                 takes recordings of any length.
             return_attention_mask: See the class.
             return_tensors: "pt" or "np"; `None` gives a list of numpy arrays.
-            device: Device to compute on; by default that of the (first) clip.
+            device: Device to compute on; by default the (first) clip's device.
 
         Returns:
             `input_values`, float32 of shape `(batch_size, T, num_mel_bins)`, and if asked for `attention_mask`, int64
@@ -370,7 +370,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
                 if len(clip) < len(waveform):
                     waveform[len(clip) :].zero_()  # none of the clip's own frames reads these samples
                     waveform = waveform[: len(clip)]
-                # The mean is that of the whole clip, even if the clip is cut.
+                # Subtract the mean of the whole clip, even if the clip is cut.
                 torch.sub(clip[: len(waveform)], clip.mean(), out=waveform)
             filter_bank(frames, features[part, :num_frames])
         features[:, longest:].fill_(padding)

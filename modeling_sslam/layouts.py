@@ -170,7 +170,7 @@ def recognise(keys: Iterable[str]) -> tuple[Layout, dict[str, str | None]]:
 
 
 # Our field on the left, its path in the published settings on the right. fairseq stores the settings of the whole run.
-# The paths are those of a pre-training run, whose settings a fine-tuned checkpoint holds too.
+# The paths belong to a pre-training run, whose settings a fine-tuned checkpoint holds too.
 FAIRSEQ_SETTINGS: Names = (
     ("hidden_size", "model.embed_dim"),
     ("hidden_size", "model.modalities.image.embed_dim"),

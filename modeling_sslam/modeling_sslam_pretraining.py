@@ -374,8 +374,8 @@ def _mean_deviation(count: int, mean: torch.Tensor, squares: torch.Tensor) -> to
 
     Args:
         count: This rank's number of tokens.
-        mean: Their mean, float32 `(hidden_size,)`.
-        squares: The sum of their squared distances from the mean, float32 `(hidden_size,)`. From squared
+        mean: Mean of these tokens, float32 `(hidden_size,)`.
+        squares: Sum of the tokens' squared distances from the mean, float32 `(hidden_size,)`. From squared
             distances to 0 the variance would be a difference of two large sums. If all tokens are alike, the case to
             detect, that difference is mere rounding of either sign.
     """
@@ -453,7 +453,7 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
     A training step is: forward, backward, optimiser step n (counted from 1), `update_teacher(ema_decay(n))`. A saved
     folder holds all three. [`SSLAMModel`] and [`SSLAMForAudioClassification`] load the student from it;
     `SSLAMForPreTraining.from_pretrained(folder).teacher` is an [`SSLAMModel`] too. The teacher stays in float32 and in
-    evaluation mode, whatever is done to the model.
+    evaluation mode, even if `half` or `train` is called on the model.
     """
 
     _keep_in_fp32_modules_strict = ["teacher"]
@@ -597,7 +597,7 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         is_unmixed: torch.Tensor,
         **encoder_options: Any,
     ) -> SSLAMForPreTrainingOutput:
-        """Compute the loss, given what was drawn for the batch.
+        """Compute the loss for given masks and windows.
 
         Args:
             clips: Log-mel frames `(batch_size, T, num_mel_bins)`.

@@ -3,13 +3,13 @@
 There are three decoders:
 
 - libsndfile (by soundfile) is tried first. It decodes from bytes or a path and needs no FFmpeg.
-- The program `ffmpeg` streams what libsndfile cannot read, such as m4a and webm, from a path.
+- The program `ffmpeg` streams formats that libsndfile cannot read, such as m4a and webm, from a path.
 - torchcodec decodes the same formats, also from bytes. It always decodes the whole file, because for a range it would
   start from the beginning every time.
 
 libsndfile reads through views that correct misleading headers (see [`containers`]), from the beginning to the end, and
 the length of a sound is the number of samples that were decoded. Every call of a decoder is made within
-[`decoder_errors`], which turns whatever it raises into [`ClipError`].
+[`decoder_errors`], which turns all its errors into [`ClipError`].
 """
 
 import contextlib
@@ -187,7 +187,7 @@ class _SequentialSoundFile(soundfile.SoundFile):
 
 @contextlib.contextmanager
 def _open_file(audio: bytes | str) -> Iterator[BinaryIO]:
-    """Open a file, or what a pipe or socket delivers until it ends, so that it can seek.
+    """Open a file, or the whole content of a pipe or socket, so that it can seek.
 
     Raises:
         ClipError: "missing", "empty", or "undecodable" for a device.

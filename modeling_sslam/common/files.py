@@ -19,7 +19,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-# Prefixes of this program alone: whatever has one may be removed.
+# Prefixes of this program alone: any path that has one may be removed.
 TEMPORARY_PREFIX = ".sslam-tmp-"
 _OLD_PREFIX = ".sslam-old-"
 _LOCK_PREFIX = ".sslam-lock-"
@@ -38,7 +38,7 @@ def temporary_path(target: Path) -> Path:
 
 @contextmanager
 def replacing(target: str | Path) -> Iterator[Path]:
-    """Yield a hidden path beside `target` for a new file or folder, and publish what was written there.
+    """Yield a hidden path beside `target` for a new file or folder, and publish the result.
 
     Leftovers of killed calls are repaired or removed first. If the body raises, the hidden path is removed and
     `target` keeps its content.
@@ -63,7 +63,7 @@ def replacing(target: str | Path) -> Iterator[Path]:
 
 
 def publish(temporary: Path, target: Path) -> None:
-    """Force a file or folder to disk and give it the name `target`, replacing what has that name.
+    """Force a file or folder to disk and give it the name `target`, replacing the old one.
 
     The files of a folder get the folder's permissions to read and write.
 

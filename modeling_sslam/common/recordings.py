@@ -90,7 +90,7 @@ def search_folder(folder: str) -> list[str]:
     Pipes, sockets, devices and folders that may not be read are left out with a warning.
 
     Returns:
-        Paths: those in the folder, then those of each subfolder, sorted by name.
+        Paths: first the folder's files, then the files of each subfolder, sorted by name.
     """
     return [e.path for e in _files(folder) if is_recording_name(e.name) and not _is_special(e)]
 
@@ -125,7 +125,7 @@ def _files(folder: str, with_hidden: bool = False) -> Iterator[os.DirEntry[str]]
 
 
 def _is_special(entry: os.DirEntry[str]) -> bool:
-    """Tell whether a name is that of a pipe, socket or device, and log a warning if it is."""
+    """Tell whether a name belongs to a pipe, socket or device, and log a warning if so."""
     try:
         mode = entry.stat().st_mode
     except OSError:  # a broken link, which reading reports

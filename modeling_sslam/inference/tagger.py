@@ -34,7 +34,7 @@ class SSLAMTagger:
 
     Threads decode a recording, resample it and compute its filter bank once, in blocks, while the model computes.
     Windows are padded as in training and classified in batches. As in transformers' pipeline, scores are the sigmoid
-    of the logits of a multi-label model and the softmax of those of any other.
+    of a multi-label model's logits and the softmax of any other model's logits.
 
     Args:
         model: The classifier, on the device that is to compute.

@@ -14,7 +14,7 @@ SUPERVISED, PRETRAINED = "esp-aves2-sl-eat-all-ssl-all", "esp-aves2-eat-all"
 
 @pytest.fixture
 def supervised(golden_dir, tmp_path):
-    """A folder with a backbone under EATModel's names, a linear classifier without a norm and its label map."""
+    """Write a folder with a backbone under EATModel's names, a linear classifier without a norm and its label map."""
     folder = tmp_path / SUPERVISED
     folder.mkdir()
     tensors = load_file(golden_dir / "hub_pretrained" / "model.safetensors")

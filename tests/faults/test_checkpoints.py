@@ -89,7 +89,7 @@ def load(folder: Path) -> SSLAMForAudioClassification:
     return load_pretrained(SSLAMForAudioClassification, folder, "cpu", "auto", None)[0]
 
 
-# D1: what a pickle builds
+# D1: pickles that build too much
 
 
 def doubled(value: Any, pair: Callable[[Any], Any], times: int = 45) -> Any:

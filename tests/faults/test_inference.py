@@ -704,7 +704,7 @@ def test_requests_of_other_web_sites_are_refused(served, tmp_path):
             if status != 200:
                 assert client.get(path, headers=headers).status_code == status, (path, headers)
         assert status != 200 or client.get("", headers=headers).status_code == 200
-    # Two headers Origin, of which the first is right.
+    # Of two Origin headers only the first is right.
     request = client.build_request("GET", "", headers=[("origin", f"http://{own}"), ("origin", "http://evil")])
     assert client.send(request).status_code == 403
 
@@ -741,7 +741,7 @@ def test_loopback_addresses(hosts, expected):
 
 
 def upload(client: httpx.Client, path: Path) -> dict[str, object]:
-    """Upload a sound and return what the page passes to its handlers."""
+    """Upload a sound and return the value that the page passes to its handlers."""
     (uploaded,) = client.post("gradio_api/upload", files={"files": (path.name, path.read_bytes())}).json()
     return {"path": uploaded, "meta": {"_type": "gradio.FileData"}}
 

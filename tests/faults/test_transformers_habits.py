@@ -1,4 +1,4 @@
-"""Habits of transformers' own models: what its Trainer, its data collators, peft and torch's exporters rely on."""
+"""Habits of transformers' own models on which its Trainer and data collators, peft and torch's exporters rely."""
 
 import copy
 import io
@@ -35,21 +35,21 @@ def extractor() -> SSLAMFeatureExtractor:
 
 @pytest.fixture
 def waveforms() -> list[np.ndarray]:
-    """Clips of 18, 33 and 48 frames."""
+    """Return clips of 18, 33 and 48 frames."""
     generator = np.random.default_rng(0)
     return [0.1 * generator.standard_normal(400 + 160 * (n - 1)).astype(np.float32) for n in (18, 33, 48)]
 
 
 @pytest.fixture
 def batch() -> dict[str, torch.Tensor]:
-    """Two clips, the second of which is padded."""
+    """Return two clips. The second is padded."""
     mask = torch.ones(2, FRAMES, dtype=torch.long)
     mask[1, 20:] = 0
     return {"input_values": torch.randn(2, FRAMES, MEL_BINS), "attention_mask": mask}
 
 
 def one_by_one(extractor, waveforms, **options) -> list[dict]:
-    """Features of each clip alone, as a mapped dataset holds them."""
+    """Return the features of each clip alone, as a mapped dataset holds them."""
     each = [extractor(x, sampling_rate=16_000, padding="longest", **options) for x in waveforms]
     return [{name: values[0] for name, values in features.items()} for features in each]
 
@@ -244,7 +244,7 @@ class TestArguments:
         torch.testing.assert_close(gradients["last"], model.classifier.dense.weight.grad)
 
     def test_arguments_reach_the_attention_function(self, make_config, batch):
-        """`is_causal` changes what sdpa computes; it must not vanish on the way."""
+        """`is_causal` changes sdpa's result, so it must not get lost on the way."""
         model = SSLAMModel(make_config()).eval()
         inputs = {"input_values": batch["input_values"]}
         causal = model(**inputs, is_causal=True).last_hidden_state

@@ -11,7 +11,7 @@ from torch import nn
 
 from modeling_sslam import SSLAMConfig, SSLAMForAudioClassification
 
-# Substrings of published names, and what replaces them in this package.
+# Substrings of published names, and their replacements in this package.
 RENAMED = {
     "model.": "sslam.",
     "local_encoder.proj.": "patch_embeddings.projection.",
@@ -53,7 +53,7 @@ def load_published(golden_dir: Path) -> Callable[..., tuple[SSLAMForAudioClassif
 
 @pytest.fixture
 def transformers_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """Records that transformers logs. It hides them from the root logger otherwise."""
+    """Capture the records that transformers logs. By default transformers hides them from the root logger."""
     transformers.utils.logging.enable_propagation()
     yield caplog
     transformers.utils.logging.disable_propagation()

@@ -180,7 +180,7 @@ print(transformers.__version__)
 
 
 def test_isolation_works(saved, tmp_path):
-    """The tests above rely on this."""
+    """The tests above rely on this isolation."""
     script = """
 try:
     import modeling_sslam

@@ -20,7 +20,7 @@ LIST_OPTIONAL = f"import sys; print([name for name in {OPTIONAL} if name in sys.
 
 
 def run(script: str, *arguments: str) -> str:
-    """Run a script in a new process and return what it prints."""
+    """Run a script in a new process and return its output."""
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     result = subprocess.run(
         [sys.executable, "-c", script, *arguments],

@@ -1,4 +1,4 @@
-"""`use_onednn` computes what torch computes, up to rounding, and leaves everything else of a model as it is."""
+"""`use_onednn` keeps torch's results, up to rounding, and leaves everything else of a model as it is."""
 
 import math
 import pickle
@@ -38,7 +38,7 @@ def _onednn_is_faster(monkeypatch):
 
 @pytest.fixture
 def padded() -> dict[str, torch.Tensor]:
-    """Three clips, of which two are padded."""
+    """Return three clips. Two are padded."""
     mask = torch.ones(3, FRAMES, dtype=torch.long)
     mask[1, 16:], mask[2, 20:] = 0, 0
     return {"input_values": torch.randn(3, FRAMES, 32), "attention_mask": mask}

@@ -26,8 +26,8 @@ codecs.register_error("jsonescape", _escape_for_json)
 def results_stream(is_json: bool = False) -> Iterator[TextIO]:
     """Open a stream to the standard output that libraries cannot write to.
 
-    libsndfile prints to the standard output when some files are damaged. Until the stream is closed, what libraries
-    print there goes to stderr.
+    libsndfile prints to the standard output when some files are damaged. Until the stream is closed, the
+    libraries' output goes to stderr.
 
     Args:
         is_json: Whether characters that the output's encoding lacks are escaped as in JSON.

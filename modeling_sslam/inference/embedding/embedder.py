@@ -3,7 +3,7 @@
     for clip in embed(["recordings/"], "outputs/quickstart/classifier/model"):
         clip.name, clip.start, clip.end, clip.embedding          # "recordings/a.flac", 0.0, 10.24, (hidden_size,)
 
-A window is padded as in training. Its embedding equals that of the same piece of sound by itself (see
+A window is padded as in training. It gets the embedding that the same piece of sound gets by itself (see
 [`modeling_sslam.inference.windows`]). Threads decode, resample and compute the filter bank while the model runs.
 """
 

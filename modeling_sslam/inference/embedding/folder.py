@@ -252,7 +252,7 @@ def _plan(
     lock: FileLock,
     prune: bool,
 ) -> Plan:
-    """Lock the folder for this call, prepare it and list what is to be embedded."""
+    """Lock the folder for this call, prepare it and list the sounds to embed."""
     # Parquet holds UTF-8, so a file has a name besides its path.
     files: dict[str, str] = {}
     if isinstance(sources, list):
@@ -292,7 +292,7 @@ def _stamp(path: str) -> Stamp | None:
     try:
         status = os.stat(path)
     except OSError:
-        # Reading the file tells what is wrong.
+        # Reading the file will report the fault.
         return None
     return Stamp(status.st_size, status.st_mtime_ns)
 

@@ -1,4 +1,4 @@
-"""Publication of files and folders: whole or not at all, whatever fails on the way."""
+"""Publication of files and folders: whole or not at all, at whichever step it fails."""
 
 import os
 import shutil

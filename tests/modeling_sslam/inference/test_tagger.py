@@ -82,7 +82,7 @@ def test_recordings_share_batches(config, write_sound, batch_size, monkeypatch):
     monkeypatch.setattr(tagger, "_classify", lambda windows: seen.append(len(windows)) or classify(windows))
     first, missing, second, damaged, third = tagger.tag_each([sounds[0], "nowhere.wav", sounds[1], broken, sounds[2]])
     assert [missing.reason, damaged.reason] == ["missing", "not_finite"]
-    # 1 + 3 + 2 windows. Their distribution over batches changes no result.
+    # The recordings have 1 + 3 + 2 windows, whose distribution over batches changes no result.
     assert seen == {1: [1] * 6, 2: [2] * 3, "auto": [6]}[batch_size]
     monkeypatch.undo()
     for tags, sound in zip((first, second, third), sounds, strict=True):

@@ -79,7 +79,7 @@ def hub(golden_dir, serve_hub, as2m):
 
 @pytest.fixture
 def run(hub, hub_environment, tmp_path):
-    """Return a function that runs Python against the stand-in, and returns what it prints.
+    """Return a function that runs Python against the stand-in, and returns its output.
 
     The first argument is a script.
     """

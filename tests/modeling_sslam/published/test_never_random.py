@@ -1,4 +1,4 @@
-"""No class loads an encoder of which weights are missing."""
+"""No class loads an encoder with missing weights."""
 
 import json
 import shutil
