@@ -88,7 +88,7 @@ def prefetch(
                 return
 
     threads_before = torch.get_num_threads()
-    # Daemon threads, because a program that ends early waits for the threads of concurrent.futures.
+    # Use daemon threads, because a program that ends early would wait for threads of concurrent.futures.
     threads = [threading.Thread(target=work, daemon=True) for _ in range(min(MAX_THREADS, available_cores()))]
     threads.append(threading.Thread(target=lambda: forward(hand_out(), waiting), daemon=True))
     for thread in threads:

@@ -45,7 +45,7 @@ def stream_log_mel(blocks: Iterable[torch.Tensor], extractor: SSLAMFeatureExtrac
         if len(pending) < extractor.frame_length:
             continue
         frames = log_mel_spectrogram(pending[None], extractor.num_mel_bins, extractor.sampling_rate)[0]
-        # A copy, because a view would keep the whole block alive.
+        # Copy, because a view would keep the whole block alive.
         pending = pending[len(frames) * extractor.frame_shift :].clone()
         num_frames += len(frames)
         yield frames

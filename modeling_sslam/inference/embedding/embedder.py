@@ -234,7 +234,7 @@ class Embedder:
         steps = grid.mean(-2, dtype=torch.float32)
         if self.pooling == "frame":
             return steps
-        # All patches of a time step hold some of the clip, or none does. So this mean over steps is one over patches.
+        # All patches of a time step hold some of the clip, or none does. So the mean over steps is over patches too.
         counts = torch.tensor([self.num_time_patches(len(window.frames)) for window in windows], device=steps.device)
         weights = (torch.arange(steps.shape[-2], device=counts.device) < counts[:, None]) / counts[:, None]
         return (steps * weights.reshape(len(windows), *[1] * (steps.ndim - 3), -1, 1)).sum(-2)

@@ -10,7 +10,7 @@ import pyarrow as pa
 from ...common.errors import InferenceError
 from .embedder import ClipEmbedding, Embedder
 
-# The axes of a window's embedding before the vector's own, by pooling.
+# Axes of a window's embedding by pooling, without the vector's own axis.
 POOLED_AXES: dict[str, tuple[str, ...]] = {"cls": (), "mean": (), "frame": ("time",), "patch": ("time", "mel_band")}
 COLUMNS = {
     "path": "The sound file.",

@@ -11,7 +11,7 @@ from ...common.errors import InferenceError
 from ...common.text import csv_row, escape_controls, escape_undecodable
 
 if TYPE_CHECKING:
-    # Not imported at run time: `sslam timeline --help` lists the formats, and windows need torch.
+    # Not imported at run time, because windows need torch and `sslam timeline --help` lists the formats.
     from .timeline import Timeline
 
 

@@ -264,7 +264,7 @@ def serve(
         prevent_thread_lock=True,
         ssr_mode=False,
         footer_links=[],
-        # Fonts of the visitor's system. Gradio's own would be fetched from another server.
+        # Use fonts of the visitor's system. Gradio's own fonts would be fetched from another server.
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=STYLE,
         quiet=True,
