@@ -57,7 +57,7 @@ class LongAudioClassificationPipeline(ChunkPipeline):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Use Any, because with `trust_remote_code` the classes are copies of this package's, loaded from the model folder.
+        # Use Any: with `trust_remote_code` the classes are copies of this package's, loaded from the model folder.
         model: Any = self.model
         feature_extractor: Any = self.feature_extractor
         self._tagger = SSLAMTagger(model, feature_extractor)
