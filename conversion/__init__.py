@@ -1,6 +1,6 @@
 """Conversion of published SSLAM and EAT checkpoints to transformers and back: `python -m conversion --help`.
 
-The published names are tables in `modeling_sslam.layouts`. The modules in the order of the work, each of which uses
+The published names are tables in `modeling_sslam.layouts`. The modules follow the order of the work, and each uses
 only those above it:
 
 - `pickles` runs a pickle's program without calling anything, `torch_files` finds the tensors of a `.pt` file.

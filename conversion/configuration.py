@@ -62,7 +62,7 @@ class Settings:
         if self.is_hub:
             return encoder_fields(self.all)
         pairs = FAIRSEQ_SETTINGS if self.is_fairseq else ()
-        # Reversed: if several paths state a field, the first in the table takes precedence.
+        # In reverse order, so that the table's first path that states a field takes precedence.
         stated = ((ours, lookup(self.pretraining, path)) for ours, path in reversed(pairs))
         return {ours: value for ours, value in stated if value is not None}
 
@@ -237,7 +237,7 @@ def _describe(
             f"The checkpoint does not state the number of attention heads; {fields['num_attention_heads']} of "
             f"{HEAD_SIZE} channels are assumed, as in the base and large models (--num-attention-heads)."
         )
-    # None means all layers; it stays right if the number of layers is changed.
+    # None means all layers, also if their number is changed later.
     for name in ("num_target_layers", "num_global_target_layers"):
         if fields.get(name) == fields["num_hidden_layers"]:
             fields[name] = None

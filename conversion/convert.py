@@ -82,8 +82,8 @@ def convert(
         source: A file or folder; see [`read_checkpoint`].
         out: The folder to write, or with `to="fairseq"` the file.
         head: The part to keep: "encoder", "classification" or "pretraining". "auto" keeps the classifier of a
-            fine-tuned checkpoint and otherwise the encoder; for fairseq, which needs them, decoder and teacher too.
-        weights: The encoder to keep of a pre-training checkpoint: "student", or "teacher", the moving average of it.
+            fine-tuned checkpoint and otherwise the encoder. For fairseq it also keeps decoder and teacher.
+        weights: The encoder to keep from a pre-training checkpoint: "student", or "teacher", its moving average.
         to: The layout to write, a key of [`WRITERS`].
         choices: Settings that take precedence over the checkpoint's.
         overwrite: Whether `out` may be replaced.
@@ -99,7 +99,7 @@ def convert(
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as place, _errors_naming(out, place):
         check_place(out, overwrite)
-        # A function of its own: when it returns, the source's weights leave memory, before the check reads the result.
+        # Write in a function of its own, so that the source's weights leave memory before the check reads the result.
         check, summary = _convert(source, place, head, weights, to, choices, title or source.name, report)
         finding = check(place)
     report(f"{out}: {summary}; {finding}")

@@ -67,7 +67,7 @@ def _explaining(failure: str) -> Iterator[None]:
     """Turn the Hub client's errors into a ConversionError that begins with `failure`."""
     try:
         yield
-    # Any type: depending on its version, huggingface_hub raises errors of requests or of httpx.
+    # Catch any type: huggingface_hub raises errors of requests or of httpx, depending on its version.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConversionError(f"{failure}: {reason}") from error

@@ -26,7 +26,7 @@ REQUIRED = ("onnx", "onnxruntime", "onnxscript")
 OPSET = 20
 # The largest difference of a graph's outputs from the model's.
 TOLERANCE = 1e-4
-# Name of the graph's dynamic size, of which T and the number of tokens are multiples.
+# Name of the graph's dynamic size. T and the number of tokens are multiples of it.
 TIME_PATCHES = "time_patches"
 
 Inputs = dict[str, torch.Tensor]
@@ -56,7 +56,7 @@ class ExportedForward(nn.Module):
 
 
 def output_names(model: SSLAMPreTrainedModel) -> list[str]:
-    """Return the names of a graph's outputs in their order, which are the model's."""
+    """Return the names of a graph's outputs in order. The model's outputs have the same names."""
     return ["logits"] if isinstance(model, SSLAMForAudioClassification) else ["last_hidden_state", "pooler_output"]
 
 
@@ -65,8 +65,8 @@ def export_graph(model: SSLAMPreTrainedModel, file: Path, masked: bool) -> None:
 
     Its inputs are `input_values`, float32 of shape `(batch_size, T, num_mel_bins)`, and, if `masked`,
     `attention_mask`, int64 of shape `(batch_size, T)`. Any batch size is valid, and any T that is a multiple of
-    `patch_size` within the position table. Running the graph on another T fails. The outputs are those of
-    [`output_names`].
+    `patch_size` within the position table. Running the graph on another T fails. [`output_names`] lists
+    the outputs.
 
     Args:
         model: A float32 model in eval mode.
@@ -84,7 +84,7 @@ def export_graph(model: SSLAMPreTrainedModel, file: Path, masked: bool) -> None:
     # torch exports a size of 1 as a constant.
     inputs = _inputs(config, batch_size=2, num_patches=2, masked=masked)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about sizes with equal names, and about torch's own deprecated calls
+        warnings.simplefilter("ignore")  # torch warns of equal names and of its own calls
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # no warning that torchvision is missing
         implementation = config._attn_implementation
         # Eager attention: sdpa in transformers 4 slices the mask to a size that torch cannot express in a graph.
@@ -131,7 +131,7 @@ def write_onnx(
     Raises:
         ConversionError: If packages are missing, or torch cannot export the model.
     """
-    # Built anew in float32: the position table of a model in half precision is rounded.
+    # Build the model anew in float32, because a model in half precision has a rounded position table.
     model = type(model).from_pretrained(
         None, config=model.config, state_dict=model.float().state_dict(), dtype=torch.float32
     )
@@ -139,7 +139,7 @@ def write_onnx(
     export_graph(model, folder / GRAPH, masked)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    # The folder has no source files of a model. Saving adds the references to the configuration's.
+    # The folder has no source files of a model. Saving refers to the configuration's source file by itself.
     config.auto_map = {}
     config.dtype = torch.float32
     config.save_pretrained(folder)
@@ -167,7 +167,7 @@ def check_onnx(path: Path, probes: list[Inputs], expected: list[tuple[torch.Tens
     try:
         session = onnxruntime.InferenceSession(path / GRAPH, providers=["CPUExecutionProvider"])
         found = [session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()}) for inputs in probes]
-    # Any type: onnxruntime's errors have no common base class.
+    # Catch any type, because onnxruntime's errors have no common base class.
     except Exception as error:
         raise ConversionError(f"onnxruntime cannot run the graph: {_first_line(error)}") from error
     difference = max(

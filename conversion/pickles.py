@@ -73,7 +73,7 @@ class Budget:
 
     Args:
         values: The number of values.
-        what: What is walked through, for the message.
+        what: Name of the object to walk through, for the message.
     """
 
     def __init__(self, values: int, what: str) -> None:
@@ -83,7 +83,7 @@ class Budget:
         """Count values.
 
         Raises:
-            PickleError: If they are more than the budget.
+            PickleError: If the budget does not suffice.
         """
         self.left -= number
         if self.left < 0:
@@ -132,7 +132,7 @@ class TensorView(NamedTuple):
         """Check that the tensor lies within its storage.
 
         Raises:
-            PickleError: If it does not.
+            PickleError: If the tensor reaches beyond its storage.
         """
         sizes = (self.offset, *self.shape, *self.strides)
         if not all(type(size) is int and 0 <= size < 1 << 62 for size in sizes):
@@ -168,9 +168,9 @@ class Machine:
             Plain values, [`Instance`], [`TensorView`], [`Storage`] and [`Reference`]. They may hold themselves.
 
         Raises:
-            ForbiddenReferenceError: If it refers to anything that no checkpoint needs.
-            PickleError: If it is too long, or if an instruction builds no data.
-            ValueError, LookupError: If it is damaged.
+            ForbiddenReferenceError: If the pickle refers to anything that no checkpoint needs.
+            PickleError: If the pickle is too long, or if an instruction builds no data.
+            ValueError, LookupError: If the pickle is damaged.
         """
         self.stack, self.marks, self.memo = [], [], {}
         for opcode, argument, _ in pickletools.genops(self.program):
@@ -190,7 +190,7 @@ class Machine:
             case "MARK":
                 self.marks.append(len(stack))
             case "POP":
-                # As pickle does: a mark counts as an item of the stack.
+                # A mark counts as an item of the stack, as in pickle.
                 if self.marks and self.marks[-1] == len(stack):
                     self.marks.pop()
                 else:
@@ -279,7 +279,7 @@ class Machine:
         if type(target) is not dict:
             raise PickleError(f"it sets items of a {type(target).__name__}")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # The hash of a tuple takes as long as all that it holds, and that may be endless.
+            # Hashing a tuple hashes everything that it holds, which may be endless.
             if not _is_plain_key(key) and not (type(key) is tuple and len(key) <= 8 and all(map(_is_plain_key, key))):
                 raise PickleError(f"a {type(key).__name__} is the key of a dict")
             target[key] = value
@@ -293,7 +293,7 @@ def _reference(module: Any, name: Any) -> Reference:
     """Return a reference to a name.
 
     Raises:
-        ForbiddenReferenceError: If no checkpoint needs it.
+        ForbiddenReferenceError: If no checkpoint needs the name.
     """
     # Protocol 2 writes Python 2's names (__builtin__.long). The unpickler maps them to Python 3's.
     module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
@@ -304,7 +304,7 @@ def _reference(module: Any, name: Any) -> Reference:
 
 
 def _call(function: Any, arguments: Any) -> Any:
-    """Return what stands for the result of a call."""
+    """Return the stand-in for the result of a call."""
     if type(function) is not Reference or type(arguments) is not tuple:
         raise PickleError(f"it calls a {type(function).__name__}")
     name = function.name
@@ -320,7 +320,7 @@ def _call(function: Any, arguments: Any) -> Any:
             raise PickleError("a tensor has no storage, shape or strides")
         if name.endswith("_v3"):
             dtype = _dtype(rest[2])
-            # Only the tensor states the type; the storage is one of bytes.
+            # The storage holds bytes. Only the tensor states the type.
             storage = storage._replace(dtype=dtype, size=storage.size // dtype.itemsize)
             if storage.first:
                 raise PickleError("a tensor is a view of a view")

@@ -1,8 +1,8 @@
 """Reading of weights and settings from checkpoints of all forms, without executing anything in them.
 
 A `.pt` file is a pickle: a program that can call any function. `pickles` runs it without calling any. A file that
-references a name that no checkpoint needs is refused, and the error names the reference. So is a file that describes
-more than a checkpoint can hold.
+references a name that no checkpoint needs is refused, and the error names the reference. A file that describes more
+than a checkpoint can hold is refused too.
 """
 
 import re
@@ -27,7 +27,7 @@ from .torch_files import read_torch_file
 
 # Keys under which training programs store the weights in a file that holds more than weights.
 STATE_KEYS = ("model", "state_dict", "model_state_dict")
-# The first of these that a folder has is read. The others are other forms of the same weights.
+# Only the first of these that a folder has is read, because all are forms of the same weights.
 FOLDER_WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -74,15 +74,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
     content decides, not its name. Nothing in it is executed.
 
     Args:
-        path: The file or folder. Of a folder, the first match of `FOLDER_WEIGHTS` is read, with all its shards.
+        path: The file or folder. In a folder, the first match of `FOLDER_WEIGHTS` is read, with all its shards.
 
     Returns:
         The content. Tensors are on the CPU and keep their dtype and shape. They are views of the mapped file, except
-        where it holds them at an odd place, as the format before torch 1.6 does.
+        where the file holds them unaligned, as the format before torch 1.6 does.
 
     Raises:
-        ConversionError: If there is no such file, if it is damaged or no checkpoint, or if reading it would execute
-            code.
+        ConversionError: If the file is missing, damaged or no checkpoint, or if reading it would execute code.
     """
     if path.is_dir():
         try:

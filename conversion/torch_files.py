@@ -17,8 +17,8 @@ from .pickles import MAX_PROGRAM_BYTES, Machine, PickleError, Storage, TensorVie
 # keys), then each storage's size and numbers.
 _MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's record: signature, lengths of name and extra field
-# Tensors at multiples of this many bytes can be used where they are.
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # a zip record's signature, lengths of name and extra field
+# Tensors at multiples of this many bytes can be used without a copy.
 _ALIGNMENT = 8
 # Several names may share numbers, but not so many that a small file fills the memory.
 _MOST_SHARING, _ALLOWANCE = 4, 1 << 20
@@ -123,7 +123,7 @@ def _content(stream: IO[bytes], record: zipfile.ZipInfo) -> bytes:
 
 
 def _check_records(archive: zipfile.ZipFile, file_size: int) -> None:
-    """Check that a zip file holds what it declares, as torch.save writes it.
+    """Check that the records of a zip file are as declared, and as torch.save writes them.
 
     Raises:
         PickleError: If a record is compressed, larger than the file, or there twice.

@@ -1,4 +1,4 @@
-"""Writing of a model in each layout, and the check of what was written."""
+"""Writing of a model in each layout, and the check of the written result."""
 
 import hashlib
 import json
@@ -45,8 +45,8 @@ Tensors = dict[str, torch.Tensor]
 # Alignment in bytes of the tensors that torch allocates.
 ALIGNMENT = 64
 
-# Checks what a writer wrote at a path: returns its finding as text or raises ConversionError. It holds no weights, so
-# that they are not in memory twice.
+# Check of a written result at a path: returns its finding as text or raises ConversionError. The check holds no
+# weights, so that they are not in memory twice.
 Check = Callable[[Path], str]
 
 
@@ -112,7 +112,7 @@ def write_fairseq(model: SSLAMPreTrainedModel, extractor: SSLAMFeatureExtractor,
         "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0, "shuffle": True, "version": 2}},
         "last_optimizer_state": None,
     }
-    # Through a stream: given a path, torch would store the name of the hidden file in the archive.
+    # Write through a stream. Given a path, torch would store the name of the hidden file in the archive.
     with write_errors(file), file.open("wb") as stream:
         torch.save(checkpoint, stream)
     return partial(check_tensors, digests=_digests(tensors))
@@ -180,7 +180,7 @@ def _fairseq_classification_settings(
 
 
 def check_tensors(path: Path, digests: dict[str, str]) -> str:
-    """Read back what a writer wrote and compare the tensors' digests.
+    """Read a written result back and compare the tensors' digests.
 
     Args:
         path: The file or folder.
@@ -233,7 +233,7 @@ def _digests(tensors: Tensors) -> dict[str, str]:
 
 @torch.inference_mode()
 def _probe(model: SSLAMPreTrainedModel) -> tuple[torch.Tensor, ...]:
-    """Return the states or logits for a fixed input, in pre-training of student and teacher.
+    """Return the states or logits for a fixed input; for a pre-training model, the states of student and teacher.
 
     Equal weights give equal bits.
     """

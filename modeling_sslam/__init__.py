@@ -54,7 +54,7 @@ def _register_config() -> None:
 
     config = _load("SSLAMConfig")
     AutoConfig.register(config.model_type, config)
-    # `AutoConfig.register` refuses a second type for a class. A model of this type in transformers would stay.
+    # `AutoConfig.register` refuses a second type for a class. A model of this type in transformers takes precedence.
     if PUBLISHED_MODEL_TYPE not in CONFIG_MAPPING:
         CONFIG_MAPPING.register(PUBLISHED_MODEL_TYPE, config)
 

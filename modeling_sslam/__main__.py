@@ -24,7 +24,7 @@ examples:
   sslam COMMAND --help      # options and examples of a command
 """
 # A command is a module of `inference/commands` with the texts SUMMARY, DETAILS and EXAMPLES, `add_arguments(parser)`
-# and `run(args)`, which returns the exit status. `run` imports what computes, so that help and errors appear at once.
+# and `run(args)`, which returns the exit status. `run` itself imports torch, so that help and errors appear at once.
 COMMANDS = ("tag", "timeline", "embed", "app", "convert")
 
 
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: The command's name and arguments; by default those of the process.
+        arguments: The command's name and arguments. Defaults to the arguments of the process.
 
     Returns:
         The exit status: 0 for success, 1 for a failure that stderr describes, 130 after Ctrl-C.

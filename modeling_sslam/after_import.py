@@ -63,5 +63,5 @@ class _CallbackLoader(Loader):
         self._callback()
 
     def __getattr__(self, name: str) -> Any:
-        # The source, resources and so on of the module.
+        # The module's loader also provides source, resources and so on.
         return getattr(self._loader, name)

@@ -8,7 +8,7 @@ def extend_feature_extractor_lookup(mixin: Any) -> None:
     """Let `AutoFeatureExtractor` and `pipeline` load published checkpoints, which have no preprocessor_config.json.
 
     Both look for that file before they ask for the model's type, and give up without it. No table of transformers
-    tells them otherwise, so the method that looks for it is wrapped. What it finds by itself stays as it is.
+    tells them otherwise, so the method that looks for it is wrapped. A file that this method finds takes precedence.
 
     Args:
         mixin: Transformers' `FeatureExtractionMixin`.
@@ -20,7 +20,7 @@ def extend_feature_extractor_lookup(mixin: Any) -> None:
         try:
             return original(cls, pretrained_model_name_or_path, **kwargs)
         except OSError:
-            # A certain class was asked for its own file.
+            # A concrete class, not AutoFeatureExtractor, was asked for its own file.
             if cls is not mixin:
                 raise
             from .feature_extraction_sslam import published_front_end

@@ -13,7 +13,7 @@ class PublishedLayout(NamedTuple):
     """A layout that was published under another `model_type`, and that `from_pretrained` reads as well.
 
     Attributes:
-        settings: Turns a config.json of the layout into that of [`SSLAMConfig`].
+        settings: Turns a config.json of the layout into one of [`SSLAMConfig`].
         front_end: Turns it into the arguments of [`SSLAMFeatureExtractor`].
         key_mapping: For each weight a regular expression of the layout's name, and the replacement that gives ours.
     """
@@ -70,7 +70,7 @@ _COUNT = [_Rule(lambda value: _is_a(int, value) and value > 0, "must be a positi
 _COUNT_OR_NONE = [_Rule(lambda value: value is None or _COUNT[0].holds(value), "must be None or a positive integer")]
 _NUMBER = [
     _Rule(lambda value: _is_a((int, float), value), "must be a number"),
-    # Python's integers have any size, and comparing them with numbers is exact, but no float holds them.
+    # A Python integer can have any size and is compared exactly, but a float cannot hold a large one.
     _Rule(lambda value: not isinstance(value, int) or abs(value) < 1 << 63, "is too large an integer"),
 ]
 _SHARE = [*_NUMBER, _Rule(lambda value: 0.0 <= value <= 1.0, "must lie between 0 and 1")]
@@ -224,7 +224,7 @@ class SSLAMConfig(PretrainedConfig):
 
     def __init__(self, **kwargs: Any) -> None:
         fields = {name: kwargs.pop(name, getattr(SSLAMConfig, name)) for name in _FIELDS}
-        # The base class makes a name for each class, so their number is checked before.
+        # The base class makes a name for each class, so check the number of classes first.
         num_labels = kwargs.get("num_labels")
         for rule in _RULES["num_labels"] if num_labels is not None else ():
             if not rule.holds(num_labels):
@@ -296,7 +296,7 @@ class SSLAMConfig(PretrainedConfig):
         return ValueError(f"SSLAMConfig: {field}={reprlib.repr(getattr(self, field))} {message}.")
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:
-        """Yield each field that does not fit the others, with the end of its error message."""
+        """Yield each field that contradicts another, with the end of its error message."""
         heads, patch, layers = self.num_attention_heads, self.patch_size, self.num_hidden_layers
         if self.hidden_size % heads:
             yield "hidden_size", f"is not divisible by num_attention_heads={heads}; change one of the two"

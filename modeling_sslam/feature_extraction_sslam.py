@@ -30,7 +30,7 @@ DATASET_PRESETS: dict[str, dict[str, float]] = {
     "audioset": {"mean": -4.268, "std": 4.569, "max_length": 1024},
     "esc50": {"mean": -6.627, "std": 5.359, "max_length": 512},
     "speech_commands": {"mean": -6.846, "std": 5.565, "max_length": 128},
-    # Of the Earth Species Project's EATs (esp-aves2), as their package `avex` states them.
+    # The Earth Species Project's EATs (esp-aves2); the values are from their package `avex`.
     "esp_aves2": {"mean": -5.553, "std": 4.606, "max_length": 1024},
 }
 # Arguments of `from_pretrained` that say where a file is and who asks for it.
@@ -58,7 +58,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         max_length: Frames T (10 ms each) that clips are padded or cut to; a multiple of `patch_size`.
         patch_size: Frames of one patch; lengths are padded to a multiple of it.
         mean: Mean of the log-mel bins over the training set. See [`SSLAMFeatureExtractor.for_dataset`].
-        std: Their standard deviation.
+        std: Standard deviation of the same values.
         do_normalize: Whether to normalise by `mean` and `std`.
         padding_value: Log-mel value of padding frames, before normalisation; 0 as published.
         return_attention_mask: Whether to return the mask of real frames. `None` returns it with `padding="longest"`
@@ -180,7 +180,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
                 takes recordings of any length.
             return_attention_mask: See the class.
             return_tensors: "pt" or "np"; `None` gives a list of numpy arrays.
-            device: Device to compute on; by default that of the (first) clip.
+            device: Device to compute on; by default the (first) clip's device.
 
         Returns:
             `input_values`, float32 of shape `(batch_size, T, num_mel_bins)`, and if asked for `attention_mask`, int64
@@ -327,7 +327,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         return frames
 
     def _normalisation(self) -> tuple[float, float]:
-        """Return what is subtracted from log-mel values, and what divides them then."""
+        """Return the value to subtract from log-mel values, and the value to divide by afterwards."""
         return (self.mean, 2 * self.std) if self.do_normalize else (0.0, 1.0)
 
     def _padding(self) -> float:
@@ -370,7 +370,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
                 if len(clip) < len(waveform):
                     waveform[len(clip) :].zero_()  # none of the clip's own frames reads these samples
                     waveform = waveform[: len(clip)]
-                # The mean is that of the whole clip, even if the clip is cut.
+                # Subtract the mean of the whole clip, even if the clip is cut.
                 torch.sub(clip[: len(waveform)], clip.mean(), out=waveform)
             filter_bank(frames, features[part, :num_frames])
         features[:, longest:].fill_(padding)

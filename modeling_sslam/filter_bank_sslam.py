@@ -150,7 +150,7 @@ def _filter_bands(num_mel_bins: int, sampling_rate: int, fft_length: int, device
 
 
 class _BlockViews(NamedTuple):
-    """Views of the scratch memory for a block of one size; the names are those of `LogMelFilterBank._transform`."""
+    """Views of the scratch memory for a block of one size, named as in `LogMelFilterBank._transform`."""
 
     centered: torch.Tensor
     scaled: torch.Tensor

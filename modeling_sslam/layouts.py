@@ -2,9 +2,9 @@
 
 `from_pretrained` (through `published`) and the conversion read the same tables.
 
-In every table our name stands on the left and the published name on the right; `*` is a block's index. A name is that
-of a module, whose weight and bias follow, or that of a parameter. Our names begin with the part of the model: `sslam.`
-(the encoder; in a pre-training checkpoint, the student), `decoder.`, `teacher.` or `classifier.`.
+In every table our name stands on the left and the published name on the right; `*` is a block's index. A name
+stands for a module (its weight and bias follow) or for a parameter. Our names begin with the part of the model:
+`sslam.` (the encoder; in a pre-training checkpoint, the student), `decoder.`, `teacher.` or `classifier.`.
 """
 
 import re
@@ -14,8 +14,8 @@ from typing import Any
 
 Names = tuple[tuple[str, str], ...]
 
-# Published checkpoints store this constant table, and this project computes it. It is checked when read, and written
-# in the published layouts.
+# Published checkpoints store this constant table, and this project computes it. The conversion checks the table when
+# it reads one, and writes it in the published layouts.
 POSITIONS = "patch_embeddings.position_embeddings"
 
 BLOCK_NAMES: Names = (
@@ -162,7 +162,7 @@ def recognise(keys: Iterable[str]) -> tuple[Layout, dict[str, str | None]]:
 
     Returns:
         The layout in `LAYOUTS` that knows most of the keys, and our name of each key, or None where the layout does
-        not know it. It is for the caller to refuse a state dict with too many unknown keys.
+        not know it. The caller must refuse a state dict with too many unknown keys.
     """
     keys = list(keys)
     candidates = [(layout, to_ours(keys, layout)) for layout in LAYOUTS]
@@ -170,7 +170,7 @@ def recognise(keys: Iterable[str]) -> tuple[Layout, dict[str, str | None]]:
 
 
 # Our field on the left, its path in the published settings on the right. fairseq stores the settings of the whole run.
-# The paths are those of a pre-training run, whose settings a fine-tuned checkpoint holds too.
+# The paths belong to a pre-training run, whose settings a fine-tuned checkpoint holds too.
 FAIRSEQ_SETTINGS: Names = (
     ("hidden_size", "model.embed_dim"),
     ("hidden_size", "model.modalities.image.embed_dim"),

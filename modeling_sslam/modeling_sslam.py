@@ -136,7 +136,7 @@ def _attention_implementation(config: SSLAMConfig, output_attentions: bool) -> s
 def _attention_mask(
     token_mask: torch.Tensor, dtype: torch.dtype, implementation: str
 ) -> torch.Tensor | BlockMask | None:
-    """Turn a mask of tokens `(batch_size, length)`, False for padding, into what the attention function takes.
+    """Turn a mask of tokens `(batch_size, length)`, False for padding, into the attention function's mask.
 
     Flash attention takes the mask of tokens, flex attention a block mask. The others take a bias of shape
     `(batch_size, 1, length, length)` that is added to the scores.
@@ -202,7 +202,7 @@ def checkpoint_activations(function: Callable[..., torch.Tensor], *inputs: torch
     Recomputation stops at the last tensor that the backward pass needs, so a final linear layer is not evaluated
     twice. `function` must not draw random numbers: their state is not restored.
     """
-    # A trace holds the forward pass alone, and cannot record what checkpointing does around it.
+    # A trace holds the forward pass alone, and cannot record checkpointing.
     if not torch.is_grad_enabled() or torch.jit.is_tracing():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -336,7 +336,7 @@ class SSLAMEncoder(nn.Module):
         """
         hidden_states, attention_mask = self.prepare(patches, patch_mask, output_attentions)
         # The hooks of `_can_record_outputs` are no substitute: they get no attentions unless the implementation is
-        # eager, and those of transformers 4 run inside checkpointed layers, where states have no gradients.
+        # eager, and transformers 4 runs them inside checkpointed layers, where states have no gradients.
         selected = selected_hidden_states(output_hidden_states, 1 + len(self.layers))
         all_hidden_states: list[torch.Tensor | None] = [hidden_states if 0 in selected else None]
         all_attentions, all_ffn_outputs = [], []
@@ -375,8 +375,8 @@ class SSLAMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "sslam"
     main_input_name = "input_values"
     input_modalities = ["audio"]
-    # Transformers' Trainer shall divide the loss by its gradient accumulation steps. From `**kwargs` in `forward` it
-    # would infer that the loss divides by `num_items_in_batch`, but only that of single labels does.
+    # Transformers' Trainer must divide the loss by its gradient accumulation steps. From `**kwargs` in `forward` it
+    # would infer that the loss divides by `num_items_in_batch`, but only the single-label loss does.
     accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
     _no_split_modules = ["SSLAMPatchEmbeddings", "SSLAMLayer"]
@@ -500,7 +500,7 @@ def _check_encoder(model: SSLAMPreTrainedModel, info: dict[str, Any], name: str 
         name: Folder or repository, for the message.
 
     Raises:
-        ValueError: If weights are missing. The message says what the checkpoint holds.
+        ValueError: If weights are missing. The message describes the checkpoint's content.
     """
     prefix = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
     missing = sorted(key for key in info["missing_keys"] if key.startswith(prefix))
@@ -698,7 +698,7 @@ def check_labels(labels: torch.Tensor, logits: torch.Tensor, problem_type: str) 
         problem_type: One of transformers' three.
 
     Raises:
-        ValueError: If they have not. The message says which `problem_type` to set for labels of the other kind.
+        ValueError: If the shape differs. The message says which `problem_type` to set for labels of the other kind.
     """
     batch_size, num_labels = logits.shape
     expected: tuple[int, ...]

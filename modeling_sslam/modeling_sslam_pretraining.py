@@ -35,7 +35,7 @@ BATCHES = {"ua": ("ua",), "pma": ("pma",), "ua+pma": ("ua", "pma"), "sslam": ("u
 # In a clip of 64 time patches (10 s) each of the two unmixed windows has 15 of them, and the first window starts at
 # patch 31 at the latest. This is published for 10 s only; other lengths use the same proportions.
 MIXING_GRID, WINDOW_PATCHES, LAST_FIRST_START = 64, 15, 31
-# Epsilon of the norms without weights: the decoder's and those of the targets.
+# Epsilon of the norms without weights, in the decoder and in the targets.
 NORM_EPS = 1e-5
 # The decoder computes a batch in this many parts and recomputes each in the backward pass, so that only one part's
 # intermediate values are in memory at a time.
@@ -276,7 +276,7 @@ class LocalAndGlobal(NamedTuple):
     global_: torch.Tensor
 
     def chunk(self, num_parts: int) -> list["LocalAndGlobal"]:
-        """Split the batch into parts. Unlike a chunk's, the gradient of a slice is as large as the whole batch."""
+        """Split the batch into parts by `chunk`, because a slice's gradient would be as large as the whole batch."""
         pairs = zip(self.local.chunk(num_parts), self.global_.chunk(num_parts), strict=True)
         return [LocalAndGlobal(*pair) for pair in pairs]
 
@@ -374,10 +374,10 @@ def _mean_deviation(count: int, mean: torch.Tensor, squares: torch.Tensor) -> to
 
     Args:
         count: This rank's number of tokens.
-        mean: Their mean, float32 `(hidden_size,)`.
-        squares: The sum of their squared distances from the mean, float32 `(hidden_size,)`. Around 0 instead, the
-            variance would be the difference of two large sums. When all tokens become alike, which is what this
-            watches for, that is rounding of either sign.
+        mean: Mean of these tokens, float32 `(hidden_size,)`.
+        squares: Sum of the tokens' squared distances from the mean, float32 `(hidden_size,)`. From squared
+            distances to 0 the variance would be a difference of two large sums. If all tokens are alike, the case to
+            detect, that difference is mere rounding of either sign.
     """
     mean, squares = mean.double(), squares.double()
     moments = torch.stack((torch.full_like(mean, count), count * mean, squares + count * mean.square()))
@@ -401,7 +401,7 @@ def prediction_deviation(predictions: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def target_deviation(targets: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """Compute target_var of targets `(batch_size, N, hidden_size)`, each counted once a clone that masks it."""
+    """Compute target_var of targets `(batch_size, N, hidden_size)`, each counted once per clone that masks it."""
     index = masked.flatten(1)
     counts = torch.zeros(targets.shape[:2], device=targets.device)
     counts = counts.scatter_add_(1, index, torch.ones_like(index, dtype=counts.dtype)).flatten()
@@ -414,8 +414,8 @@ def target_deviation(targets: torch.Tensor, masked: torch.Tensor) -> torch.Tenso
 class SSLAMForPreTrainingOutput(ModelOutput):
     """Output of [`SSLAMForPreTraining`].
 
-    Every tensor but the last two entries' is a scalar. The five terms are weighted and divided as the objective says,
-    so they add up to `loss`; those that the objective leaves out are None.
+    All tensors are scalars, except in the last two entries. The five terms are weighted and divided as the objective
+    says, so they add up to `loss`. A term that the objective leaves out is None.
 
     Attributes:
         loss: The objective.
@@ -425,11 +425,11 @@ class SSLAMForPreTrainingOutput(ModelOutput):
         pma_global_loss: CLS tokens of partial mixtures.
         srl_loss: Source retention.
         pred_var: Mean over channels of the standard deviation of predictions at masked patches, over all ranks.
-        target_var: The same of the targets. Collapse shows as either of the two going to 0.
+        target_var: The same number for the targets. Collapse shows as either of the two going to 0.
         masked_fraction: Share of patches that is masked.
         num_masked_tokens: Number of masked tokens of the batch, over all clips, mixtures and clones.
-        hidden_states: The student's, if asked for, each `(num_inputs * num_clones, 1 + num_visible, hidden_size)`. The
-            inputs are the unmixed clips, then the mixtures, as far as the objective has them.
+        hidden_states: The student's states, if asked for, each `(num_inputs * num_clones, 1 + num_visible,
+            hidden_size)`. The inputs are the unmixed clips, then the mixtures, as far as the objective has them.
         attentions: The student's attention probabilities, if asked for.
     """
 
@@ -453,7 +453,7 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
     A training step is: forward, backward, optimiser step n (counted from 1), `update_teacher(ema_decay(n))`. A saved
     folder holds all three. [`SSLAMModel`] and [`SSLAMForAudioClassification`] load the student from it;
     `SSLAMForPreTraining.from_pretrained(folder).teacher` is an [`SSLAMModel`] too. The teacher stays in float32 and in
-    evaluation mode, whatever is done to the model.
+    evaluation mode, even if `half` or `train` is called on the model.
     """
 
     _keep_in_fp32_modules_strict = ["teacher"]
@@ -475,7 +475,7 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
     ) -> Any:
         """Load as transformers does.
 
-        If the checkpoint holds no teacher, as an encoder's, the teacher becomes a copy of the student.
+        If the checkpoint holds no teacher (it can be an encoder's), the teacher becomes a copy of the student.
 
         Returns:
             A [`SSLAMForPreTraining`]; with `output_loading_info=True` a tuple of it and a dictionary.
@@ -542,8 +542,8 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
                 [`draw_unmixed_starts`] if not given.
             generator: Source of masks and windows; torch's own CPU generator if not given. The noise at the decoder's
                 masked patches comes from the device's own generator, as dropout does.
-            attention_mask: As the feature extractor makes it; it changes nothing. The published objective has no
-                padded clips, so a mask by which a whole patch is padding is an error.
+            attention_mask: The feature extractor's mask, which changes nothing. The published objective has no padded
+                clips, so a mask that marks a whole patch as padding is an error.
             output_attentions: Whether to return the student's attention probabilities.
             output_hidden_states: Whether to return the student's hidden states, or which; see [`SSLAMModel.forward`].
             **kwargs: Further arguments of the student's attention function; see [`SSLAMModel.forward`].
@@ -597,7 +597,7 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         is_unmixed: torch.Tensor,
         **encoder_options: Any,
     ) -> SSLAMForPreTrainingOutput:
-        """Compute the loss, given what was drawn for the batch.
+        """Compute the loss for given masks and windows.
 
         Args:
             clips: Log-mel frames `(batch_size, T, num_mel_bins)`.
@@ -661,7 +661,7 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
     def _retention_targets(
         self, patches: torch.Tensor, own_targets: torch.Tensor, mixed: torch.Tensor
     ) -> torch.Tensor:
-        """Make the targets of source retention, which a mixture should keep of both its sources.
+        """Make the targets of source retention, from both clips of each mixture.
 
         At mixed patches they are the mean of both clips' targets; the foreign clip's are made from its mixed patches
         alone. At unmixed patches they are the own clip's targets.
@@ -684,7 +684,7 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         return self.sslam.encoder(clones, **options)
 
     def _predict(self, states: torch.Tensor, visible: torch.Tensor, masked: torch.Tensor) -> LocalAndGlobal:
-        """Make predictions from the student's states of every clone; the local ones at masked patches alone."""
+        """Make predictions from the student's states of every clone; local predictions at masked patches alone."""
         config = self.config
         num_patches = visible.shape[2] + masked.shape[2]
         grid = torch.empty(len(states), num_patches, config.hidden_size, device=states.device, dtype=states.dtype)

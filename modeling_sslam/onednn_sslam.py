@@ -1,7 +1,7 @@
 """Compute a model's float32 matrix products and attention by oneDNN, where that is faster than torch's own way.
 
 On x86 CPUs torch hands float32 matrix products to MKL and convolutions to oneDNN. On the Intel processor that was
-measured MKL is the faster of the two; on the AMD ones oneDNN is up to twice as fast (benchmarks/NOTES.md). A linear
+measured MKL is faster. On the AMD processors oneDNN is up to twice as fast (benchmarks/NOTES.md). A linear
 layer is a 1x1 convolution and attention is two grouped ones, so asking for convolutions reaches oneDNN through torch's
 public interface. (Torch runs small convolutions, and on a single thread all 1x1 convolutions, by MKL after all.)
 
@@ -44,7 +44,7 @@ ONEDNN_IS_FASTER = IS_X86_WITH_ONEDNN and not _is_intels()
 
 
 def is_allowed() -> bool:
-    """Whether the environment allows kernels other than torch's own choice: not so if `SSLAM_ONEDNN` is 0."""
+    """Whether the environment allows kernels other than torch's own choice: false if `SSLAM_ONEDNN` is 0."""
     return os.environ.get("SSLAM_ONEDNN") != "0"
 
 
@@ -53,8 +53,8 @@ def use_onednn(model: Model) -> Model:
 
     Nothing changes on Intel processors, off x86, for models on other devices, or where `SSLAM_ONEDNN` is 0. Names and
     values of weights, saved files, copies and pickles stay as they are, and linear layers remain `nn.Linear`. Calling
-    this twice is the same as calling it once. To undo it, load the model anew, also before `torch.ao.quantization`,
-    which refuses the model otherwise.
+    this twice is the same as calling it once. To undo the change, load the model anew. Do so before
+    `torch.ao.quantization`, which refuses a changed model.
 
     Args:
         model: Any SSLAM model. It is changed in place. An attention implementation other than sdpa is kept.
@@ -77,7 +77,7 @@ class OnednnLinear(nn.Linear):
 
     @property
     def qconfig(self) -> None:
-        """Refuse torch.ao's quantisation, which finds layers by their exact class and would pass by this one."""
+        """Refuse torch.ao's quantisation, which finds layers by their exact class and would miss this one."""
         raise AttributeError("qconfig")
 
     @qconfig.setter

@@ -68,7 +68,7 @@ def classifier_fields(num_labels: int) -> dict[str, Any]:
 
 
 def eat_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Turn EATModel's config.json into that of `SSLAMConfig`.
+    """Turn EATModel's config.json into one of `SSLAMConfig`.
 
     Raises:
         ValueError: If EATModel with these settings computes other numbers than SSLAM and EAT.

@@ -172,7 +172,7 @@ def _as_rate(rate: Any) -> int:
 def _as_waveform(samples: Any) -> torch.Tensor:
     """Return samples as float32 `(num_samples,)`, the mean over the channels.
 
-    Arrays of any byte order, memory layout or float type are accepted, also those of Python's numbers.
+    Arrays of any byte order, memory layout or float type are accepted, also arrays of Python's numbers.
     """
     if not isinstance(samples, (np.ndarray, torch.Tensor, list, tuple)):
         raise ClipError(

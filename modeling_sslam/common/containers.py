@@ -1,8 +1,8 @@
 """Views of sound files whose headers mislead libsndfile.
 
-libsndfile believes the sizes in a file's header, hears only the first of several sounds and, through a file object,
-counts positions from the wrong byte where a tag comes first. [`find_links`] divides a file into its sounds without the
-leading tags, and each [`Link`] opens views of its bytes in which a wrong size is replaced.
+libsndfile trusts the sizes in a file's header and reads only the first of several sounds. Through a file object it
+counts positions from the wrong byte if a tag comes first. [`find_links`] divides a file into its sounds without the
+leading tags. Each [`Link`] opens views of its bytes in which a wrong size is replaced.
 """
 
 import io
@@ -11,19 +11,19 @@ import struct
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
-# Bytes read of a sound's beginning, and of an Ogg stream's end in search of its last page.
+# Bytes to read at a sound's beginning, and at an Ogg stream's end to find its last page.
 HEAD_BYTES, OGG_TAIL_BYTES = 4096, 1 << 17
 SCAN_BYTES, BUFFER_BYTES = 1 << 20, 1 << 16
 # A file whose chunks exceed this number is damaged.
 MAX_CHUNKS = 10_000
-# Programs that write to a pipe leave a size near the largest that the field holds. From these sizes on, by the field's
-# number of bytes, a size states nothing.
+# Programs that write to a pipe leave a size near the largest that the field holds. A size from
+# these on (by the field's number of bytes) states nothing.
 LARGEST_CLAIM = {4: 0x7FFF_0000, 8: 1 << 40}
-# More samples than follow the stated end of an MP3 anyway: the encoder's padding and a frame that only some count.
+# Samples that can follow the stated end of an intact MP3: the encoder's padding and a frame that only some count.
 MP3_SLACK = 4095 + 1152
 # A header of MPEG audio, of any layer. ADTS, which has the same sync word, has the layer 0.
 MPEG_FRAME = re.compile(rb"\xff[\xe2-\xe7\xea-\xef\xf2-\xf7\xfa-\xff]")
-# What precedes the number of frames, 4 bytes, in the first frame of an MP3: Xing's flags say that it is there.
+# Bytes before the number of frames (4 bytes) in the first frame of an MP3. Xing's flags say that the number is there.
 MP3_COUNT, MP3_TAG_BYTES = re.compile(rb"(?:Xing|Info)...[\x01\x03\x05\x07\x09\x0b\x0d\x0f]|VBRI.{10}", re.DOTALL), 64
 MP3_LARGEST_COUNT = 1 << 30
 # Apparent size of an MP3 without a count, whose length libsndfile derives from the file's size and first frame.
@@ -90,8 +90,8 @@ class View(io.RawIOBase):
         file: The file, which the view leaves open.
         start, end: The part.
         replaced: Bytes that take the place of others, by their position in the part.
-        apparent_size: Size to report, if it is not that of the part. The last bytes of a larger size are zeros, as
-            libsndfile looks for a tag there; the others are missing.
+        apparent_size: Size to report instead of the part's own. The last bytes of a larger size are zeros, because
+            libsndfile looks for a tag there. The bytes in between are missing.
     """
 
     def __init__(
@@ -108,11 +108,11 @@ class View(io.RawIOBase):
         self._position = 0
 
     def readable(self) -> bool:
-        """Return that the view can be read."""
+        """Return True: the view can be read."""
         return True
 
     def seekable(self) -> bool:
-        """Return that the view can seek."""
+        """Return True: the view can seek."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
@@ -154,7 +154,7 @@ class Link:
         self._file, self._start, self._end = file, start, end
         self.head = _read_at(file, start, min(HEAD_BYTES, end - start))
         self._replaced: dict[int, bytes] = {}
-        # How many times as many bytes of samples the header states as there are.
+        # Ratio of the bytes of samples that the header states to those that the file has.
         self.stated_share = 1.0
         data = self._data_size()
         if data is not None:
@@ -169,7 +169,7 @@ class Link:
 
         Returns:
             The view and the number of samples that may follow the stated length without belonging to the sound, or
-            `None` for that number if the header states no length. `None` alone if [`open`] is such a view.
+            `None` for that number if the header states no length. `None` alone if [`open`] returns such a view.
         """
         if FLAC_START.match(self.head):
             start = FLAC_TOTAL_END - 8
@@ -271,7 +271,7 @@ def _read_at(file: BinaryIO, position: int, size: int) -> bytes:
 
 
 def _search(file: BinaryIO, pattern: re.Pattern[bytes], size: int, start: int) -> Iterator[int]:
-    """Yield the positions from `start` on of a pattern of `size` bytes."""
+    """Yield the positions of a pattern of `size` bytes, from `start` on."""
     kept = b""
     while new := _read_at(file, start + len(kept), SCAN_BYTES):
         data = kept + new

@@ -3,13 +3,13 @@
 There are three decoders:
 
 - libsndfile (by soundfile) is tried first. It decodes from bytes or a path and needs no FFmpeg.
-- The program `ffmpeg` streams what libsndfile cannot read, such as m4a and webm, from a path.
+- The program `ffmpeg` streams formats that libsndfile cannot read, such as m4a and webm, from a path.
 - torchcodec decodes the same formats, also from bytes. It always decodes the whole file, because for a range it would
   start from the beginning every time.
 
 libsndfile reads through views that correct misleading headers (see [`containers`]), from the beginning to the end, and
 the length of a sound is the number of samples that were decoded. Every call of a decoder is made within
-[`decoder_errors`], which turns whatever it raises into [`ClipError`].
+[`decoder_errors`], which turns all its errors into [`ClipError`].
 """
 
 import contextlib
@@ -36,13 +36,13 @@ from .text import escape_controls
 
 logger = logging.getLogger(__name__)
 
-# Sampling rates of files, in Hz: from seismic sensors to ultrasound. Others come from damaged headers.
+# Accepted sampling rates in Hz, from seismic sensors to ultrasound. Other rates come from damaged headers.
 MIN_SAMPLING_RATE, MAX_SAMPLING_RATE = 100, 1_000_000
 # Largest block to decode at a time: 87 s of stereo at 48 kHz, 0.17 s of 1024 channels.
 MAX_BLOCK_BYTES = 1 << 25
 # Headers that state this many frames or more, 50 days at 16 kHz, state no length. libsndfile reports 2 ** 63 - 1 then.
 MAX_STATED_FRAMES = 1 << 36
-# A file that ends this much earlier than its header states was not cut; its writer counted otherwise.
+# A file that ends at most this much before its stated end was not cut; its writer counted otherwise.
 MIN_MISSING_SECONDS = 0.01
 # Header of Sun's AU format: magic, offset of the samples, their size, encoding, sampling rate, channels.
 AU_HEADER = struct.Struct(">4sIIIII")
@@ -83,7 +83,7 @@ def decode_blocks(audio: bytes | str, block_seconds: float) -> Iterator[tuple[to
 
     Args:
         audio: Path of the file, or its encoded bytes. A pipe is read once.
-        block_seconds: Approximate length of a block in seconds, in so far as [`MAX_BLOCK_BYTES`] admits it.
+        block_seconds: Approximate length of a block in seconds, limited by [`MAX_BLOCK_BYTES`].
 
     Yields:
         Channels of shape `(channels, num_samples)` and their sampling rate in Hz. The rate can change where one sound
@@ -106,7 +106,7 @@ def decode_blocks(audio: bytes | str, block_seconds: float) -> Iterator[tuple[to
             except ClipError:
                 if link is not others[-1] or not link.lacks_its_end:
                     raise
-                _warn_if_cut(link, audio)  # too little is left of it
+                _warn_if_cut(link, audio)  # too little of the sound is left to open
                 return
             yield from _decode_link(link, sound, audio, block_seconds)
 
@@ -161,7 +161,7 @@ def duration_seconds(audio: bytes | str) -> float | None:
 
 
 def check_sampling_rate(rate: int) -> None:
-    """Raise ClipError "unsupported_rate" unless a sampling rate in Hz is one that sounds are recorded at."""
+    """Raise ClipError "unsupported_rate" for a sampling rate in Hz at which no sound is recorded."""
     if not MIN_SAMPLING_RATE <= rate <= MAX_SAMPLING_RATE:
         raise ClipError(
             "unsupported_rate",
@@ -187,7 +187,7 @@ class _SequentialSoundFile(soundfile.SoundFile):
 
 @contextlib.contextmanager
 def _open_file(audio: bytes | str) -> Iterator[BinaryIO]:
-    """Open a file, or what a pipe or socket delivers until it ends, so that it can seek.
+    """Open a file, or the whole content of a pipe or socket, so that it can seek.
 
     Raises:
         ClipError: "missing", "empty", or "undecodable" for a device.
@@ -205,7 +205,7 @@ def _open_file(audio: bytes | str) -> Iterator[BinaryIO]:
                     stored = stack.enter_context(tempfile.TemporaryFile())
                     shutil.copyfileobj(file, stored)
                     file = stored
-            except (OSError, ValueError) as missing:  # the latter for a name with NUL
+            except (OSError, ValueError) as missing:  # ValueError for a name with NUL
                 raise ClipError("missing", str(missing)) from None
         if not file.seek(0, io.SEEK_END):
             raise ClipError("empty", "the file has no bytes")
@@ -255,7 +255,7 @@ def _open_view(link: Link) -> _SequentialSoundFile:
 
 
 def _described(refusal: ClipError, head: bytes) -> ClipError:
-    """Return the error of a file that libsndfile refused, with what its first bytes say it is."""
+    """Return the error of a file that libsndfile refused, with the type that its first bytes show."""
     text = head[:64].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     what = next((what for magic, what in NO_SOUND.items() if head.startswith(magic)), None)
     if what is None and text.startswith((b"<!doctype html", b"<html")):
@@ -306,9 +306,9 @@ def _decode_link(
 
 
 def _surplus(sound: soundfile.SoundFile, step: int, slack: int) -> Iterator[torch.Tensor]:
-    """Decode what follows the length that a header states, if it is more than `slack` frames.
+    """Decode the sound beyond the length that a header states, if there are more than `slack` frames.
 
-    What cannot be decoded here is not sound: tags, for example, follow it.
+    Bytes that cannot be decoded here are no sound; they can be tags, for example.
     """
     held: list[torch.Tensor] = []
     while True:
@@ -450,7 +450,7 @@ def _name(audio: bytes | str) -> str:
 def _decode_without_libsndfile(
     audio: bytes | str, file: BinaryIO, block_seconds: float, refusal: ClipError
 ) -> Iterator[tuple[torch.Tensor, int]]:
-    """Decode in blocks what libsndfile refused."""
+    """Decode a file that libsndfile refused, in blocks."""
     if refusal.reason == "undecodable" and isinstance(audio, str) and shutil.which("ffmpeg"):
         yield from _decode_with_ffmpeg(audio, file, block_seconds, refusal)
         return
@@ -466,7 +466,7 @@ def _decode_with_torchcodec(audio: bytes | str, file: BinaryIO, refusal: ClipErr
         raise refusal
     try:
         from torchcodec.decoders import AudioDecoder
-    except (ImportError, OSError, RuntimeError):  # the latter two where FFmpeg's libraries are missing
+    except (ImportError, OSError, RuntimeError):  # the last two where FFmpeg's libraries are missing
         if "not a sound file" in refusal.detail:
             raise refusal from None
         raise ClipError(
@@ -484,8 +484,8 @@ def _decode_with_torchcodec(audio: bytes | str, file: BinaryIO, refusal: ClipErr
 def _decode_with_ffmpeg(
     path: str, file: BinaryIO, block_seconds: float, refusal: ClipError
 ) -> Iterator[tuple[torch.Tensor, int]]:
-    """Decode what libsndfile refused, from a pipe in AU format: big-endian floats after a header."""
-    if not os.path.isfile(path):  # what a pipe delivered
+    """Decode a file that libsndfile refused. ffmpeg pipes it in AU format: big-endian floats after a header."""
+    if not os.path.isfile(path):  # the content of a pipe
         path = f"/dev/fd/{file.fileno()}"
     # Only local files are allowed, also for a playlist that names addresses. The prefix file: keeps ffmpeg from
     # reading a file name as an option or a protocol.

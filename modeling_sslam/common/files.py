@@ -5,8 +5,8 @@ also after a crash, the target is the old content or the new. There is one excep
 two paths atomically, a target that a folder replaces has no name for a moment. If a process is killed in this moment,
 the next call puts the old content back.
 
-[`replacing`] locks its target, so that of two calls at once the second is refused. A user of [`temporary_path`] and
-[`publish`] alone must see to it that no other process writes the same target.
+[`replacing`] locks its target, so a second call at the same time is refused. [`temporary_path`] and [`publish`] take
+no lock. Their callers must ensure that no other process writes the same target.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-# Prefixes of this program alone: whatever has one may be removed.
+# Prefixes of this program alone: any path that has one may be removed.
 TEMPORARY_PREFIX = ".sslam-tmp-"
 _OLD_PREFIX = ".sslam-old-"
 _LOCK_PREFIX = ".sslam-lock-"
@@ -38,9 +38,9 @@ def temporary_path(target: Path) -> Path:
 
 @contextmanager
 def replacing(target: str | Path) -> Iterator[Path]:
-    """Yield a hidden path beside `target` for a new file or folder, and publish what was written there.
+    """Yield a hidden path beside `target` for a new file or folder, and publish the result.
 
-    What killed calls left behind is repaired or removed first. If the body raises, the hidden path is removed and
+    Leftovers of killed calls are repaired or removed first. If the body raises, the hidden path is removed and
     `target` keeps its content.
 
     Raises:
@@ -63,7 +63,7 @@ def replacing(target: str | Path) -> Iterator[Path]:
 
 
 def publish(temporary: Path, target: Path) -> None:
-    """Force a file or folder to disk and give it the name `target`, replacing what has that name.
+    """Force a file or folder to disk and give it the name `target`, replacing the old one.
 
     The files of a folder get the folder's permissions to read and write.
 
@@ -122,7 +122,7 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Repair or remove what killed processes left anywhere in a folder. What is being written stays."""
+    """Repair or remove leftovers of killed processes anywhere in a folder. Paths that are being written stay."""
     for prefix in (_OLD_PREFIX, TEMPORARY_PREFIX, _LOCK_PREFIX):
         for path in sorted(folder.rglob(f"{prefix}*")):
             target = path.with_name(path.name.removeprefix(prefix))
@@ -137,7 +137,7 @@ def _old_path(target: Path) -> Path:
 
 
 def _repair(target: Path) -> None:
-    """Put the old content back if a process was killed between two renames, else remove it if it is left over."""
+    """Put the old content back if a process was killed between two renames; otherwise remove it."""
     old = _old_path(target)
     if os.path.lexists(old) and not os.path.lexists(target):
         old.rename(target)
@@ -145,7 +145,7 @@ def _repair(target: Path) -> None:
 
 
 def _replace_by_folder(temporary: Path, target: Path) -> None:
-    """Put a folder in the place of `target`, whose content stays at a hidden path until the new one is on disk."""
+    """Replace `target` by a folder. The old content stays at a hidden path until the new one is on disk."""
     if not _exchange(temporary, target):
         old = _old_path(target)
         target.rename(old)
@@ -186,7 +186,7 @@ def _locked(target: Path) -> Iterator[None]:
             raise TargetInUseError(f"{target} is being written by another call; wait until that has ended.") from error
         except OSError:
             pass  # a file system without locks: the call goes on without one
-        # The holder before may have removed the file after it was opened here: then it is no lock any more.
+        # The previous holder may have removed the file after it was opened here. Then the file locks nothing.
         if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
             break
         os.close(descriptor)

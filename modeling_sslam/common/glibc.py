@@ -24,7 +24,7 @@ def keep_freed_memory() -> None:
     """
     mallopt = _glibc_function("mallopt")
     if mallopt is not None:
-        # Both, because setting one of them stops glibc from adapting the other.
+        # Set both, because setting one stops glibc from adapting the other.
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
         mallopt(M_MMAP_THRESHOLD, HEAP_BLOCK_BYTES)
 

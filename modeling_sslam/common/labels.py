@@ -122,7 +122,7 @@ def _read_names(rows: Sequence[Sequence[str]]) -> list[str] | None:
     names = [row[0] for row in rows]
     if len(names) > 1 and names[0].lower() in NAME_HEADERS:
         names = names[1:]
-    # Lines such as `0 dog` or `0:dog` have columns all the same.
+    # Lines such as `0 dog` or `0:dog` have columns too.
     numbers = [re.match(r"\d+(?=\W)", name) for name in names]
     if len(names) > 1 and all(numbers) and [int(n[0]) for n in numbers if n] == list(range(len(names))):
         return None

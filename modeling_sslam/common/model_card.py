@@ -64,8 +64,8 @@ def render_card(
     Args:
         title: The heading.
         summary: Markdown below the heading.
-        facts: Rows of a table. Line breaks, column marks and HTML in them become entities (`&#10;`), other control
-            characters Python's escapes (`\x1b`).
+        facts: Rows of a table. Line breaks, column marks and HTML become entities (`&#10;`). Other control characters
+            become Python's escapes (`\x1b`).
         model_class: The class in the usage example, a key of `USAGES`.
         sampling_rate: The model's sampling rate in Hz.
         sections: Markdown by heading, after the usage example.

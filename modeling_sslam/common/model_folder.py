@@ -17,7 +17,7 @@ from ..modeling_sslam import SSLAMPreTrainedModel
 MAX_JSON_BYTES = 8 << 20
 # Frames (22 minutes) that a clip may be padded to, if the model does not take more.
 MAX_FRAMES = 1 << 17
-# In Hz. Sound outside it is no audio of this model.
+# Range in Hz. No model of this kind has a rate outside it.
 SAMPLING_RATES = (1_000, 1_000_000)
 
 

@@ -90,13 +90,13 @@ def search_folder(folder: str) -> list[str]:
     Pipes, sockets, devices and folders that may not be read are left out with a warning.
 
     Returns:
-        Paths: those in the folder, then those of each subfolder, sorted by name.
+        Paths: first the folder's files, then the files of each subfolder, sorted by name.
     """
     return [e.path for e in _files(folder) if is_recording_name(e.name) and not _is_special(e)]
 
 
 def _files(folder: str, with_hidden: bool = False) -> Iterator[os.DirEntry[str]]:
-    """Yield what a folder and its subfolders hold besides folders; see [`search_folder`]."""
+    """Yield the entries of a folder and its subfolders that are no folders; see [`search_folder`]."""
     searched: set[tuple[int, int]] = set()
     links = [folder]
     while links:
@@ -125,7 +125,7 @@ def _files(folder: str, with_hidden: bool = False) -> Iterator[os.DirEntry[str]]
 
 
 def _is_special(entry: os.DirEntry[str]) -> bool:
-    """Tell whether a name is that of a pipe, socket or device, and log a warning if it is."""
+    """Tell whether a name belongs to a pipe, socket or device, and log a warning if so."""
     try:
         mode = entry.stat().st_mode
     except OSError:  # a broken link, which reading reports
@@ -141,7 +141,7 @@ def _expand(pattern: str) -> list[str]:
     parts = pattern.split(os.sep)
     if "**" not in parts:
         return sorted(path for path in glob.glob(pattern) if os.path.isfile(path))
-    # glob enters links that lead back to where they are, again and again.
+    # glob follows a link to one of its own parent folders again and again.
     first = parts.index("**")
     head, tail = os.sep.join(parts[:first]), parts[first:]
     folders = [folder for folder in glob.glob(head or os.curdir) if os.path.isdir(folder)]

@@ -59,7 +59,7 @@ class StreamResampler:
         for first, kernel in kernels(self.orig, self.new, self._width):
             reach = self._pending[first : first + (groups - 1) * self.orig + kernel.shape[-1]]
             outputs.append(torch.nn.functional.conv1d(reach[None, None], kernel.to(block.device), stride=self.orig)[0])
-        # A copy, because a view would keep the whole block alive.
+        # Copy, because a view would keep the whole block alive.
         self._pending = self._pending[groups * self.orig :].clone()
         self._num_outputs += groups * self.new
         return torch.cat(outputs).T.reshape(-1)

@@ -73,6 +73,6 @@ def csv_row(cells: Iterable[object]) -> str:
 
 
 def _escape(text: str, characters: str, escape: str) -> str:
-    # Backslashes before such a character or before the look of an escape are doubled, so that no two texts merge.
+    # Double the backslashes before such a character or before text like an escape, so that no two texts merge.
     text = re.sub(rf"\\(?=\\*(?:[{characters}]|{escape}))", r"\\\\", text)
     return re.sub(f"[{characters}]", lambda found: found[0].encode("unicode_escape").decode(), text)

@@ -37,7 +37,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    """Return what `from_pretrained(dtype=...)` takes: "auto", or the dtype of a name.
+    """Return the value for `from_pretrained(dtype=...)`: "auto", or the dtype of a name.
 
     "int8" gives float32, since weights are rounded to int8 after they are loaded.
     """
@@ -51,7 +51,7 @@ def choose_batch_size(config: SSLAMConfig, num_frames: int, device: torch.device
     if device.type != "cuda":
         return CPU_BATCH_SIZE
     tokens = 1 + num_frames // config.patch_size * config.num_mel_patches
-    # Residual, its norm, query, key, value, attended values; the MLP before and after its activation.
+    # In memory: residual, its norm, query, key, value, attended values; the MLP before and after its activation.
     values = tokens * (6 * config.hidden_size + 2 * config.intermediate_size)
     free, _ = torch.cuda.mem_get_info(device)
     return min(MAX_BATCH_SIZE, max(1, int(MEMORY_SHARE * free / (values * dtype.itemsize))))
@@ -86,6 +86,6 @@ def compute_in_parts(compute: Callable[[Sequence[T]], R], batch: Sequence[T], si
         else:
             start += len(part)
             continue
-        # Not inside `except`: there the error still holds the tensors of the failed computation.
+        # Free memory outside `except`, where the error would still hold the tensors of the failed computation.
         torch.cuda.empty_cache()
     return results, size

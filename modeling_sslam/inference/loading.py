@@ -1,4 +1,4 @@
-"""Loading of models from folders and from the Hub, with errors that say what was found instead."""
+"""Loading of models from folders and from the Hub, with errors that name the files or weights found instead."""
 
 import pickle
 from pathlib import Path

@@ -57,7 +57,7 @@ class LongAudioClassificationPipeline(ChunkPipeline):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Any, because with `trust_remote_code` the classes are copies of this package's, loaded from the model folder.
+        # Use Any: with `trust_remote_code` the classes are copies of this package's, loaded from the model folder.
         model: Any = self.model
         feature_extractor: Any = self.feature_extractor
         self._tagger = SSLAMTagger(model, feature_extractor)
@@ -90,8 +90,8 @@ class LongAudioClassificationPipeline(ChunkPipeline):
         windows = {name: value for name, value in windows.items() if value is not None}
         return windows, {}, windows | kwargs
 
-    # The type hints of the base class are those of pipelines without chunks, whose settings are all dictionaries, so
-    # these three steps cannot agree with them.
+    # The base class has the type hints of pipelines without chunks, whose settings are all dictionaries. These three
+    # steps cannot agree with them.
 
     def preprocess(  # type: ignore[override]
         self, inputs: Audio, chunk_length_s: float = DEFAULT_CHUNK_SECONDS, stride_length_s: Any = None

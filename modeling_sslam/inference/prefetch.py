@@ -15,7 +15,7 @@ Output = TypeVar("Output")
 MAX_THREADS = 16
 # Outputs of one item that may wait. The limit keeps recordings of hours from filling the memory.
 OUTPUTS_AHEAD = 8
-# Interval at which a blocked thread checks whether it shall stop.
+# Interval at which a blocked thread checks whether it must stop.
 POLL_SECONDS = 0.1
 
 
@@ -35,7 +35,7 @@ def prefetch(
         items_ahead: Number of items that may wait or be worked on.
 
     Raises:
-        BaseException: What `items` or `produce` raise, after the outputs that come before it.
+        BaseException: Any error of `items` or `produce`, after the outputs that come before it.
     """
     stop = threading.Event()
     waiting: queue.Queue = queue.Queue(items_ahead)
@@ -88,7 +88,7 @@ def prefetch(
                 return
 
     threads_before = torch.get_num_threads()
-    # Daemon threads, because a program that ends early waits for the threads of concurrent.futures.
+    # Use daemon threads, because a program that ends early would wait for threads of concurrent.futures.
     threads = [threading.Thread(target=work, daemon=True) for _ in range(min(MAX_THREADS, available_cores()))]
     threads.append(threading.Thread(target=lambda: forward(hand_out(), waiting), daemon=True))
     for thread in threads:
@@ -102,5 +102,5 @@ def prefetch(
             tasks.put(None)
         for thread in threads:
             thread.join()
-        # set_num_threads in a thread also sets the default of later threads, so restore it.
+        # Restore the number, because set_num_threads in a thread also sets the default of later threads.
         torch.set_num_threads(threads_before)

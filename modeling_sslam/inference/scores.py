@@ -26,14 +26,14 @@ def scores_from_logits(logits: torch.Tensor, config: SSLAMConfig) -> torch.Tenso
 
 
 def check_finite(is_finite: torch.Tensor | np.bool_, values: str) -> None:
-    """Refuse a model that computes values which are NaN or infinite. Clips are checked before, so it is the model.
+    """Refuse NaN and infinite results. Clips are checked beforehand, so the model is at fault.
 
     Args:
         is_finite: Whether all values of a batch are finite.
         values: The name of the values.
 
     Raises:
-        InferenceError: If they are not.
+        InferenceError: If a value is NaN or infinite.
     """
     if not is_finite:
         raise InferenceError(
@@ -43,9 +43,9 @@ def check_finite(is_finite: torch.Tensor | np.bool_, values: str) -> None:
 
 
 def pool_windows(scores: Sequence[np.ndarray], config: SSLAMConfig) -> np.ndarray:
-    """Return a recording's scores `(num_labels,)` from those of its windows: the maximum for multi-label models.
+    """Pool the scores of a recording's windows to `(num_labels,)`, by the maximum for multi-label models.
 
-    The scores of other models sum to 1 over the classes, which the mean preserves.
+    Other models use the mean, which preserves that their scores sum to 1 over the classes.
     """
     return np.max(scores, axis=0) if is_multi_label(config) else np.mean(scores, axis=0)
 

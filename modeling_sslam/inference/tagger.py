@@ -34,7 +34,7 @@ class SSLAMTagger:
 
     Threads decode a recording, resample it and compute its filter bank once, in blocks, while the model computes.
     Windows are padded as in training and classified in batches. As in transformers' pipeline, scores are the sigmoid
-    of the logits of a multi-label model and the softmax of those of any other.
+    of a multi-label model's logits and the softmax of any other model's logits.
 
     Args:
         model: The classifier, on the device that is to compute.
@@ -87,8 +87,8 @@ class SSLAMTagger:
         Args:
             model: Folder, or OWNER/NAME on the Hub.
             device: "auto" takes an accelerator if there is one, or else the CPU.
-            dtype: Precision of the computation. "auto" takes that of the saved weights; "int8" approximates float32
-                on CPUs.
+            dtype: Precision of the computation. "auto" takes the precision of the saved weights; "int8"
+                approximates float32 on CPUs.
             batch_size: See the class.
             revision: Branch, tag or commit on the Hub.
 
@@ -197,7 +197,7 @@ class SSLAMTagger:
         Raises:
             InferenceError: If the device has too little memory for a batch of the size asked for, or for one window.
         """
-        # 0 until the first window, whose length decides the size "auto".
+        # The batch size is 0 until the first window, whose length decides the size "auto".
         size = self.batch_size if isinstance(self.batch_size, int) else 0
         waiting: list[tuple[Key, torch.Tensor | None]] = []
         num_windows, trim = 0, MemoryTrimmer()
@@ -247,8 +247,8 @@ class SSLAMTagger:
         """Rank the classes of a whole recording.
 
         A recording that is longer than the feature extractor's `max_length` is cut into windows of that length; the
-        last window ends with the recording. The score of a class is its highest in any window, or with a single-label
-        model its mean.
+        last window ends with the recording. The score of a class is its highest score in any window, or with a
+        single-label model its mean score.
 
         Args:
             audio: A path, encoded bytes, `{"array": samples, "sampling_rate": Hz}`, or samples at the model's rate.

@@ -8,9 +8,9 @@ frame shares with the next one are carried over. Compared with [`SSLAMFeatureExt
 - A window of frames k, k + 1, ... equals the extractor's result for a clip of the samples from 160 k on, up to
   rounding. The extractor removes the mean of the clip before that of each frame, which changes the last bits of the
   samples. The logarithm magnifies them where a mel bin is nearly empty beside a loud sound. On the tests' recordings
-  the two differ by at most 6.6e-3 and by 4e-6 on average (log-mel values from -16 to 8). Both are equally far from the
-  same computation in float64: 3.3e-3 this pass, 7.7e-3 the extractor. An offset of the waveform (up to 0.3 of full
-  scale) does not change that.
+  the two differ by at most 6.6e-3 and by 4e-6 on average (log-mel values from -16 to 8). From the same computation in
+  float64 this pass differs by at most 3.3e-3 and the extractor by 7.7e-3. An offset of the waveform (up to 0.3 of full
+  scale) does not change these numbers.
 - Windows start at whole frames, so at multiples of 10 ms.
 - There are no other edges: no frame reaches beyond the recording, and a window has as many frames as a clip of its
   length (198 in 2 s). Only resampling differs: it reads the samples around a window, and silence around a clip that
@@ -45,7 +45,7 @@ def stream_log_mel(blocks: Iterable[torch.Tensor], extractor: SSLAMFeatureExtrac
         if len(pending) < extractor.frame_length:
             continue
         frames = log_mel_spectrogram(pending[None], extractor.num_mel_bins, extractor.sampling_rate)[0]
-        # A copy, because a view would keep the whole block alive.
+        # Copy, because a view would keep the whole block alive.
         pending = pending[len(frames) * extractor.frame_shift :].clone()
         num_frames += len(frames)
         yield frames
@@ -78,7 +78,7 @@ def cut_windows(log_mel: Iterable[torch.Tensor], window: int, hop: int) -> Itera
             yield start, pending[start - first : start - first + window]
             covered = start + window
             start += hop
-        # Keep the frames of the next window, and of the last one in case the recording ends here.
+        # Keep the frames of the next window, and those of the last window in case the recording ends here.
         dropped = max(0, min(start, total - window) - first)
         pending, first = pending[dropped:].clone() if dropped else pending, first + dropped
     if pending is not None and covered < first + len(pending):

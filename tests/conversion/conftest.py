@@ -64,7 +64,7 @@ def fine_tuned(golden_dir: Path) -> Checkpoint:
 def save(tmp_path: Path) -> Callable[..., Path]:
     """`save(checkpoint, tensors, settings)` writes a file in fairseq's layout with some tensors and settings replaced.
 
-    None in place of a tensor leaves it out. The settings are given by dotted path.
+    None in place of a tensor leaves it out. Settings have dotted paths as keys.
     """
 
     def write(

@@ -14,7 +14,7 @@ SUPERVISED, PRETRAINED = "esp-aves2-sl-eat-all-ssl-all", "esp-aves2-eat-all"
 
 @pytest.fixture
 def supervised(golden_dir, tmp_path):
-    """A folder with a backbone under EATModel's names, a linear classifier without a norm and its label map."""
+    """Write a folder with a backbone under EATModel's names, a linear classifier without a norm and its label map."""
     folder = tmp_path / SUPERVISED
     folder.mkdir()
     tensors = load_file(golden_dir / "hub_pretrained" / "model.safetensors")
@@ -43,7 +43,7 @@ def test_supervised(supervised, golden_dir, run, tmp_path):
     assert "no norm" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_encoder_of_the_supervised(supervised, golden_dir, run, tmp_path, parity):
+def test_encoder_of_the_supervised_checkpoint(supervised, golden_dir, run, tmp_path, parity):
     assert run(supervised, tmp_path / "out", *HEADS, "--head", "encoder").code == 0
     golden = load_file(golden_dir / "encoder.safetensors")
     with torch.no_grad():
@@ -51,7 +51,7 @@ def test_encoder_of_the_supervised(supervised, golden_dir, run, tmp_path, parity
     parity("encoder in avex's layout", (states - golden["last_hidden_state_512"]).abs().max(), 1e-5)
 
 
-def test_self_supervised_is_known_by_its_name(golden_dir, run, tmp_path, pretrained):
+def test_self_supervised_checkpoint_is_known_by_its_name(golden_dir, run, tmp_path, pretrained):
     (tmp_path / PRETRAINED).mkdir()
     student = {name: value.clone() for name, value in pretrained.tensors.items() if not name.startswith("_ema.")}
     save_file(student, tmp_path / PRETRAINED / f"{PRETRAINED}.safetensors")
@@ -78,7 +78,7 @@ def test_choices_take_precedence(supervised, run, tmp_path):
 @pytest.mark.parametrize(
     "content", ["[]", '{"robin": 0}', '{"a": 0, "b": 0, "c": 1}', "not json", '{"a": "x", "b": 1}']
 )
-def test_a_label_map_that_does_not_fit(supervised, run, tmp_path, content):
+def test_a_label_map_that_does_not_fit_is_refused(supervised, run, tmp_path, content):
     (supervised / "label_map.json").write_text(content)
     outcome = run(supervised, tmp_path / "out", *HEADS)
     assert outcome.code == 1
@@ -87,7 +87,7 @@ def test_a_label_map_that_does_not_fit(supervised, run, tmp_path, content):
 
 
 @pytest.mark.parametrize("to", ["fairseq", "hub-eat"])
-def test_layouts_whose_classifier_has_a_norm(supervised, run, tmp_path, to):
+def test_layouts_whose_classifier_has_a_norm_are_refused(supervised, run, tmp_path, to):
     outcome = run(supervised, tmp_path / "out", *HEADS, "--to", to)
     assert outcome.code == 1
     assert "has no norm" in outcome.error

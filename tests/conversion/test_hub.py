@@ -85,7 +85,7 @@ SOURCES = {
 
 
 def test_repositories_of_other_content(command, tmp_path):
-    # One process for all, since importing torch takes most of the time.
+    # One process for all repositories, because importing torch takes most of the time.
     lines = [[*line.split(), str(tmp_path / f"out{i}"), "--quiet"] for i, line in enumerate(SOURCES)]
     result = command("-c", f"from conversion.__main__ import main; print([main(line) for line in {lines}])")
     assert result.stdout == "[0, 1, 1, 1]\n", result.stderr

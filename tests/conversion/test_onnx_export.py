@@ -1,4 +1,4 @@
-"""ONNX graphs compute the model's numbers for any batch size and length. Others are not written."""
+"""ONNX graphs compute the model's numbers for any batch size and length. Graphs that do not are not written."""
 
 import importlib.util
 import json
@@ -149,7 +149,7 @@ def test_folder_suffices_for_inference(converted, session):
     assert isinstance(config, SSLAMConfig)
     assert len(config.id2label) == 12
     extractor = AutoFeatureExtractor.from_pretrained(folder)
-    # By default the extractor returns no mask; with padding="longest" it does.
+    # The extractor returns a mask with padding="longest", but not by default.
     waveforms = [np.sin(np.arange(length) / 9).astype(np.float32) for length in (16_000, 40_000)]
     inputs = extractor(waveforms, sampling_rate=16_000, return_tensors="np")
     assert session("sslam_finetuned.pt").run(["logits"], dict(inputs))[0].shape == (2, 12)

@@ -166,7 +166,7 @@ def test_stand_ins_are_not_registered_after_reading(golden_dir):
     assert set(torch.serialization.get_safe_globals()) == before
 
 
-def test_other_content_of_a_training_checkpoint_is_no_obstacle(pretrained, tmp_path):
+def test_other_content_of_a_training_checkpoint_is_skipped(pretrained, tmp_path):
     extra = {
         "args": Namespace(lr=0.1),
         "best": np.float64(0.5),
@@ -183,7 +183,7 @@ def test_other_content_of_a_training_checkpoint_is_no_obstacle(pretrained, tmp_p
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("source", ["sslam_pretrained.pt", "hub_pretrained/model.safetensors", "legacy"])
-def test_file_that_is_cut_short(source, share, golden_dir, pretrained, tmp_path):
+def test_file_that_is_cut_short_is_refused(source, share, golden_dir, pretrained, tmp_path):
     if source == "legacy":
         torch.save(pretrained.tensors, tmp_path / "whole", _use_new_zipfile_serialization=False)
         content = (tmp_path / "whole").read_bytes()
@@ -260,7 +260,7 @@ NOT_CHECKPOINTS = {
 
 @pytest.mark.parametrize("content", NOT_CHECKPOINTS.values(), ids=NOT_CHECKPOINTS)
 @pytest.mark.filterwarnings("error")
-def test_file_that_is_no_checkpoint(content, tmp_path):
+def test_file_that_is_no_checkpoint_is_refused(content, tmp_path):
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(ConversionError) as refusal:
         read_checkpoint(tmp_path / "file")
@@ -285,7 +285,7 @@ def test_folder_needs_weights_and_only_one_choice_of_them(tmp_path, pretrained):
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", ""])
-def test_folder_with_a_broken_configuration(text, golden_dir, tmp_path):
+def test_folder_with_a_broken_configuration_is_refused(text, golden_dir, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((golden_dir / "hub_pretrained" / "model.safetensors").read_bytes())
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConversionError, match=r"config\.json"):

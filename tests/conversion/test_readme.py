@@ -1,4 +1,4 @@
-"""The commands, errors and Python of conversion/README.md are as the program has them."""
+"""The commands, errors and Python of conversion/README.md agree with the program."""
 
 import re
 import shlex
@@ -15,7 +15,7 @@ README = (ROOT / "conversion" / "README.md").read_text(encoding="utf-8")
 
 @pytest.fixture(autouse=True)
 def _clone(tmp_path, monkeypatch):
-    """Makes an empty folder with the repository's tests the working directory."""
+    """Work in an empty folder that has the repository's tests."""
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     monkeypatch.chdir(tmp_path)
 

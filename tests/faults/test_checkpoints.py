@@ -39,7 +39,7 @@ SECONDS, BYTES = 1.0, 1 << 30
 
 @pytest.fixture
 def bounded() -> Iterator[None]:
-    """Let a test fail that takes much more than a second of processor time or a gigabyte of memory."""
+    """Fail a test that takes much more than a second of processor time or a gigabyte of memory."""
 
     def stop(*_: object) -> None:
         raise AssertionError("it takes far too long")
@@ -52,7 +52,7 @@ def bounded() -> Iterator[None]:
     start = time.process_time()
     try:
         yield
-        assert time.process_time() - start < 3 * SECONDS  # of a second on a free machine
+        assert time.process_time() - start < 3 * SECONDS  # one second on a free machine
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
@@ -89,7 +89,7 @@ def load(folder: Path) -> SSLAMForAudioClassification:
     return load_pretrained(SSLAMForAudioClassification, folder, "cpu", "auto", None)[0]
 
 
-# D1: what a pickle builds
+# D1: pickles that build too much
 
 
 def doubled(value: Any, pair: Callable[[Any], Any], times: int = 45) -> Any:
@@ -112,7 +112,7 @@ def tuple_in_its_list() -> list:
 def ordered_by_itself() -> OrderedDict:
     ordered: OrderedDict = OrderedDict()
     ordered["again"] = ordered
-    ordered.again = ordered  # type: ignore[attr-defined]  # the state of an OrderedDict holds it as well
+    ordered.again = ordered  # type: ignore[attr-defined]  # the OrderedDict's state holds itself as well
     return ordered
 
 
@@ -197,7 +197,7 @@ def test_a_program_that_builds_more_than_data_is_refused_at_once(program, contai
         read_checkpoint(path)
 
 
-def test_deeply_nested_tuples_beside_the_weights_are_no_obstacle(tmp_path, bounded):
+def test_deeply_nested_tuples_beside_the_weights_are_skipped(tmp_path, bounded):
     weights = saved(tmp_path / "plain.pt", {"model": WEIGHT})
     with zipfile.ZipFile(weights) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
@@ -209,7 +209,7 @@ def test_deeply_nested_tuples_beside_the_weights_are_no_obstacle(tmp_path, bound
     assert torch.equal(read_checkpoint(tmp_path / "nested.pt").tensors["blocks.0.norm1.weight"], torch.zeros(8))
 
 
-def test_compressed_records_are_refused_whatever_they_unpack_to(tmp_path, bounded):
+def test_compressed_records_are_refused_whatever_their_content(tmp_path, bounded):
     path = write_zip(tmp_path / "hostile.pt", bytes(64 << 20), zipfile.ZIP_DEFLATED)
     with pytest.raises(ConversionError, match=r"its record archive/data\.pkl is compressed"):
         read_checkpoint(path)
@@ -368,7 +368,7 @@ HUGE = {
 }
 CHANGES = [(file, change) for file, changes in HUGE.items() for change in changes]
 IDS = [f"{file.partition('.')[0]}-{str(change)[:40]}" for file, change in CHANGES]
-# Conversion takes these from the weights' shapes or from the other file, whatever is stated here.
+# Conversion takes these from the weights' shapes or from the other file and ignores the values here.
 TAKEN_FROM_ELSEWHERE = (
     *("hidden_size", "num_hidden_layers", "intermediate_size", "patch_size", "num_mel_bins", "max_length"),
     *("qkv_bias", "dtype"),
@@ -515,14 +515,14 @@ def test_a_broken_index_is_refused_in_one_line(index, model, tmp_path, run, boun
 
 @pytest.fixture(params=["atomic exchange", "two renames"])
 def exchange(request, monkeypatch) -> str:
-    """Run a test as the system does it, and as on systems without an atomic exchange of two paths."""
+    """Run a test with the system's atomic exchange of two paths, and without one."""
     if request.param == "two renames":
         monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     return request.param
 
 
 def in_killed_process(step: int, call: Callable[[], None]) -> bool:
-    """Run a call in a forked process that is killed before its nth change of names, and return whether it was."""
+    """Run a call in a forked process that is killed before its nth change of names. Return whether it was killed."""
     child = os.fork()
     if child == 0:
         changes = 0
@@ -569,7 +569,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_to_the_next_call(tmp_pat
     assert states == {"old", "new"}
 
 
-def test_remove_leftovers_repairs_and_removes_what_is_the_programs_own(tmp_path, exchange):
+def test_remove_leftovers_repairs_and_removes_only_the_programs_own_paths(tmp_path, exchange):
     target = tmp_path / "run" / "best"
     target.parent.mkdir()
     mine = [tmp_path / "run" / ".tmp-mine", tmp_path / "run" / ".hidden"]
@@ -611,7 +611,7 @@ def test_a_conversion_killed_between_two_renames_is_repaired_by_the_next(golden_
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_of_two_conversions_to_one_target_the_second_is_refused(golden_dir, tmp_path, run):
+def test_a_second_conversion_to_the_same_target_is_refused(golden_dir, tmp_path, run):
     out = tmp_path / "out"
     with replacing(out) as place:
         place.mkdir()
@@ -705,7 +705,7 @@ def test_code_in_a_card_stays_in_its_line():
     assert code_span("x\n# Heading\x1b") == r"`x\n# Heading\x1b`"
 
 
-def test_names_and_licenses_from_a_source_reach_neither_terminal_nor_card_as_they_are(golden_dir, tmp_path, run):
+def test_names_and_licenses_from_a_source_are_escaped_on_terminal_and_card(golden_dir, tmp_path, run):
     source = tmp_path / "a\x1b[31m|b\n# c"
     shutil.copytree(golden_dir / "hub_finetuned", source)
     (source / "README.md").write_text('---\nlicense: "x`\\n# y\\e[0m"\n---\n')
@@ -725,7 +725,7 @@ def test_names_and_licenses_from_a_source_reach_neither_terminal_nor_card_as_the
     assert "\x1b" not in error + out
 
 
-def test_names_of_weights_do_not_reach_the_terminal_as_they_are(tmp_path, run):
+def test_names_of_weights_are_escaped_on_the_terminal(tmp_path, run):
     torch.save({"\x1b]0;title\x07\nblocks": torch.zeros(1)}, tmp_path / "x.pt")
     code, _, error = run(tmp_path / "x.pt", tmp_path / "out")
     assert code == 1
@@ -733,7 +733,7 @@ def test_names_of_weights_do_not_reach_the_terminal_as_they_are(tmp_path, run):
     assert error.count("\n") == 1
 
 
-def test_labels_come_back_from_a_converted_model(model, tmp_path, run):
+def test_labels_survive_conversion(model, tmp_path, run):
     labels = {str(i): f"{text}{i}" for i, text in enumerate([*TEXTS, "\x1b[0m"])}
     config = json.loads((model / "config.json").read_text())
     labels |= {str(i): f"label {i}" for i in range(len(labels), len(config["id2label"]))}

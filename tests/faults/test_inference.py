@@ -1,4 +1,4 @@
-"""Faults of embedding folders, of outputs with odd names, of broken models and of the page, once found and mended."""
+"""Faults that were once found: embedding folders, outputs with odd names, broken models and the page."""
 
 import csv
 import io
@@ -91,7 +91,7 @@ def write_noise(path: Path | bytes, seed: int, seconds: float = 0.4) -> None:
 
 @pytest.fixture
 def recordings(tmp_path) -> Path:
-    """Four recordings: `long.wav` has ten windows, the others have one."""
+    """Write four recordings: `long.wav` has ten windows, the others have one."""
     folder = tmp_path / "recordings"
     folder.mkdir()
     for seed, name in enumerate(("a", "b", "c")):
@@ -101,7 +101,7 @@ def recordings(tmp_path) -> Path:
 
 
 def rows_of(out: Path) -> dict[tuple[str, float], np.ndarray]:
-    """The vectors by name and start. No row may appear twice."""
+    """Return the vectors by name and start. No row may appear twice."""
     table = pq.read_table(out / "data").to_pylist()
     rows = {(row.get("path", row.get("row")), row["start"]): np.array(row["embedding"]) for row in table}
     assert len(rows) == len(table)
@@ -117,17 +117,17 @@ def assert_holds(out: Path, recordings: Path, embedder: Embedder) -> None:
         np.testing.assert_allclose(rows[place], vector, atol=1e-5)
 
 
-# Changed, removed and missing: what a second call makes of a folder (A16, E2).
+# A second call after files were changed or removed (A16, E2).
 
 
 def change(path: Path, how: str) -> None:
-    """Give a recording other content; the size or the time of change alone tells so."""
+    """Give a recording other content, which shows in its size or its time of change alone."""
     before = path.stat()
     write_noise(path, 99, seconds=0.5 if how == "size" else 0.4)
     if how == "size":
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     else:
-        # Older than before, as `cp -p` and archives make it.
+        # Older than before, as after `cp -p` or unpacking an archive.
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns - 1))
         assert path.stat().st_size == before.st_size
 
@@ -156,7 +156,7 @@ def test_a_changed_recording_in_several_shards_leaves_no_row_behind(embedder, re
 
 
 def test_a_recording_that_changes_between_a_stop_and_the_next_call(embedder, recordings, tmp_path):
-    """The first windows are in the folder, and the others would come from another recording."""
+    """The first windows are in the folder. The rest must not be added from another recording."""
     out, sources = tmp_path / "out", [str(recordings / "long.wav")]
     assert embed_to_folder(sources, out, embedder, "m", should_stop=lambda: True).stopped
     write_noise(recordings / "long.wav", 7, seconds=6.4)
@@ -256,7 +256,7 @@ def test_pruning_keeps_files_of_other_calls_and_files_that_cannot_be_looked_up(
 
 
 def test_shards_without_stamps_stay(embedder, recordings, tmp_path, monkeypatch):
-    """An earlier version kept no sizes and times."""
+    """Shards of earlier versions have no sizes and times of the files."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(shards, "STAMPS_KEY", b"other")
@@ -323,7 +323,7 @@ def test_files_have_the_mode_of_the_umask(embedder, recordings, tmp_path):
 
 @pytest.mark.parametrize("limit", [300, 2_000, 4_500, 10_000])
 def test_a_full_disk_is_one_line_and_leaves_no_temporary_files(encoder, embedder, recordings, tmp_path, capsys, limit):
-    """The limit on the size of a file stands for the disk. The settings and the first small shard fit."""
+    """A limit on file sizes stands in for the full disk. The settings and the first small shard fit."""
     out = tmp_path / "out"
     command = ["embed", str(recordings / "a.wav"), "--model", encoder, "--out", str(out), "--device", "cpu"]
     assert main(command) == 0
@@ -387,7 +387,7 @@ def test_embed_takes_recordings_and_data_sets(embedder, recordings):
             np.testing.assert_allclose(clip.embedding, expected.embedding, atol=1e-5)
 
 
-def test_embed_says_what_it_takes(embedder, recordings):
+def test_embed_names_the_forms_that_it_takes(embedder, recordings):
     path = str(recordings / "a.wav")
     dataset = datasets.Dataset.from_dict({"audio": [path]}).cast_column("audio", datasets.Audio())
     for source, message in (
@@ -434,7 +434,7 @@ def test_files_whose_names_are_not_utf_8_are_embedded(encoder, embedder, recordi
     assert {r"caf\udce9.wav", r"caf\\udce9.wav", "\\udcff\n.wav"} < names
     os.unlink(os.fsencode(recordings) + b"/broken\xe9.wav")
     before = {path: path.read_bytes() for path in (out / "data").iterdir()}
-    # Files of odd names are found again by the next call, also by one that does not name them.
+    # The next call finds files of odd names again, even if it does not name them.
     assert main([*command[:1], str(recordings / "a.wav"), *command[2:], "--prune"]) == 0
     assert main(command) == 0
     assert {path: path.read_bytes() for path in (out / "data").iterdir()} == before
@@ -447,7 +447,7 @@ def test_files_whose_names_are_not_utf_8_are_embedded(encoder, embedder, recordi
 
 @pytest.fixture(scope="module")
 def odd_model(save_model) -> str:
-    """A classifier of odd labels, all of which are present in every clip."""
+    """Return a classifier with odd labels, all of which are present in every clip."""
     labels = dict(enumerate(ODD_LABELS))
     return save_model(
         SSLAMForAudioClassification,
@@ -624,11 +624,11 @@ def test_broken_weights_are_refused(save_model, recordings, tmp_path, capsys, pl
         assert not list((tmp_path / "out" / "data").iterdir())
 
 
-# The page answers no other web site, one visitor at a time, and keeps no upload after its end (D10).
+# The page refuses other web sites, serves one visitor at a time, and keeps no upload after its end (D10).
 
 
 class CountingListener(Listener):
-    """Counts the calls that are at work at the same time."""
+    """Listener that counts the calls at work at the same time."""
 
     running = most = calls = 0
     pause = 0.02
@@ -651,7 +651,7 @@ def classifier(save_model) -> str:
 
 @pytest.fixture
 def served(classifier, tmp_path, monkeypatch) -> Iterator[tuple[httpx.Client, CountingListener, gradio.Blocks]]:
-    """A client of the page on 127.0.0.1, its listener and the page. Uploads go to `tmp_path / "uploads"`."""
+    """Return a client of the page on 127.0.0.1, its listener and the page. Uploads go to `tmp_path / "uploads"`."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     listener = CountingListener(SSLAMTagger.from_pretrained(classifier, device="cpu"), 1)
     page = make_page(listener, "tiny")
@@ -682,7 +682,7 @@ def test_requests_of_other_web_sites_are_refused(served, tmp_path):
         ({"host": f"[::1]:{port}"}, 200),
         ({"origin": f"http://{own}"}, 200),
         ({"host": local, "origin": f"http://{local}"}, 200),
-        # A name of the attacker's that points to this machine.
+        # The attacker's host name points to this machine.
         ({"host": evil}, 400),
         ({"host": f"{evil}:{port}", "origin": f"http://{evil}:{port}"}, 400),
         ({"host": f"127.0.0.1.{evil}:{port}"}, 400),
@@ -704,7 +704,7 @@ def test_requests_of_other_web_sites_are_refused(served, tmp_path):
             if status != 200:
                 assert client.get(path, headers=headers).status_code == status, (path, headers)
         assert status != 200 or client.get("", headers=headers).status_code == 200
-    # Two headers Origin, of which the first is right.
+    # Of two Origin headers only the first is right.
     request = client.build_request("GET", "", headers=[("origin", f"http://{own}"), ("origin", "http://evil")])
     assert client.send(request).status_code == 403
 
@@ -741,7 +741,7 @@ def test_loopback_addresses(hosts, expected):
 
 
 def upload(client: httpx.Client, path: Path) -> dict[str, object]:
-    """Upload a sound and return what the page passes to its handlers."""
+    """Upload a sound and return the value that the page passes to its handlers."""
     (uploaded,) = client.post("gradio_api/upload", files={"files": (path.name, path.read_bytes())}).json()
     return {"path": uploaded, "meta": {"_type": "gradio.FileData"}}
 
@@ -750,7 +750,7 @@ def handler(page: gradio.Blocks, name: str) -> int:
     return next(number for number, function in page.fns.items() if function.fn and function.fn.__name__ == name)
 
 
-def test_one_call_at_a_time_whatever_the_way_in(served, recordings):
+def test_one_call_at_a_time_by_every_route(served, recordings):
     client, listener, page = served
     sound = upload(client, recordings / "a.wav")
     number = handler(page, "compare")
@@ -788,7 +788,7 @@ def test_one_call_at_a_time_whatever_the_way_in(served, recordings):
 
 @pytest.mark.slow
 def test_uploads_end_with_the_page_after_sigterm(classifier, recordings, tmp_path, repository):
-    """Also those that are still coming, and while a tab is open and the model is at work."""
+    """Unfinished uploads end too, even while a tab is open and the model is at work."""
     folder, log = tmp_path / "uploads", tmp_path / "log"
     write_noise(tmp_path / "long.wav", 0, seconds=20)
     with open(log, "w") as file:

@@ -85,7 +85,7 @@ def as_soundfile_reads(data: bytes) -> torch.Tensor:
 
 
 def assert_same(waveform: torch.Tensor, expected: torch.Tensor) -> None:
-    """Allow for the last bit, in which libsndfile's MP3 decoder differs from one call to the next."""
+    """Compare up to the last bit, which can differ between two calls of libsndfile's MP3 decoder."""
     torch.testing.assert_close(waveform, expected, rtol=0, atol=1e-7)
 
 
@@ -94,7 +94,7 @@ def correlation(one, other) -> float:
     return float(np.corrcoef(np.asarray(one[:n]), np.asarray(other[:n]))[0, 1])
 
 
-# A1: every codec, by every way
+# A1: every codec, by every route
 
 
 def test_there_are_as_many_pairs_as_libsndfile_writes():
@@ -107,17 +107,17 @@ def test_every_format_and_codec_is_decoded(tmp_path, file_format, codec):
     soundfile.write(path, SAMPLES, RATE, format=file_format, subtype=codec)
     rate = soundfile.info(path).samplerate  # VOC of 8 bits holds rates of 1e6 / n Hz alone
     waveform = whole(path, rate)
-    # Codecs with blocks of fixed size end with a part of one.
+    # Codecs with blocks of fixed size fill up their last block.
     assert len(SAMPLES) <= len(waveform) <= len(SAMPLES) + 600
     error = np.abs(waveform[: len(SAMPLES)].numpy() - SAMPLES)
-    # libsndfile's SDS is lossless for 16 bits alone, by its own reader too.
+    # libsndfile's SDS is lossless for 16 bits alone, also in its own reader.
     exact = codec in {"PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "DWVW_16", "DWVW_24", "ALAC_16", "DPCM_16"}
     if exact and (file_format, codec) != ("SDS", "PCM_24"):
         assert error.max() <= 1 / 32_000
     elif codec in {"PCM_S8", "PCM_U8", "ULAW", "ALAW"} and file_format not in ("SDS", "VOC"):
         assert error.max() <= 1 / 64
     elif file_format != "SDS":
-        # The others delay the sound by up to a few hundred samples.
+        # The other codecs delay the sound by up to a few hundred samples.
         shifts = [correlation(waveform[shift : shift + 4000], SAMPLES[:4000]) for shift in range(600)]
         assert max(shifts) > 0.97
     assert torch.equal(read_waveform(str(path), rate, 10**6), waveform)
@@ -126,7 +126,7 @@ def test_every_format_and_codec_is_decoded(tmp_path, file_format, codec):
     if codec in NOT_SEEKABLE or codec.startswith("DWVW"):
         start = int(0.5 * (len(waveform) - 8000 + 1))
         assert torch.equal(crop, waveform[start : start + 8000])
-    if file_format != "SD2":  # has its sampling rate in a second file
+    if file_format != "SD2":  # SD2 has its sampling rate in a second file
         assert torch.equal(whole(path.read_bytes(), rate), waveform)
         assert torch.equal(read_waveform(path.read_bytes(), rate, 8000, position=0.5), crop)
 
@@ -187,7 +187,7 @@ def test_absurd_rates_are_refused_by_name(tmp_path, rate):
 )
 @pytest.mark.parametrize("max_taps", [resampling.MAX_KERNEL_TAPS, 0])
 def test_every_rate_is_resampled_as_by_torchaudio(monkeypatch, rate, target, max_taps):
-    """A kernel that is too large is built from its nonzero taps; 0 builds every kernel so."""
+    """Kernels above `max_taps` are built from their nonzero taps; 0 builds every kernel that way."""
     monkeypatch.setattr(resampling, "MAX_KERNEL_TAPS", max_taps)
     waveform = 0.3 * torch.randn(round(0.3 * rate) + 50)
     expected = torchaudio.functional.resample(waveform, rate, target)
@@ -199,7 +199,7 @@ def test_every_rate_is_resampled_as_by_torchaudio(monkeypatch, rate, target, max
 
 @pytest.mark.parametrize("rate", [999_983, 500_009, 11_127, 15_991])
 def test_a_rate_without_a_common_divisor_stays_in_tune(rate):
-    """torchaudio's kernel of 999 983 Hz takes 64 GB."""
+    """torchaudio's kernel for 999 983 Hz would take 64 GB."""
     time = torch.arange(rate // 2, dtype=torch.float64) / rate
     waveform = resample((0.5 * torch.sin(2 * torch.pi * 500 * time)).float(), rate, RATE)
     expected = 0.5 * torch.sin(2 * torch.pi * 500 / RATE * torch.arange(RATE // 2))
@@ -246,7 +246,7 @@ def test_mp3_of_any_stated_length_is_decoded(tmp_path, count):
         assert len(read_waveform(lying, RATE, 8000, position=0.9)) == 8000
 
 
-def test_an_honest_mp3_is_read_as_libsndfile_reads_it(tmp_path, caplog):
+def test_a_correct_mp3_is_read_as_libsndfile_reads_it(tmp_path, caplog):
     data = encode("MP3")
     assert_same(both_ways(tmp_path, data), as_soundfile_reads(data))
     assert_same(both_ways(tmp_path, data + b"TAG" + bytes(125)), as_soundfile_reads(data))
@@ -254,7 +254,7 @@ def test_an_honest_mp3_is_read_as_libsndfile_reads_it(tmp_path, caplog):
 
 
 def test_mp3_with_a_variable_bitrate_and_no_count(tmp_path):
-    """libsndfile then takes the first frame's bitrate for that of all, and stops at a fifth of this sound."""
+    """libsndfile assumes the first frame's bitrate for all frames, and would stop at a fifth of this sound."""
     data = encode("MP3")
     data = with_bytes(data, xing(data), bytes(4))
     waveform = both_ways(tmp_path, data)
@@ -286,7 +286,7 @@ APE = b"APETAGEX" + (2000).to_bytes(4, "little") + (72).to_bytes(4, "little") + 
 @pytest.mark.parametrize(
     "tag", [id3(10), id3(3 << 14), id3(100, 0x10), id3(500) + id3(70_000), APE, id3(30) + APE], ids=range(6)
 )
-def test_leading_tags_cost_no_sound(tmp_path, file_format, tag):
+def test_sound_after_leading_tags_is_decoded_whole(tmp_path, file_format, tag):
     data = encode(file_format)
     assert_same(both_ways(tmp_path, tag + data), as_soundfile_reads(data))
 
@@ -369,7 +369,7 @@ def test_a_cut_ogg_is_used_with_a_warning(tmp_path, caplog, codec):
 
 @pytest.mark.parametrize("size", [0, 0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000])
 @pytest.mark.parametrize("silence", [0, 4000])
-def test_an_open_size_means_to_the_end(tmp_path, caplog, size, silence):
+def test_a_file_of_open_size_is_read_to_its_end(tmp_path, caplog, size, silence):
     samples = np.concatenate([np.zeros(silence, np.float32), SAMPLES])
     for file_format, field, order in (("WAV", 40, "little"), ("AU", 8, "big"), ("RF64", None, "little")):
         data = encode(file_format, "PCM_16", samples)
@@ -387,7 +387,7 @@ def test_an_open_size_means_to_the_end(tmp_path, caplog, size, silence):
 
 
 @pytest.mark.parametrize("size", [0, 2**64 - 1, 2**63 - 1])
-def test_caf_of_open_size(tmp_path, size):
+def test_a_caf_of_open_size_is_read_to_its_end(tmp_path, size):
     data = encode("CAF", "PCM_16")
     expected = as_soundfile_reads(data)
     place = data.find(b"data") + 4
@@ -400,7 +400,7 @@ def test_a_wav_without_samples_but_with_chunks_is_empty():
         whole(data)
 
 
-# A8: what is no sound
+# A8: files that are no sound
 
 
 @pytest.mark.parametrize(
@@ -417,7 +417,7 @@ def test_a_wav_without_samples_but_with_chunks_is_empty():
     ],
 )
 @pytest.mark.parametrize("name", ["sound.mp3", "sound.wav", "sound"])
-def test_what_is_no_sound_is_said(tmp_path, monkeypatch, content, what, name):
+def test_errors_say_what_a_file_is_instead_of_a_sound(tmp_path, monkeypatch, content, what, name):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setitem(sys.modules, "torchcodec", None)
     path = tmp_path / name
@@ -439,7 +439,7 @@ def test_paths_that_cannot_be_opened(path):
 # A9, A10, A11: folders
 
 
-def test_pipes_and_sockets_in_a_folder_are_left_out_with_a_word(tmp_path, caplog):
+def test_pipes_and_sockets_in_a_folder_are_left_out_with_a_warning(tmp_path, caplog):
     (tmp_path / "a.wav").touch()
     os.mkfifo(tmp_path / "p.wav")
     os.symlink("/dev/zero", tmp_path / "z.wav")
@@ -521,7 +521,7 @@ def test_whole_numbers_are_sampling_rates(rate):
 
 
 @pytest.mark.parametrize("rate", [None, 0, -1, "16000", 16_000.5, float("nan"), float("inf"), [16_000], b"8000", 1j])
-def test_what_is_no_sampling_rate_is_refused(rate):
+def test_other_values_are_no_sampling_rates(rate):
     with pytest.raises(ClipError, match=r"unsupported_rate: .*sampling.rate"):
         list(waveform_blocks({"array": SAMPLES, "sampling_rate": rate}, RATE))
 
@@ -626,7 +626,7 @@ def test_blocks_are_bounded_in_bytes(tmp_path):
     torch.testing.assert_close(waveform[100:-100], torch.full((RATE - 200,), 0.25), rtol=0, atol=0.01)
 
 
-# Together: one bad file costs that file
+# All together: one bad file costs only that file
 
 
 def test_commands_go_on_after_every_kind_of_file(run, tmp_path, caplog):

@@ -1,4 +1,4 @@
-"""Habits of transformers' own models: what its Trainer, its data collators, peft and torch's exporters rely on."""
+"""Habits of transformers' own models on which its Trainer and data collators, peft and torch's exporters rely."""
 
 import copy
 import io
@@ -35,21 +35,21 @@ def extractor() -> SSLAMFeatureExtractor:
 
 @pytest.fixture
 def waveforms() -> list[np.ndarray]:
-    """Clips of 18, 33 and 48 frames."""
+    """Return clips of 18, 33 and 48 frames."""
     generator = np.random.default_rng(0)
     return [0.1 * generator.standard_normal(400 + 160 * (n - 1)).astype(np.float32) for n in (18, 33, 48)]
 
 
 @pytest.fixture
 def batch() -> dict[str, torch.Tensor]:
-    """Two clips, the second of which is padded."""
+    """Return two clips. The second is padded."""
     mask = torch.ones(2, FRAMES, dtype=torch.long)
     mask[1, 20:] = 0
     return {"input_values": torch.randn(2, FRAMES, MEL_BINS), "attention_mask": mask}
 
 
 def one_by_one(extractor, waveforms, **options) -> list[dict]:
-    """Features of each clip alone, as a mapped dataset holds them."""
+    """Return the features of each clip alone, as a mapped dataset holds them."""
     each = [extractor(x, sampling_rate=16_000, padding="longest", **options) for x in waveforms]
     return [{name: values[0] for name, values in features.items()} for features in each]
 
@@ -57,7 +57,7 @@ def one_by_one(extractor, waveforms, **options) -> list[dict]:
 class TestPadding:
     @pytest.mark.parametrize("tensors", [None, "np", "pt"])
     @pytest.mark.parametrize("settings", [{}, {"do_normalize": False}, {"padding_value": -3.0, "mean": 1.0}])
-    def test_is_that_of_the_extractor(self, waveforms, tensors, settings):
+    def test_pad_equals_the_extractors_padding(self, waveforms, tensors, settings):
         extractor = SSLAMFeatureExtractor(max_length=FRAMES, num_mel_bins=MEL_BINS, **settings)
         expected = extractor(waveforms, sampling_rate=16_000, padding="longest", return_tensors="pt")
         features = one_by_one(extractor, waveforms, return_tensors=tensors)
@@ -69,7 +69,7 @@ class TestPadding:
             assert torch.equal(padded["attention_mask"], expected["attention_mask"])
             torch.testing.assert_close(padded["input_values"], expected["input_values"], rtol=1e-5, atol=1e-5)
             is_padding = expected["attention_mask"] == 0
-            # Rows from 18 to 48, of which the extractor had filled those up to 32 itself.
+            # Rows from 18 to 48 are padding. The extractor had filled the rows up to 32 itself.
             assert torch.equal(padded["input_values"][is_padding], expected["input_values"][is_padding])
             assert padded["input_values"].dtype == torch.float32
             assert [[*clip] for clip in given] == before
@@ -98,7 +98,7 @@ class TestPadding:
         value = np.float32(-extractor.mean / (2 * extractor.std))
         assert np.allclose(padded["input_values"][0, 18:], value, rtol=1e-6)
 
-    def test_mask_that_is_missing(self, extractor, waveforms):
+    def test_missing_mask(self, extractor, waveforms):
         features = one_by_one(extractor, waveforms, return_attention_mask=False)
         assert "attention_mask" not in features[0]
         padded = extractor.pad(features)
@@ -185,8 +185,8 @@ def trained_losses(model, dataset, folder, extractor, **settings) -> list[float]
 
 class TestArguments:
     @pytest.mark.parametrize("cls", MODELS)
-    def test_those_of_peft(self, make_config, batch, cls):
-        """It passes these to whatever model it wraps."""
+    def test_arguments_of_peft(self, make_config, batch, cls):
+        """peft passes these arguments to any model that it wraps."""
         options = {"input_ids": None, "inputs_embeds": None, "task_ids": None, "head_mask": None}
         model = cls(make_config()).eval()
         batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
@@ -198,7 +198,7 @@ class TestArguments:
 
     @pytest.mark.parametrize("cls", MODELS[:2])
     def test_adapter_around_the_model_trains(self, make_config, batch, cls):
-        """Low-rank adapters in place of linear layers, as peft inserts them."""
+        """Low-rank adapters replace linear layers, as peft inserts them."""
 
         class Adapter(nn.Module):
             def __init__(self, base_layer: nn.Linear) -> None:
@@ -229,7 +229,7 @@ class TestArguments:
 
     @pytest.mark.parametrize("targets", [[0, 2, 1, 1], [[1.0, 0, 0], [0, 1.0, 1.0], [0, 0, 0], [1.0, 1.0, 1.0]]])
     def test_trainer_averages_over_accumulated_batches(self, make_config, extractor, tmp_path, targets):
-        """A forward with `**kwargs` makes it expect a loss that is divided already."""
+        """Trainer takes the loss of a forward with `**kwargs` for divided already."""
         clips = torch.randn(4, 32, MEL_BINS).numpy()
         dataset = [{"input_values": x, "labels": y} for x, y in zip(clips, targets, strict=True)]
         model = SSLAMForAudioClassification(make_config(num_labels=3)).eval()
@@ -240,11 +240,11 @@ class TestArguments:
         assert trained_losses(model, dataset, tmp_path, extractor, **options) == [pytest.approx(expected, rel=1e-3)]
         model.zero_grad()
         model.eval()(torch.from_numpy(clips[3:]), labels=torch.tensor(targets[3:])).loss.backward()
-        # The last of the four batches has a quarter of its own gradient.
+        # The last of the four batches contributes a quarter of its own gradient.
         torch.testing.assert_close(gradients["last"], model.classifier.dense.weight.grad)
 
     def test_arguments_reach_the_attention_function(self, make_config, batch):
-        """`is_causal` changes what sdpa computes; it must not vanish on the way."""
+        """`is_causal` changes sdpa's result, so it must not get lost on the way."""
         model = SSLAMModel(make_config()).eval()
         inputs = {"input_values": batch["input_values"]}
         causal = model(**inputs, is_causal=True).last_hidden_state
@@ -253,7 +253,7 @@ class TestArguments:
         other = model(torch.randn_like(batch["input_values"]), is_causal=True).last_hidden_state
         torch.testing.assert_close(causal[:, 0], other[:, 0])
 
-    def test_gradient_checkpointing_passes_them_on(self, make_config, batch):
+    def test_gradient_checkpointing_passes_arguments_on(self, make_config, batch):
         model = SSLAMModel(make_config()).train()
         expected = model(batch["input_values"], is_causal=True).last_hidden_state
         model.gradient_checkpointing_enable()
@@ -300,7 +300,7 @@ class TestHiddenStates:
         assert [state is None for state in states] == [True, True, True, False]
 
     @pytest.mark.parametrize("objective", ["ua", "pma", "sslam"])
-    def test_pretraining_returns_the_students(self, make_config, batch, objective):
+    def test_pretraining_returns_the_students_states(self, make_config, batch, objective):
         model = SSLAMForPreTraining(make_config(pretraining_objective=objective, mask_noise_std=0.0)).train()
         clips = batch["input_values"]
         outputs = [
@@ -331,7 +331,7 @@ class TestTraces:
     @pytest.mark.parametrize("with_gradients", [True, False])
     @pytest.mark.parametrize("pooling", ["cls", "mean", "lin_softmax"])
     @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-    def test_keep_the_mask_and_any_size(self, make_config, batch, attention, with_gradients, pooling):
+    def test_traces_keep_the_mask_and_any_size(self, make_config, batch, attention, with_gradients, pooling):
         config = make_config(attn_implementation=attention, num_labels=3, classifier_pooling=pooling)
         model = SSLAMForAudioClassification(config).eval()
         model.config.return_dict = False
@@ -348,7 +348,7 @@ class TestTraces:
         torch.jit.save(traced, loaded)
 
     @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-    def test_of_a_model_with_onednn(self, make_config, batch, monkeypatch):
+    def test_trace_of_a_model_with_onednn(self, make_config, batch, monkeypatch):
         monkeypatch.setattr(onednn_sslam, "ONEDNN_IS_FASTER", True)
         monkeypatch.setattr(onednn_sslam, "CONVOLVED_LENGTHS", range(1, 1000))
         monkeypatch.delenv("SSLAM_ONEDNN", raising=False)
@@ -387,7 +387,7 @@ class TestTraces:
             found = session.run(None, {name: value.numpy() for name, value in zip(names, inputs, strict=True)})[0]
             np.testing.assert_allclose(found, model(*inputs)[0].detach().numpy(), rtol=1e-4, atol=1e-4)
 
-    def test_pretraining_refuses(self, make_config, batch):
+    def test_pretraining_refuses_to_be_traced(self, make_config, batch):
         with pytest.raises(RuntimeError, match=r"a trace would freeze. Trace its encoder, `model.sslam`"):
             torch.jit.trace(SSLAMForPreTraining(make_config()), (batch["input_values"],))
 
@@ -404,7 +404,7 @@ class TestMasks:
         expected = model(frames, attention_mask=mask, labels=torch.tensor([0, 1])).logits
         frames, mask = torch.cat((frames, frames[:1])), torch.cat((mask, torch.zeros_like(mask[:1])))
         outputs = model(frames, attention_mask=mask, labels=torch.tensor([0, 1, 2]), output_hidden_states=True)
-        # The clip changes nothing in the others, and its own result does not depend on what the padding is.
+        # The clip does not change the results of the others. Its own result does not depend on the padding's values.
         torch.testing.assert_close(outputs.logits[:2], expected, rtol=1e-5, atol=1e-5)
         other = model(torch.cat((frames[:2], 5 * frames[:1])), attention_mask=mask).logits
         torch.testing.assert_close(outputs.logits[2], other[2], rtol=0, atol=0)
@@ -472,7 +472,7 @@ class TestLabels:
             (None, torch.tensor([0.0, 1.0]), r'needs \(2, 3\)..For one label a clip set problem_type="single_label'),
         ],
     )
-    def test_of_another_kind(self, make_config, batch, problem_type, labels, sentence):
+    def test_labels_of_another_kind_are_refused(self, make_config, batch, problem_type, labels, sentence):
         model = SSLAMForAudioClassification(make_config(num_labels=3, problem_type=problem_type))
         with pytest.raises(ValueError, match=sentence):
             model(**batch, labels=labels)
@@ -558,7 +558,7 @@ class TestModules:
         assert outputs[0].isfinite().all()
         assert outputs.hidden_states[-1].dtype == torch.float16
 
-    def test_whole_model_by_torch_save(self, make_config, batch):
+    def test_whole_model_survives_torch_save(self, make_config, batch):
         model = SSLAMForAudioClassification(make_config()).eval()
         file = io.BytesIO()
         torch.save(model, file)

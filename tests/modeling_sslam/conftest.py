@@ -11,7 +11,7 @@ from torch import nn
 
 from modeling_sslam import SSLAMConfig, SSLAMForAudioClassification
 
-# Substrings of published names, and what replaces them in this package.
+# Substrings of published names, and their replacements in this package.
 RENAMED = {
     "model.": "sslam.",
     "local_encoder.proj.": "patch_embeddings.projection.",
@@ -53,7 +53,7 @@ def load_published(golden_dir: Path) -> Callable[..., tuple[SSLAMForAudioClassif
 
 @pytest.fixture
 def transformers_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """Records that transformers logs. It hides them from the root logger otherwise."""
+    """Capture the records that transformers logs. By default transformers hides them from the root logger."""
     transformers.utils.logging.enable_propagation()
     yield caplog
     transformers.utils.logging.disable_propagation()
@@ -63,8 +63,8 @@ def transformers_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCap
 def assert_rounds_like() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
     """`assert_rounds_like(found, plain, exact)` for float32 results of the same computation in another order.
 
-    How far torch's own float32 result `plain` lies from `exact`, the float64 one, is the size of the rounding that the
-    computation has. `found` may lie twice as far from it, by Euclidean distance.
+    The Euclidean distance of torch's own float32 result `plain` from `exact`, the float64 result, is the rounding of
+    the computation. `found` may lie twice as far from `exact`.
     """
 
     def check(found: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from modeling_sslam.after_import import after_import
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A package `watched` with the submodule `part`, neither of which is imported yet."""
+    """Write a package `watched` with the submodule `part`, and import neither."""
     folder = tmp_path / "watched"
     folder.mkdir()
     (folder / "__init__.py").write_text("from .part import value")

@@ -63,7 +63,7 @@ def saved(tmp_path, make_config) -> Path:
 
 
 def run_isolated(script: str, folder: Path, tmp_path: Path) -> str:
-    """Run a script on such a machine, with `folder` as its first argument, and return what it prints."""
+    """Run a script as if this package were not installed. Its argument is `folder`. Return its output."""
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     # Keep paths that put another version of transformers before the installed one; drop the repository's.
     paths = [Path(path).resolve() for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
@@ -112,7 +112,7 @@ def test_folder_carries_its_code(saved):
         assert resaved["auto_map"] == config["auto_map"]
 
 
-def test_that_code_imports_nothing_but_torch_transformers_and_numpy(saved):
+def test_carried_code_imports_nothing_but_torch_transformers_and_numpy(saved):
     allowed = {"torch", "transformers", "numpy"}
     for path in saved.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -174,13 +174,13 @@ print(transformers.__version__)
     with torch.no_grad():
         states = SSLAMModel.from_pretrained(saved)(**inputs).last_hidden_state
         logits = SSLAMForAudioClassification.from_pretrained(saved)(**inputs).logits
-    # The other process may use more threads, and so sum in another order.
+    # The other process may use more threads, which changes the order of sums.
     torch.testing.assert_close(outputs["states"], states, atol=1e-6, rtol=0)
     torch.testing.assert_close(outputs["logits"], logits, atol=1e-6, rtol=0)
 
 
 def test_isolation_works(saved, tmp_path):
-    """The tests above rely on this."""
+    """The tests above rely on this isolation."""
     script = """
 try:
     import modeling_sslam

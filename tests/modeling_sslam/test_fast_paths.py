@@ -13,7 +13,7 @@ from modeling_sslam.modeling_sslam_pretraining import SSLAMDecoder
 
 @pytest.mark.parametrize("hidden_act", ["gelu", "relu"])
 def test_mlp_that_recomputes_equals_the_plain_one(make_config, hidden_act, results_and_gradients):
-    """Bit for bit: the same operators run in the same order."""
+    """The results agree bit for bit: the same operators run in the same order."""
     mlp = SSLAMMLP(make_config(hidden_act=hidden_act))
     inputs = torch.randn(3, 7, mlp.fc1.in_features)
     activation = getattr(nn.functional, hidden_act)

@@ -56,7 +56,7 @@ def extractor() -> SSLAMFeatureExtractor:
 
 
 def log_mel_tolerance(waveform: torch.Tensor, expected: torch.Tensor) -> float:
-    """Bins without energy magnify the rounding of this machine's FFT. torchaudio's own error here shows how much."""
+    """Return the tolerance by torchaudio's own error here: bins without energy magnify the rounding of the FFT."""
     return (torchaudio_fbank(waveform) - expected).abs().max().item() + 1e-5
 
 
@@ -182,7 +182,7 @@ class TestPaddingAndNormalisation:
         whole = extractor(wave, sampling_rate=RATE, return_tensors="np")["input_values"]
         cut = extractor(wave, sampling_rate=RATE, max_length=64, return_tensors="np")["input_values"]
         assert cut.shape == (1, 64, 128)
-        np.testing.assert_array_equal(cut, whole[:, :64])  # the subtracted mean is that of the whole clip
+        np.testing.assert_array_equal(cut, whole[:, :64])  # the mean of the whole clip is subtracted
 
     def test_longest(self, extractor):
         clips = [noise(RATE), noise(RATE // 2)]

@@ -1,4 +1,4 @@
-"""`import modeling_sslam` imports little, and its classes are available all the same."""
+"""`import modeling_sslam` imports little, but makes all classes available."""
 
 import json
 import os
@@ -20,7 +20,7 @@ LIST_OPTIONAL = f"import sys; print([name for name in {OPTIONAL} if name in sys.
 
 
 def run(script: str, *arguments: str) -> str:
-    """Run a script in a new process and return what it prints."""
+    """Run a script in a new process and return its output."""
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     result = subprocess.run(
         [sys.executable, "-c", script, *arguments],
@@ -50,7 +50,7 @@ def test_import_brings_no_optional_package():
 
 
 def test_optional_packages_are_installed():
-    """Otherwise the test above would show nothing."""
+    """Without these packages the test above would show nothing."""
     assert [name for name in OPTIONAL if find_spec(name) is None] == []
 
 
@@ -114,7 +114,7 @@ assert pickle.loads(pickle.dumps(stand_in)) is model_class
 
 
 def test_tables_hold_the_classes_once_their_modules_are_imported():
-    """In any order, and also if a module is imported by its own name."""
+    """The modules are imported in any order and by their own names."""
     script = """
 import importlib, sys
 for name in sys.argv[1:]:

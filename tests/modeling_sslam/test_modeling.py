@@ -44,7 +44,7 @@ def assert_same_outputs(actual, expected, atol: float = ROUNDING) -> None:
 
 
 def assert_rounds_in(dtype: torch.dtype, actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Each of three blocks rounds about ten results in a row, by at most half of `eps` relative to their size."""
+    """Compare up to the rounding of three blocks, each of about ten results in a row by at most `eps` / 2."""
     distance = (actual.float() - expected).norm() / expected.norm()
     assert distance <= 3 * 10 * torch.finfo(dtype).eps / 2
 
@@ -93,10 +93,10 @@ class TestPositions:
         omega = 10_000.0 ** -(torch.arange(8, dtype=torch.float64) / 8)
         for time, mel in ((0, 0), (0, 1), (5, 0), (7, 1)):
             expected = torch.cat([f(p * omega) for p in (mel, time) for f in (torch.sin, torch.cos)])
-            # Angles are at most 7, and their frequency and they themselves are rounded: 7 * 2^-23 = 8e-7.
+            # Angles are at most 7. Both the frequency and the angle are rounded: 7 * 2^-23 = 8e-7.
             torch.testing.assert_close(table[time, mel], expected, atol=1e-6, rtol=0)
 
-    def test_are_no_weights(self, tiny_config):
+    def test_positions_are_no_weights(self, tiny_config):
         model = SSLAMModel(tiny_config)
         assert not any("position" in name for name in model.state_dict())
         assert not model.patch_embeddings.position_embeddings.requires_grad
@@ -105,7 +105,7 @@ class TestPositions:
     @pytest.mark.parametrize(
         "options", [{}, {"device_map": "cpu"}, {"device_map": "auto"}, {"low_cpu_mem_usage": True}]
     )
-    def test_survive_loading_through_the_meta_device(self, tmp_path, tiny_config, dtype, options):
+    def test_positions_survive_loading_through_the_meta_device(self, tmp_path, tiny_config, dtype, options):
         SSLAMForAudioClassification(tiny_config).save_pretrained(tmp_path)
         for cls, prefix in ((SSLAMForAudioClassification, "sslam."), (SSLAMModel, "")):
             model = cls.from_pretrained(tmp_path, dtype=dtype, **options)
@@ -258,13 +258,13 @@ class TestAttention:
             assert weights[1, :, :, 3:].abs().max() == 0  # the second clip has 2 patches beside the CLS token
             assert weights[0, :, :, 3:].min() > 0
 
-    def test_flash_attention_is_transformers_to_refuse(self, tiny_config, tmp_path):
+    def test_transformers_refuses_flash_attention(self, tiny_config, tmp_path):
         SSLAMModel(tiny_config).save_pretrained(tmp_path)
         with pytest.raises((ImportError, ValueError), match=r"FlashAttention2|Flash Attention 2"):
             SSLAMModel.from_pretrained(tmp_path, attn_implementation="flash_attention_2", dtype=torch.bfloat16)
 
     def test_flash_attention_gets_the_mask_of_tokens(self, tiny_config, monkeypatch):
-        """Its kernels take no mask when nothing is padded, else one of shape `(batch_size, length)`."""
+        """Flash kernels take no mask when nothing is padded, else one of shape `(batch_size, length)`."""
         import modeling_sslam.modeling_sslam as module
 
         received = []
@@ -423,7 +423,7 @@ class TestInitialisation:
 
 
 def enable_checkpointing(model, use_reentrant: bool) -> None:
-    # Transformers 5 has a new name for the method.
+    # Transformers 5 renamed the method.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": use_reentrant})
 
@@ -449,7 +449,7 @@ class TestTraining:
         torch.testing.assert_close(gradients(), plain)
 
     def test_gradient_checkpointing_of_a_frozen_encoder(self, make_config):
-        """Adapters train this way: the first block's input needs a gradient, or the others get none."""
+        """Adapters train this way: other blocks get no gradient unless the first block's input needs one."""
         model = SSLAMForAudioClassification(make_config()).train()
         for parameter in model.parameters():
             parameter.requires_grad_(False)

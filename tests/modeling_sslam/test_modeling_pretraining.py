@@ -1,6 +1,6 @@
 """The objective against the published code's vectors and, at other sizes, against a plain transcription of the paper.
 
-Besides, properties of the teacher, the masks and the mixtures.
+The tests also check properties of the teacher, the masks and the mixtures.
 """
 
 import copy
@@ -34,7 +34,7 @@ TERMS_OF = {"ua": TERMS[:2], "pma": TERMS[2:4], "ua+pma": TERMS[:4], "sslam": TE
 def make_model(make_config):
     def make(**overrides) -> SSLAMForPreTraining:
         model = SSLAMForPreTraining(make_config(**({"mask_noise_std": 0.0} | overrides))).train()
-        # Teacher and student differ, so that a mix-up of the two shows.
+        # Let teacher and student differ, so that a mix-up of the two shows.
         for parameter in model.teacher.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
         return model
@@ -311,11 +311,11 @@ def test_any_size_follows_the_plain_transcription(objective, num_frames, overrid
     sum(reference.values()).backward()
     for name, parameter in model.named_parameters():
         if not name.startswith("teacher."):
-            # Some elements are small differences of sums over all tokens, and have the rounding of those sums.
+            # Some elements are small differences of sums over all tokens, and inherit the rounding of the sums.
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_deviations_are_those_of_all_masked_tokens(make_model):
+def test_deviations_cover_all_masked_tokens(make_model):
     model = make_model(pretraining_objective="ua")
     clips = torch.randn(3, 64, 32)
     masks = inverse_block_masks(3, 4, model.config, torch.Generator().manual_seed(0))
@@ -334,7 +334,7 @@ def test_deviations_are_those_of_all_masked_tokens(make_model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_deviations_of_a_collapsed_model_are_numbers(dtype):
-    # All tokens are alike and far from 0. From sums of squares around 0 the variance would be rounding, its root NaN.
+    # All tokens are alike and far from 0. From sums of squares around 0 the variance could be negative, its root NaN.
     value = torch.linspace(-300.0, 300.0, 8)
     predictions = value.to(dtype).expand(3, 2, 50, 8)
     masked = torch.arange(50).expand(3, 2, 50)
@@ -409,7 +409,7 @@ def test_bfloat16_autocast_stays_close_and_sums_in_float32(make_model):
         (2, 64, {"unmixed_starts": (0, 64)}, "within the clip"),
     ],
 )
-def test_refuses_what_does_not_fit(make_model, batch_size, num_frames, arguments, message):
+def test_refuses_arguments_that_do_not_fit(make_model, batch_size, num_frames, arguments, message):
     with pytest.raises(ValueError, match=message):
         make_model()(torch.randn(batch_size, num_frames, 32), **arguments)
 
@@ -519,7 +519,7 @@ def test_teacher_stays_float32_when_loaded_in_half_precision(make_model, tmp_pat
         torch.testing.assert_close(loaded.teacher.state_dict()[name], tensor, rtol=0, atol=0)
 
 
-def test_encoder_checkpoint_gives_a_teacher_that_is_the_student(tiny_config, tmp_path: Path, caplog, monkeypatch):
+def test_encoder_checkpoint_gives_a_teacher_equal_to_the_student(tiny_config, tmp_path: Path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     encoder = SSLAMModel(tiny_config)
     encoder.save_pretrained(tmp_path)

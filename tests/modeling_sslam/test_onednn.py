@@ -1,4 +1,4 @@
-"""`use_onednn` computes what torch computes, up to rounding, and leaves everything else of a model as it is."""
+"""`use_onednn` keeps torch's results, up to rounding, and leaves everything else of a model as it is."""
 
 import math
 import pickle
@@ -30,7 +30,7 @@ def _two_threads():
 
 @pytest.fixture(autouse=True)
 def _onednn_is_faster(monkeypatch):
-    """As on an AMD processor, whatever processor this is."""
+    """Choose kernels as on an AMD processor, whatever processor this is."""
     monkeypatch.setattr(onednn_sslam, "ONEDNN_IS_FASTER", True)
     monkeypatch.setattr(onednn_sslam, "CONVOLVED_LENGTHS", range(TOKENS, TOKENS + 1))
     monkeypatch.delenv("SSLAM_ONEDNN", raising=False)
@@ -38,7 +38,7 @@ def _onednn_is_faster(monkeypatch):
 
 @pytest.fixture
 def padded() -> dict[str, torch.Tensor]:
-    """Three clips, of which two are padded."""
+    """Return three clips. Two are padded."""
     mask = torch.ones(3, FRAMES, dtype=torch.long)
     mask[1, 16:], mask[2, 20:] = 0, 0
     return {"input_values": torch.randn(3, FRAMES, 32), "attention_mask": mask}
@@ -60,10 +60,10 @@ convolutions = partial(calls, "aten::conv2d")
 @pytest.mark.parametrize("shape", [(96,), (1, 96), (70, 96), (3, 17, 96), (2, 3, 5, 96), (300, 96), (0, 96)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_layer_as_convolution(shape, bias, results_and_gradients):
-    """oneDNN may add terms up one after the other, where torch adds up partial sums.
+    """oneDNN may add terms one after the other, while torch adds partial sums.
 
-    Each addition rounds by at most eps / 2, of random sign, so n terms come to about sqrt(n) * eps / 2; twice that is
-    allowed. A result is a sum over features, a gradient one over features or rows.
+    Each addition rounds by at most eps / 2, of random sign, so n terms come to about sqrt(n) * eps / 2. The tolerance
+    is twice that. A result is a sum over features, a gradient one over features or rows.
     """
     layer, plain = OnednnLinear(96, 160, bias=bias), nn.Linear(96, 160, bias=bias, dtype=torch.float64)
     plain.load_state_dict(layer.state_dict())
@@ -136,7 +136,7 @@ def test_gradients_of_a_whole_model(make_config, padded, assert_rounds_like):
 
 
 def test_pretraining_model(make_config):
-    """Student, teacher and decoder; the losses are within the tolerance of the golden ones."""
+    """Student, teacher and decoder use oneDNN, within the tolerance of the golden losses."""
     plain = SSLAMForPreTraining(make_config())
     model = use_onednn(deepcopy(plain))
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
@@ -180,7 +180,7 @@ def test_copies_and_pickles_are_fast_too(make_config, padded):
             assert twin.config._attn_implementation == onednn_sslam.ATTENTION
 
 
-def test_twice_is_once(make_config, padded):
+def test_second_call_changes_nothing(make_config, padded):
     model = use_onednn(SSLAMModel(make_config()).eval())
     with torch.no_grad():
         expected = model(**padded).last_hidden_state
@@ -227,7 +227,7 @@ def test_untouched_model_quantises_all_its_linear_layers(make_config):
     assert not any(isinstance(module, nn.Linear) for module in quantized.modules())
 
 
-# Where it does nothing
+# Where nothing changes
 
 
 def is_untouched(model: nn.Module) -> bool:
@@ -248,7 +248,7 @@ def test_environment_forbids(make_config, monkeypatch, model_folder: Path):
     assert not is_untouched(use_onednn(SSLAMModel(make_config())))
 
 
-def test_where_it_is_not_faster(make_config, monkeypatch):
+def test_unchanged_where_onednn_is_not_faster(make_config, monkeypatch):
     assert is_untouched(use_onednn(SSLAMModel(make_config()).to("meta")))
     monkeypatch.setattr(onednn_sslam, "ONEDNN_IS_FASTER", False)
     assert is_untouched(use_onednn(SSLAMModel(make_config())))

@@ -86,7 +86,7 @@ def test_bfloat16(make_folder, audio_dir):
     assert_scores(classify(audio, top_k=None), expected_logits(folder, audio).softmax(-1), atol=0.05)
 
 
-def test_says_nothing(make_folder, audio_dir, transformers_log):
+def test_logs_nothing(make_folder, audio_dir, transformers_log):
     folder = make_folder("single_label_classification")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -98,7 +98,7 @@ def test_says_nothing(make_folder, audio_dir, transformers_log):
     )
 
 
-def test_refuses_what_gives_no_features(make_folder):
+def test_refuses_audio_without_features(make_folder):
     classify = pipeline("audio-classification", make_folder(None))
     with pytest.raises(ValueError, match="Clip 0 has 100 samples, less than one frame"):
         classify(np.zeros(100, np.float32))

@@ -26,8 +26,8 @@ codecs.register_error("jsonescape", _escape_for_json)
 def results_stream(is_json: bool = False) -> Iterator[TextIO]:
     """Open a stream to the standard output that libraries cannot write to.
 
-    libsndfile prints to the standard output when some files are damaged. Until the stream is closed, what libraries
-    print there goes to stderr.
+    libsndfile prints to the standard output when some files are damaged. Until the stream is closed, the
+    libraries' output goes to stderr.
 
     Args:
         is_json: Whether characters that the output's encoding lacks are escaped as in JSON.
@@ -48,8 +48,8 @@ def results_stream(is_json: bool = False) -> Iterator[TextIO]:
         results.flush()
     finally:
         if os.name == "posix":
-            # C keeps what libraries printed in a buffer of its own, which otherwise is written to the results.
+            # C buffers the libraries' output. Without this flush the buffer would be written to the results.
             ctypes.CDLL(None).fflush(None)
         os.dup2(results.fileno(), STDOUT)
-        with suppress(BrokenPipeError):  # raised before, by the write that met the closed pipe
+        with suppress(BrokenPipeError):  # the write that met the closed pipe has raised it already
             results.close()

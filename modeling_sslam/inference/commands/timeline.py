@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
 def write_timeline(
     tagger: "SSLAMTagger", args: argparse.Namespace, settings: EventSettings, formats: dict[Path, str]
 ) -> None:
-    """Write and print what the arguments ask for; files appear whole or not at all.
+    """Write and print the results that the arguments name. Files appear whole or not at all.
 
     Args:
         tagger: The model.

@@ -15,7 +15,7 @@ from ...common.encoded_audio import EncodedAudio, find_audio_column, find_id_col
 from ...common.errors import InferenceError
 from .sounds import Sound, is_saved_dataset, undecoded
 
-# A data set of `save_to_disk` can be cut into any number of shards; this is more than there will be processes.
+# Shards of a data set of `save_to_disk`, which can be cut anywhere. There will be fewer processes than this.
 SAVED_DATASET_SHARDS = 1024
 
 
@@ -47,7 +47,7 @@ class AudioDataset:
         path = Path(source).expanduser()
         try:
             if not path.is_dir():
-                # The commit, because a branch may move before the next call and then have other rows.
+                # Use the commit, because a branch may move before the next call and then have other rows.
                 revision = HfApi().dataset_info(source, revision=revision).sha
             dataset = _open(path, source, config_name, split, revision)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

@@ -3,7 +3,7 @@
     for clip in embed(["recordings/"], "outputs/quickstart/classifier/model"):
         clip.name, clip.start, clip.end, clip.embedding          # "recordings/a.flac", 0.0, 10.24, (hidden_size,)
 
-A window is padded as in training. Its embedding equals that of the same piece of sound by itself (see
+A window is padded as in training. It gets the embedding that the same piece of sound gets by itself (see
 [`modeling_sslam.inference.windows`]). Threads decode, resample and compute the filter bank while the model runs.
 """
 
@@ -46,7 +46,7 @@ class Window(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """A sound that cannot be used, or not beyond the windows that were read before."""
+    """A sound that cannot be used, or only as far as the windows that came before."""
 
     sound: Sound
     error: ClipError
@@ -215,7 +215,7 @@ class Embedder:
 
     @torch.inference_mode()
     def states(self, windows: Sequence[Window]) -> torch.Tensor:
-        """Compute the pooled states `(num_windows, ..., hidden_size)` on the model's device, with those of padding."""
+        """Compute the pooled states `(num_windows, ..., hidden_size)` on the model's device, padding included."""
         inputs = model_inputs([window.frames for window in windows], self.padded_length, self.feature_extractor)
         outputs = self.model(**inputs, output_hidden_states=self.layer != "last")
         if self.layer == "last":
@@ -234,7 +234,7 @@ class Embedder:
         steps = grid.mean(-2, dtype=torch.float32)
         if self.pooling == "frame":
             return steps
-        # All patches of a time step hold some of the clip or none does, so the mean over steps is that over patches.
+        # All patches of a time step hold some of the clip, or none does. So the mean over steps is over patches too.
         counts = torch.tensor([self.num_time_patches(len(window.frames)) for window in windows], device=steps.device)
         weights = (torch.arange(steps.shape[-2], device=counts.device) < counts[:, None]) / counts[:, None]
         return (steps * weights.reshape(len(windows), *[1] * (steps.ndim - 3), -1, 1)).sum(-2)

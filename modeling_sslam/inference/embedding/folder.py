@@ -252,7 +252,7 @@ def _plan(
     lock: FileLock,
     prune: bool,
 ) -> Plan:
-    """Lock the folder for this call, prepare it and list what is to be embedded."""
+    """Lock the folder for this call, prepare it and list the sounds to embed."""
     # Parquet holds UTF-8, so a file has a name besides its path.
     files: dict[str, str] = {}
     if isinstance(sources, list):
@@ -266,7 +266,7 @@ def _plan(
     _begin(out, settings, schema)
     data, key = out / "data", schema.names[0]
     progress = read_progress(data, key)
-    # Shards may vanish below, but the numbers of calls must go on.
+    # Read this before shards are removed below, because the numbers of calls must keep rising.
     call = next_call(data)
     stamps = {name: stamp for name, path in files.items() if (stamp := _stamp(path)) is not None}
     # Shards of earlier versions have no stamps.
@@ -292,7 +292,7 @@ def _stamp(path: str) -> Stamp | None:
     try:
         status = os.stat(path)
     except OSError:
-        # Reading the file tells what is wrong.
+        # Reading the file will report the fault.
         return None
     return Stamp(status.st_size, status.st_mtime_ns)
 
@@ -386,14 +386,14 @@ def _write_batches(
     bar: tqdm,
     should_stop: Callable[[], bool],
 ) -> bool:
-    """Write batches until there are no more or `should_stop` says so. Return whether it did."""
+    """Write batches until none is left or `should_stop` returns true. Return whether it was stopped."""
     num_windows = 0
     for clips in batches:
         writer.write(to_rows(clips), [(clip.key, clip.window, clip.is_last) for clip in clips])
         writer.publish_if_full()
         num_windows += len(clips)
         bar.update(sum(clip.is_last for clip in clips))
-        # This also redraws the bar, which a recording of hours would not advance.
+        # This also redraws the bar, which does not advance within a long recording.
         bar.set_postfix(windows=num_windows)
         if should_stop():
             return True

@@ -1,4 +1,4 @@
-"""A table of Parquet files that grows, is whole whenever its writer is killed, and records by itself what is done.
+"""A growing table of Parquet files that is whole whenever its writer is killed and records which items are done.
 
 The rows of the table belong to items (recordings), and within an item to windows, numbered from 0. A writer fills one
 hidden file at a time and renames it into its place. The metadata of a file names every item whose rows do not all lie
@@ -34,7 +34,7 @@ ROW_GROUP_BYTES = 16 << 20
 
 
 class ShardError(InferenceError):
-    """A folder of shards cannot be continued. The message says what to do."""
+    """A folder of shards cannot be continued. The message states the remedy."""
 
 
 class Part(NamedTuple):
@@ -111,7 +111,7 @@ def read_progress(folder: Path, key: str) -> ShardProgress:
 
 
 def next_call(folder: Path) -> int:
-    """Return a number for the names of a call's shards that is greater than that of every call before.
+    """Return a number for the names of a call's shards, greater than the number of every earlier call.
 
     It does not depend on the number of shards, so a shard that was removed leads to no name that another one has.
     """

@@ -1,4 +1,4 @@
-"""Embeddings as table rows: one vector a row, as a list of fixed size, with the place that it stands for."""
+"""Embeddings as table rows: one vector a row, as a list of fixed size, with its place in the sound."""
 
 import math
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ import pyarrow as pa
 from ...common.errors import InferenceError
 from .embedder import ClipEmbedding, Embedder
 
-# The axes of a window's embedding before the vector's own, by pooling.
+# Axes of a window's embedding by pooling, without the vector's own axis.
 POOLED_AXES: dict[str, tuple[str, ...]] = {"cls": (), "mean": (), "frame": ("time",), "patch": ("time", "mel_band")}
 COLUMNS = {
     "path": "The sound file.",
@@ -27,7 +27,7 @@ COLUMNS = {
 
 
 def axes_of(embedder: Embedder) -> tuple[str, ...]:
-    """Return the names of the axes of `ClipEmbedding.embedding` without the last."""
+    """Return the names of all axes of `ClipEmbedding.embedding` but the last."""
     return (*(("layer",) if embedder.layer == "all" else ()), *POOLED_AXES[embedder.pooling])
 
 

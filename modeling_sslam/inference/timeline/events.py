@@ -1,8 +1,8 @@
-"""Events with onset and offset, read off the scores of windows.
+"""Events with onset and offset, detected in the scores of windows.
 
 A median filter removes single outliers. Hysteresis then finds events: a class's event lasts while its score stays at
-`release` or above, and counts only if the score reaches `threshold` meanwhile. So one event stays one while its score
-wavers between the two. Both steps take scores in blocks; apart from the events found, their memory is bounded.
+`release` or above, and counts only if the score reaches `threshold` meanwhile. So a score that wavers between the two
+does not split an event. Both steps take scores in blocks; apart from the events found, their memory is bounded.
 """
 
 from collections.abc import Sequence

@@ -11,7 +11,7 @@ from ...common.errors import InferenceError
 from ...common.text import csv_row, escape_controls, escape_undecodable
 
 if TYPE_CHECKING:
-    # Not imported at run time: `sslam timeline --help` lists the formats, and windows need torch.
+    # Not imported at run time, because windows need torch and `sslam timeline --help` lists the formats.
     from .timeline import Timeline
 
 
@@ -32,8 +32,8 @@ def to_audacity(timeline: "Timeline") -> str:
 def to_rttm(timeline: "Timeline") -> str:
     r"""Format events as NIST's Rich Transcription Time Marked (RTTM), which diarisation tools read.
 
-    A line has ten fields between spaces. The class is in the field of the speaker, the score in that of the
-    confidence. Spaces in names become underscores, or `\u0020` in a class that another class would then equal. Control
+    A line has ten fields between spaces. The class is in the speaker field, and the score in the confidence field.
+    Spaces in names become underscores, or `\u0020` if two classes would otherwise get the same name. Control
     characters become escapes such as `\n`.
     """
     recording = Path(timeline.path).stem if timeline.path else "recording"
@@ -78,7 +78,7 @@ def to_jams(timeline: "Timeline") -> str:
         },
         "sandbox": {"window": timeline.window, "hop": timeline.hop, "events": vars(timeline.settings)},
     }
-    # A label can hold surrogates, which UTF-8 has not. JSON's escapes of them are read back as they were.
+    # A label can hold surrogates, which UTF-8 cannot encode. JSON's escapes of them are read back unchanged.
     return json.dumps(jams, indent=1, ensure_ascii=False).encode(errors="backslashreplace").decode() + "\n"
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.typing import ColorType
 
-# More than the pixels in the width of a picture: more columns would not be visible.
+# More columns would not be visible, because a picture has fewer pixels in its width.
 MAX_COLUMNS = 2048
 # More curves could not be told apart.
 MAX_CLASSES = 8

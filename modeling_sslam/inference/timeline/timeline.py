@@ -1,4 +1,4 @@
-"""Timelines: the events in a recording and the scores of the windows that they were read off."""
+"""Timelines: the events in a recording, and the window scores that the events come from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from .events import Event, EventDetector, EventSettings, to_events
 
 @dataclass
 class Timeline:
-    """Events in a recording, with the windows that they were read off.
+    """Events in a recording, with the windows that they come from.
 
     Args:
         events: Sorted by onset.

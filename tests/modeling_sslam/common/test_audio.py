@@ -76,7 +76,7 @@ def test_a_long_file_is_never_held_whole(tmp_path, monkeypatch):
     assert longest <= 21 * 16_000 * 4
 
 
-def test_faults_say_where(write_sound):
+def test_errors_say_where_the_fault_is(write_sound):
     samples = np.zeros(32_000, np.float32)
     samples[25_000] = np.nan
     blocks = stream_blocks(str(write_sound("sound.wav", samples=samples)), 16_000, block_seconds=0.5)
@@ -89,7 +89,7 @@ def test_faults_say_where(write_sound):
 @pytest.mark.parametrize(
     ("content", "reason"), [(b"", "empty"), (b"not a sound" * 99, "undecodable"), (None, "missing")]
 )
-def test_unusable_files(tmp_path, monkeypatch, content, reason):
+def test_unusable_files_are_refused(tmp_path, monkeypatch, content, reason):
     monkeypatch.setenv("PATH", "")
     path = tmp_path / "sound.wav"
     if content is not None:
@@ -113,7 +113,7 @@ def test_a_damaged_flac(write_sound):
 
 
 def fake_ffmpeg(folder, monkeypatch, script: str) -> None:
-    """Put a script in the place of the program ffmpeg, which the tests do not require."""
+    """Replace the program ffmpeg by a script, because the tests do not require ffmpeg."""
     program = folder / "bin" / "ffmpeg"
     program.parent.mkdir()
     program.write_text(f"#!{sys.executable}\n{script}")
@@ -254,7 +254,7 @@ def test_duration_from_the_head(write_sound, tmp_path):
     assert duration_seconds(str(tmp_path / "nowhere.wav")) is None
 
 
-def test_a_file_that_does_not_open_holds_up_no_other(tmp_path):
+def test_a_file_that_hangs_on_opening_blocks_no_other(tmp_path):
     pipe, wav = str(tmp_path / "pipe.wav"), str(tmp_path / "sound.wav")
     os.mkfifo(pipe)
     soundfile.write(wav, np.zeros(16_000), 16_000)
@@ -273,7 +273,7 @@ def test_a_file_that_does_not_open_holds_up_no_other(tmp_path):
     other.start()
     other.join(10)
     was_held_up = other.is_alive()
-    while hanging.is_alive():  # let it end, so that it does not hold up later tests
+    while hanging.is_alive():  # let the thread end, so that it does not disturb later tests
         try:
             os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
         except OSError:

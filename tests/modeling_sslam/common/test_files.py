@@ -1,4 +1,4 @@
-"""Publication of files and folders: whole or not at all, whatever fails on the way."""
+"""Publication of files and folders: whole or not at all, at whichever step it fails."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from modeling_sslam.common.files import publish, replacing, temporary_path, writ
 
 @pytest.fixture(params=["atomic exchange", "two renames"])
 def exchange(request, monkeypatch) -> str:
-    """Run a test as the system does it, and as on systems without an atomic exchange of two paths."""
+    """Run a test with the system's atomic exchange of two paths, and without one."""
     if request.param == "two renames":
         monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     return request.param
@@ -32,7 +32,7 @@ def write(path: Path, text: str, kind: str) -> None:
 
 
 def fail_at(monkeypatch, step: int) -> list[str]:
-    """Let the renames and flushes from the given one on fail, and return the list of those that were begun."""
+    """Make renames and flushes fail from the given one on. Return the list of those that were begun."""
     begun: list[str] = []
 
     def watch(owner, name):
@@ -127,7 +127,7 @@ def test_leftovers_of_a_killed_writer_are_replaced(tmp_path, exchange):
 @pytest.mark.parametrize("step", range(9))
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_the_target_is_old_or_new_at_every_step(tmp_path, monkeypatch, exchange, kind, step):
-    """Every step of a publication fails in turn, and so do those that would follow it."""
+    """Each step of a publication fails in turn, and so do all later steps."""
     target = tmp_path / "result"
     write(target, "old", kind)
     temporary = temporary_path(target)
@@ -205,7 +205,7 @@ def test_content_is_flushed_before_it_is_renamed_and_the_name_after(tmp_path, mo
 def test_a_folder_that_is_missing_or_not_writable_is_named(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"nowhere/result cannot be written: the folder .*nowhere does not exist"):
         write_text(tmp_path / "nowhere" / "result", "new")
-    # Root may write everywhere, so the answer of the system is given here.
+    # Root may write everywhere, so the test replaces the system's answer.
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(OSError, match="is not writable"):
         write_text(tmp_path / "result", "new")

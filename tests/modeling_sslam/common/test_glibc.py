@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 # Page faults of tensors of 1 to 30 MiB, one after the other. By default glibc asks the system for each of them,
-# because it is larger than all that were freed before.
+# because each is larger than all that were freed before.
 SCRIPT = """
 import resource, sys
 import torch

@@ -26,7 +26,7 @@ FIDELITY = {"bfloat16": 0.9995, "int8": 0.998}
 
 @pytest.fixture(autouse=True)
 def _two_clips_at_a_time(monkeypatch):
-    """The batches below are then computed in several parts, of which the last is smaller."""
+    """Compute the batches below in several parts, of which the last is smaller."""
     monkeypatch.setattr(packed_blocks, "TOKENS_AT_A_TIME", dict.fromkeys(packed_blocks.PRECISIONS, 300))
 
 
@@ -37,7 +37,7 @@ def _either_attention(request, monkeypatch):
 
 @pytest.fixture
 def config() -> SSLAMConfig:
-    """Wide enough for oneDNN's blocked kernels."""
+    """Return a configuration that is wide enough for oneDNN's blocked kernels."""
     return SSLAMConfig(
         hidden_size=96,
         num_hidden_layers=3,
@@ -65,12 +65,12 @@ def optimize_or_refuse(model: Model, precision: str) -> Model | None:
 
 
 def distance(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Euclidean distance, computed in float64."""
+    """Return the Euclidean distance, computed in float64."""
     return (first.double() - second.double()).norm().item()
 
 
 def relative_error(precision: str) -> float:
-    """The distance of two unit vectors whose cosine is the promised one."""
+    """Return the distance of two unit vectors with the promised cosine."""
     return math.sqrt(2 * (1 - FIDELITY[precision]))
 
 
@@ -104,11 +104,11 @@ def test_other_activations_and_no_bias(config, input_values, act, assert_rounds_
 @pytest.mark.usefixtures("_either_attention")
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("score_bytes", [packed_blocks.SCORE_BYTES_AT_A_TIME, 80_000, 4_000])
-def test_padding_is_attended_to_by_none(config, precision, score_bytes, monkeypatch):
+def test_no_token_attends_to_padding(config, precision, score_bytes, monkeypatch):
     """A padded clip gets the result that it gets alone, up to rounding.
 
-    Attention with a mask may round otherwise than without one, and int8 rounds that anew. Each of the two results lies
-    about as far from the exact one as the other, so by rounding they differ by no more than twice that distance.
+    Attention may round differently with a mask and without one, and int8 rounds its result again. Both results lie
+    about equally far from the exact one, so rounding alone makes them differ by at most twice that distance.
 
     Scores are computed for all heads at a time, for two, and for a part of one.
     """
@@ -147,7 +147,7 @@ def test_fidelity_of_embeddings(config, input_values, precision):
 
 @pytest.mark.usefixtures("_either_attention")
 def test_int8_of_a_clip_does_not_depend_on_the_others(config, input_values):
-    """Bit for bit: the shapes are the same, and each token is rounded by a scale of its own."""
+    """The results agree bit for bit: shapes are the same, and each token has its own scale."""
     model = optimize_for_cpu(SSLAMModel(config), "int8")
     others = torch.cat((input_values[:1], 100 * torch.randn_like(input_values[1:])))
     assert torch.equal(model(input_values).last_hidden_state[0], model(others).last_hidden_state[0])
@@ -177,7 +177,7 @@ def test_classifier(config, input_values, precision, assert_rounds_like):
         assert distance(found, exact) < relative_error(precision) * exact.norm()
 
 
-def test_what_an_optimised_model_refuses(config, input_values, tmp_path):
+def test_optimised_model_refuses_other_uses(config, input_values, tmp_path):
     for target in (torch.bfloat16, "meta"):
         with pytest.raises(ValueError, match=r"stays in torch\.float32 on the CPU; load it anew"):
             optimize_for_cpu(SSLAMModel(config)).to(target)
@@ -192,7 +192,7 @@ def test_what_an_optimised_model_refuses(config, input_values, tmp_path):
     assert model(input_values).last_hidden_state.dtype == torch.float32
 
 
-def test_what_cannot_be_optimised(config):
+def test_other_models_cannot_be_optimised(config):
     with pytest.raises(ValueError, match="'int4' is not one of"):
         optimize_for_cpu(SSLAMModel(config), "int4")
     with pytest.raises(ValueError, match="SSLAMForPreTraining on cpu cannot be"):
@@ -214,14 +214,14 @@ def test_missing_kernels_and_packages(config, monkeypatch):
     assert model.training
 
 
-def test_commands_use_them(model_folder: Path, audio_dir: Path):
+def test_commands_use_packed_blocks(model_folder: Path, audio_dir: Path):
     recording = audio_dir / "misc_crow.flac"
     plain = SSLAMTagger(
         SSLAMForAudioClassification.from_pretrained(model_folder), SSLAMFeatureExtractor.from_pretrained(model_folder)
     )
     expected = {entry["label"]: entry["score"] for entry in plain.tag(recording, top_k=None)}
-    # The slope of the sigmoid is at most 1/4, so a score is off by at most a quarter of what its logit is off by: the
-    # tolerance of the golden logits, or the promised relative error.
+    # The slope of the sigmoid is at most 1/4, so a score's error is at most a quarter of its logit's: the tolerance of
+    # the golden logits, or the promised relative error.
     norm_of_logits = torch.tensor(list(expected.values())).logit().norm().item()
     for dtype, tolerance in (("auto", 1e-5 / 4), ("int8", relative_error("int8") * norm_of_logits / 4)):
         tagger = SSLAMTagger.from_pretrained(model_folder, device="cpu", dtype=dtype)

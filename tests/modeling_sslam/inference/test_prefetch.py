@@ -1,4 +1,4 @@
-"""Threads that work ahead: results in order, errors in their place, no thread left."""
+"""Threads that work ahead: results keep their order, errors their place, and no thread is left."""
 
 import threading
 import time
@@ -42,7 +42,7 @@ def test_work_is_done_ahead_but_not_without_bound():
 
 
 @pytest.mark.parametrize("place", ["item", "output"])
-def test_errors_come_after_what_came_before_them(place):
+def test_errors_come_after_earlier_outputs(place):
     def items():
         yield from (1, 2, 3)
         if place == "item":

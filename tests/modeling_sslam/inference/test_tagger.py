@@ -14,7 +14,7 @@ RECORDINGS = ["ambi_choir", "drum_cowbell", "guit_e_slide", "misc_crow", "vinyl_
 
 
 def clip_scores(tagger: SSLAMTagger, clips: list[torch.Tensor]) -> np.ndarray:
-    """Scores of the model for clips from the feature extractor."""
+    """Return the model's scores for clips from the feature extractor."""
     inputs = tagger.feature_extractor(clips, sampling_rate=16_000, return_tensors="pt")
     with torch.no_grad():
         return tagger.model(**inputs).logits.sigmoid().numpy()
@@ -33,7 +33,7 @@ def assert_same(tags: list[dict], expected: list[dict]) -> None:
 
 @pytest.fixture
 def config(make_config):
-    """A model of three classes for clips of 64 frames, so that windows of one second are longer than a clip."""
+    """Configure three classes and clips of 64 frames, so that windows of one second are longer than a clip."""
     return make_config(
         num_mel_bins=128, num_labels=3, problem_type="multi_label_classification", max_position_embeddings=12
     )
@@ -82,7 +82,7 @@ def test_recordings_share_batches(config, write_sound, batch_size, monkeypatch):
     monkeypatch.setattr(tagger, "_classify", lambda windows: seen.append(len(windows)) or classify(windows))
     first, missing, second, damaged, third = tagger.tag_each([sounds[0], "nowhere.wav", sounds[1], broken, sounds[2]])
     assert [missing.reason, damaged.reason] == ["missing", "not_finite"]
-    # 1 + 3 + 2 windows. Their distribution over batches changes no result.
+    # The recordings have 1 + 3 + 2 windows, whose distribution over batches changes no result.
     assert seen == {1: [1] * 6, 2: [2] * 3, "auto": [6]}[batch_size]
     monkeypatch.undo()
     for tags, sound in zip((first, second, third), sounds, strict=True):
@@ -92,7 +92,7 @@ def test_recordings_share_batches(config, write_sound, batch_size, monkeypatch):
 
 
 def test_damaged_recording_changes_no_other_result(config, write_sound):
-    """The damage is at the end, when the recording's first windows are already in a batch."""
+    """The damage comes when the recording's first windows are already in a batch."""
     samples = np.zeros(600_000, np.float32)
     samples[-1] = np.inf
     path, sound = write_sound("sound.wav", samples=samples), torch.randn(8_000) / 10
@@ -102,7 +102,7 @@ def test_damaged_recording_changes_no_other_result(config, write_sound):
     assert_same(tags, tagger.tag(sound))
 
 
-def test_timeline_scores_equal_those_of_separate_clips(tagger, recording):
+def test_timeline_scores_equal_the_scores_of_separate_clips(tagger, recording):
     timeline = tagger.timeline(recording, window=2.0, hop=0.5)
     assert timeline.scores.dtype == np.float32
     assert timeline.starts[:-1].tolist() == pytest.approx([0.5 * k for k in range(len(timeline.starts) - 1)])

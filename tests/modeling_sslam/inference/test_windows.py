@@ -20,7 +20,7 @@ def log_mel(waveform: torch.Tensor, block: int = 16_000) -> torch.Tensor:
 
 @pytest.mark.parametrize(("block", "tolerance"), [(37, 2e-6), (400, 2e-6), (4001, 0), (10**6, 0)])
 def test_blocks_joined_are_one_pass(recording, block, tolerance):
-    """Few frames go through another kernel of the matrix product, which sums in another order."""
+    """For few frames the matrix product uses another kernel, which sums in another order."""
     whole = log_mel_spectrogram(recording[None])[0]
     assert len(whole) == EXTRACTOR.num_frames(len(recording))
     torch.testing.assert_close(log_mel(recording, block), whole, rtol=0, atol=tolerance)
@@ -29,7 +29,7 @@ def test_blocks_joined_are_one_pass(recording, block, tolerance):
 @pytest.mark.parametrize("offset", [0.0, 0.01, 0.3])
 @pytest.mark.parametrize("seconds", [1.0, 2.0])
 def test_windows_equal_separate_clips(recording, offset, seconds):
-    """Window and clip differ by rounding, as the extractor removes the mean of the clip before that of each frame.
+    """Window and clip differ by rounding, because the extractor also removes the mean of the clip.
 
     The difference is largest where a mel bin is nearly empty beside a loud sound.
     """

@@ -15,7 +15,7 @@ AUTO_MAP = {"AutoConfig": "configuration_eat.EATConfig", "AutoModel": "modeling_
 # Code that must not run.
 STRANGER = b"import os, pathlib\npathlib.Path(os.environ['MARKER']).touch()\n"
 
-# Only the stand-in can be reached, and timm is not there.
+# Only the stand-in can be reached, and timm is missing.
 ISOLATED = """
 import socket, sys
 
@@ -79,7 +79,7 @@ def hub(golden_dir, serve_hub, as2m):
 
 @pytest.fixture
 def run(hub, hub_environment, tmp_path):
-    """Return a function that runs Python against the stand-in, and returns what it prints.
+    """Return a function that runs Python against the stand-in, and returns its output.
 
     The first argument is a script.
     """
@@ -108,6 +108,6 @@ def run(hub, hub_environment, tmp_path):
 
 @pytest.fixture
 def sslam(run):
-    """Return a function that runs the command `sslam` so."""
+    """Return a function that runs the command `sslam` against the stand-in."""
     program = "from modeling_sslam.__main__ import main; import sys; sys.exit(main(sys.argv[1:]))"
     return lambda *arguments, status=0: run(program, *arguments, status=status)

@@ -67,7 +67,7 @@ class TestWeights:
 
     def test_classifier_gives_the_golden_logits(self, golden_dir, parity):
         golden = load_file(golden_dir / "classifier.safetensors")
-        # The vectors are fairseq's, whose norm has another epsilon than the code of this layout.
+        # The vectors come from fairseq, whose norm has another epsilon than the code of this layout.
         model = SSLAMForAudioClassification.from_pretrained(golden_dir / "hub_finetuned", classifier_norm_eps=1e-6)
         error = (outputs(model, golden["input_1024"].float()) - golden["logits_1024"]).abs().max()
         parity("published classifier, as it is", error, 1e-5)
@@ -82,7 +82,7 @@ class TestWeights:
         torch.testing.assert_close(outputs(theirs, inputs), outputs(ours, inputs), atol=1e-6, rtol=0)
 
     @pytest.mark.parametrize("name", MODELS)
-    def test_leaves_nothing_out_and_writes_nothing(self, golden_dir, tmp_path, name):
+    def test_loads_every_weight_and_writes_nothing(self, golden_dir, tmp_path, name):
         folder = tmp_path / name
         shutil.copytree(golden_dir / name, folder)
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -174,7 +174,7 @@ class TestParts:
 
 class TestConfiguration:
     @pytest.mark.parametrize("name", MODELS)
-    def test_equals_that_of_the_conversion(self, golden_dir, converted, name):
+    def test_equals_the_converted_configuration(self, golden_dir, converted, name):
         ours, theirs = (
             SSLAMConfig.from_pretrained(folder).to_dict() for folder in (golden_dir / name, converted[name])
         )

@@ -1,4 +1,4 @@
-"""No class loads an encoder of which weights are missing."""
+"""No class loads an encoder with missing weights."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ CLASSES = (SSLAMModel, SSLAMForAudioClassification, SSLAMForPreTraining)
 
 @pytest.fixture
 def saved(tiny_config, tmp_path):
-    """Folder of a classifier in our own layout."""
+    """Save a classifier in our own layout and return the folder."""
     SSLAMForAudioClassification(tiny_config).save_pretrained(tmp_path / "saved")
     return tmp_path / "saved"
 
@@ -85,7 +85,7 @@ def test_a_folder_of_the_earth_species_project(golden_dir, tmp_path):
     save_file({f"backbone.{key}": value for key, value in weights.items()}, tmp_path / "esp-aves2-sl-eat.safetensors")
     with pytest.raises(OSError, match=r"`sslam convert .* OUT`.*Earth Species Project"):
         SSLAMModel.from_pretrained(tmp_path)
-    # With a config.json and under the usual name, too.
+    # The same holds with a config.json and under the usual name.
     shutil.copy(golden_dir / "hub_pretrained" / "config.json", tmp_path)
     (tmp_path / "esp-aves2-sl-eat.safetensors").rename(tmp_path / "model.safetensors")
     replace_weights(tmp_path, lambda weights: weights)

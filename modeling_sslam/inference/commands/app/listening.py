@@ -21,7 +21,7 @@ TOP_LABELS = 10
 HOP_SHARE = 1 / 4
 # Width at which the picture's text has the size of the page's text.
 PICTURE_INCHES = 9.0
-# What a visitor reads for each reason of a ClipError.
+# The message to the visitor for each reason of a ClipError.
 COMPLAINTS = {
     "missing": "no longer exists; upload it again",
     "empty": "is empty",

@@ -33,7 +33,7 @@ SHORTEST_WINDOW = 0.5
 # Uploads are private, so they are deleted this long after they came.
 CACHE_SECONDS = 3600
 MAX_WAITING = 20
-# One suffix for each format; .jams and .json name the same.
+# One suffix for each format; .jams and .json name the same format.
 DOWNLOADS = {suffix: name for suffix, name in SUFFIXES.items() if suffix != ".jams"}
 # Least width of a column in pixels. In a narrower window, the columns stand one below the other.
 MIN_COLUMN_PIXELS = 300
@@ -264,7 +264,7 @@ def serve(
         prevent_thread_lock=True,
         ssr_mode=False,
         footer_links=[],
-        # Fonts of the visitor's system. Gradio's own would be fetched from another server.
+        # Use fonts of the visitor's system. Gradio's own fonts would be fetched from another server.
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=STYLE,
         quiet=True,

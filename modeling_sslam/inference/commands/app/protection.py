@@ -37,7 +37,7 @@ class SameOriginMiddleware:
 
 
 def _is_foreign(headers: Headers) -> bool:
-    # A proxy may change Host. Scripts cannot set Sec-Fetch-Site, so the browser's own word counts then.
+    # A proxy may change Host. Scripts cannot set Sec-Fetch-Site, so its `same-origin` is trusted.
     if headers.get("sec-fetch-site") == "same-origin":
         return False
     return any(origin.partition("://")[2] != headers.get("host") for origin in headers.getlist("origin"))
@@ -76,7 +76,7 @@ def private_uploads() -> Iterator[None]:
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        # Launchers send the signal several times; the others must not interrupt the clean-up.
+        # Launchers send the signal several times. Later signals must not interrupt the clean-up.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise KeyboardInterrupt
 

@@ -28,7 +28,7 @@ def chromium() -> str:
 
 @pytest.fixture(scope="module")
 def server(model_folder, audio_dir, tmp_path_factory) -> Iterator[tuple[str, Path]]:
-    """The page's address and the server's log file."""
+    """Start the server and return the page's address and the log file."""
     log = tmp_path_factory.mktemp("server") / "log"
     limits = ["--max-minutes", str(MAX_MINUTES), "--max-megabytes", str(MAX_MEGABYTES)]
     command = [sys.executable, "-m", "modeling_sslam", "app", "--model", str(model_folder), "--device", "cpu", *limits]
@@ -55,7 +55,7 @@ def server(model_folder, audio_dir, tmp_path_factory) -> Iterator[tuple[str, Pat
 
 @pytest.fixture(scope="module")
 def tab(chromium, server) -> Iterator[Page]:
-    """One browser tab for all tests. It must send requests to the server only."""
+    """Open one browser tab for all tests. It must send requests to the server only."""
     address, _ = server
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
@@ -77,7 +77,7 @@ def tab(chromium, server) -> Iterator[Page]:
 
 @pytest.fixture
 def page(tab) -> Page:
-    """The page's tab "Listen" without a sound."""
+    """Open the page's tab "Listen" without a sound."""
     tab.get_by_role("tab", name="Listen").click()
     clear = tab.locator("#sound").get_by_label("Clear")
     if tab.locator("#sound input[type=file]").count() == 0:
@@ -111,7 +111,7 @@ def test_upload_shows_picture_and_playback_moves_the_cursor(page, tagger, audio_
     )
 
     def where() -> tuple[float, float]:
-        """Position in the sound in seconds, by the player and by the cursor."""
+        """Return the position in the sound in seconds, from the player and from the cursor."""
         position, box = audio.evaluate("audio => audio.currentTime"), picture.bounding_box()
         line = cursor.bounding_box()
         share = (line["x"] + line["width"] / 2 - box["x"]) / box["width"]

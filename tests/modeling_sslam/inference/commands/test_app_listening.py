@@ -101,5 +101,5 @@ def test_unusable_files_are_explained_without_their_folder(listener, write_sound
         assert str(tmp_path) not in str(error.value)
 
 
-def test_every_reason_has_a_complaint():
+def test_every_reason_has_a_message():
     assert set(re.findall(r'"(\w+)"', ClipError.__doc__)) == set(COMPLAINTS)

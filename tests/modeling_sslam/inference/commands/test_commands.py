@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).parents[4]
 
 @pytest.fixture
 def run(model_folder, capsys):
-    """Runs a command with the tiny model and returns exit status, stdout and stderr."""
+    """Return a function that runs a command with the tiny model: exit status, stdout and stderr."""
 
     def run(command: str, *arguments) -> tuple[int, str, str]:
         options = ["--model", str(model_folder), "--device", "cpu"]
@@ -35,7 +35,7 @@ def run(model_folder, capsys):
 
 @pytest.fixture
 def sounds(write_sound):
-    """A folder with sounds, also in subfolders, and with other files."""
+    """Write a folder with sounds, also in subfolders, and with other files."""
     for name in ("b.wav", "deep/er/a.flac", "deep/c.OGG"):
         write_sound(f"sounds/{name}", seconds=0.4, rate=16_000)
     folder = write_sound("sounds/.hidden.wav").parent
@@ -265,7 +265,7 @@ def test_damaged_recording_keeps_old_results(run, write_sound, tmp_path):
 
 @pytest.fixture
 def _python_s_own_sigint():
-    """Restores Python's handler, because a shell starts background processes with SIGINT ignored."""
+    """Restore Python's handler, because a shell starts background processes with SIGINT ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -274,7 +274,7 @@ def _python_s_own_sigint():
 @pytest.mark.usefixtures("_python_s_own_sigint")
 @pytest.mark.parametrize("command", ["tag", "timeline"])
 def test_interrupt(run, write_sound, tmp_path, monkeypatch, command):
-    """Ctrl-C comes during the computation, when results and files are incomplete."""
+    """Ctrl-C interrupts the computation, when results and files are incomplete."""
     paths = [write_sound(f"{n}.wav", seconds=30) for n in range(3)]
     classify, calls = SSLAMTagger._classify, []
 

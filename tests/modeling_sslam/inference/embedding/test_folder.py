@@ -1,4 +1,4 @@
-"""`sslam embed` writes every sound exactly once, however often and in whatever way it is interrupted."""
+"""`sslam embed` writes every sound exactly once, however it is interrupted and however often."""
 
 import json
 import os
@@ -251,7 +251,7 @@ def test_asked_to_stop(start_embed, model_folder, recordings, tmp_path, number):
     wait_for(lambda: len(list(out.glob("data/*.parquet"))) == 2, process)
     process.send_signal(number)
     if number == signal.SIGINT:
-        # After a second SIGINT it does not wait for the decoder that hangs.
+        # After a second SIGINT the command does not wait for the decoder that hangs.
         time.sleep(0.5)
         process.send_signal(number)
     while process.poll() is None and number == signal.SIGTERM:
