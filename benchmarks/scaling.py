@@ -1,11 +1,11 @@
-"""Growth of cost: clips/s and peak memory against batch size, length of the clips, and clones, as a picture.
+"""Scaling of cost: plots of clips/s and peak memory against batch size, clip length and number of clones.
 
-    python -m benchmarks.scaling [--picture benchmarks/images/scaling.png]
+    python -m benchmarks.scaling [--picture benchmarks/scaling.png]
 
 The base size runs on a GPU (bfloat16, compiled) if there is one, else on the CPU (float32, `use_onednn`): the
 classifier in inference against batch size (clips of 10 s) and against length (one clip), both beside the Audio
 Spectrogram Transformer where it takes such clips, and the pre-training step against clones (2 clips). Each point is
-timed in this process; its peak memory is measured in a process of its own, everything included.
+timed in this process; its peak memory is measured in a process of its own and includes weights and inputs.
 """
 
 from collections.abc import Callable

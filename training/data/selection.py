@@ -1,8 +1,8 @@
 """Selection of the clips that take part in an epoch: a function of seed, epoch and the clip's name.
 
 All processes and workers therefore agree without communication, for streams and for lists, and a resumed run selects
-the same clips. Skipping a clip costs nothing if the source refers to files by path. A source that holds the audio itself
-is read in full.
+the same clips. Skipping a clip costs nothing if the source refers to files by path. A source that holds the audio
+itself is read in full.
 """
 
 from functools import lru_cache, partial
