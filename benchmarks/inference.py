@@ -173,8 +173,8 @@ def gpu_rows(report: Report, config: SSLAMConfig, batch_size: int, rounds: int) 
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser("inference", __doc__, rounds=5)
-    parser.add_argument("--batch-size", type=int, default=8, help="on the CPU (%(default)s)")
-    parser.add_argument("--gpu-batch-size", type=int, default=256, help="on a GPU (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="clips in a batch, on the CPU (%(default)s)")
+    parser.add_argument("--gpu-batch-size", type=int, default=256, help="clips in a batch, on a GPU (%(default)s)")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -50,7 +50,7 @@ def run_torch(model: SSLAMModel, clips: torch.Tensor) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser("onnx_inference", __doc__, rounds=5)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--frames", type=int, default=1024, help="of a clip, 10 ms each (%(default)s)")
+    parser.add_argument("--frames", type=int, default=1024, help="frames of a clip, 10 ms each (%(default)s)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

@@ -193,10 +193,10 @@ def gpu_rows(report: Report, setting: Setting, rounds: int) -> list[Row]:
 def main() -> None:
     parser = make_parser("pretraining_step", __doc__, rounds=5)
     parser.add_argument("--batch", type=int, default=2, help="clips of a step on the CPU (%(default)s)")
-    parser.add_argument("--clones", type=int, default=4, help="clones of each there (%(default)s)")
+    parser.add_argument("--clones", type=int, default=4, help="clones of each clip on the CPU (%(default)s)")
     parser.add_argument("--gpu-batch", type=int, default=12, help="clips of a step on a GPU (%(default)s)")
-    parser.add_argument("--gpu-clones", type=int, default=8, help="clones of each there (%(default)s)")
-    parser.add_argument("--frames", type=int, default=1024, help="of a clip (%(default)s)")
+    parser.add_argument("--gpu-clones", type=int, default=8, help="clones of each clip on a GPU (%(default)s)")
+    parser.add_argument("--frames", type=int, default=1024, help="frames of a clip (%(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     report = Report("pretraining_step", {name: value for name, value in vars(args).items() if name != "out"})

@@ -88,7 +88,7 @@ def draw(curves: dict[str, dict[str, dict[float, dict[str, float]]]], title: str
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser("scaling", __doc__, rounds=3)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=BATCH_SIZES, metavar="N")
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="T", help="in frames of 10 ms")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="T", help="frames of 10 ms")
     parser.add_argument("--clones", type=int, nargs="+", default=CLONES, metavar="C")
     parser.add_argument("--picture", type=Path, default=Path("outputs/benchmarks/scaling.png"), help="(%(default)s)")
     args = parser.parse_args(argv)
