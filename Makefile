@@ -2,11 +2,11 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# The older end of the supported range, laid over the environment; it needs older versions of two of its dependencies.
+# The oldest supported transformers, in a folder that comes first on the path, with older versions of two dependencies.
 OVERLAY := $(CURDIR)/.venv/transformers-4.57
-# By file: a server and a browser are started once.
+# Distribute by file, so that a server and a browser are started once.
 PYTEST := -q -n auto --maxprocesses 4 --dist loadfile
-# Embeddings and the page stay out: datasets and Gradio need a newer Hub client than transformers 4.57 has.
+# Tests of embeddings and the page are left out: datasets and Gradio need a newer Hub client than transformers 4.57 has.
 INFERENCE := tests/modeling_sslam/inference
 NEEDS_NEW_HUB := $(INFERENCE)/embedding $(INFERENCE)/test_prefetch.py $(INFERENCE)/commands/test_app_page.py \
 	$(INFERENCE)/commands/test_app_browser.py tests/modeling_sslam/published/test_hub_embeddings.py
@@ -16,11 +16,11 @@ NEEDS_NEW_HUB := $(INFERENCE)/embedding $(INFERENCE)/test_prefetch.py $(INFERENC
 help:
 	@echo "make quickstart   pre-train, fine-tune, evaluate and use a tiny model, from sounds it generates"
 	@echo "make test         lint, then the tests on transformers 5 and on 4.57"
-	@echo "make test-fast    the tests that take no seconds, on transformers 5: under a minute on two idle cores"
-	@echo "make coverage     the tests on transformers 5, and which lines they miss (htmlcov/index.html)"
-	@echo "make bench        speed and memory, beside rivals in the same run: half an hour on two cores"
+	@echo "make test-fast    the fast tests, on transformers 5: under a minute on two idle cores"
+	@echo "make coverage     the tests on transformers 5, with the lines that they miss (htmlcov/index.html)"
+	@echo "make bench        speed and memory against rivals in the same run: half an hour on two cores"
 	@echo "make lint         ruff, import-linter and mypy"
-	@echo "make clean        remove the environment and what the commands above wrote"
+	@echo "make clean        remove the environment and the files that the commands above wrote"
 
 quickstart: .venv/ready
 	$(BIN)/python -m examples.quickstart outputs/quickstart

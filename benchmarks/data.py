@@ -1,4 +1,4 @@
-"""Speed of the data pipeline: FLAC in Parquet shards to batches on the device, with and without a training step.
+"""Speed of the data pipeline from FLAC in Parquet shards to batches on the device, with and without a training step.
 
     python -m benchmarks.data [--rounds 5] [--workers N] [--clips-per-worker 128]
 

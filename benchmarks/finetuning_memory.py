@@ -1,4 +1,4 @@
-"""Memory of a fine-tuning update. The question is whether the base size with 48 clips of 10 s in bfloat16 fits 24 GB.
+"""Memory of a fine-tuning update of the base size with 48 clips of 10 s in bfloat16, against 24 GB.
 
     python -m benchmarks.finetuning_memory [--batch_size 48] [--gradient_checkpointing]
 

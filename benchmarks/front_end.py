@@ -3,8 +3,8 @@
     python -m benchmarks.front_end                   # 64 clips of 10 s, on one thread and on two
 
 The rival is the published computation. It takes one clip at a time: subtract the mean, torchaudio's `kaldi.fbank`,
-pad, normalise; then it stacks the clips. Both start from the same list of waveforms and take turns. Peak memory is
-what a run in a new process needs beyond the waveforms, divided by their bytes.
+pad, normalise; then it stacks the clips. Both start from the same list of waveforms and take turns. Peak memory is the
+memory of a run in a new process beyond the waveforms, divided by the bytes of the waveforms.
 """
 
 import math

@@ -1,9 +1,9 @@
-"""The limit that the benchmarks hold the model against: the time of its matrix products alone.
+"""The GEMM limit: the time of the model's matrix products alone.
 
-The products of a run of the *eager* model are recorded: linear layers, convolutions as the products that they stand
-for, the two products of attention, and those of the gradients in a backward pass. Each is then computed at its own
-shape and dtype, with operands ready and contiguous, by the kernel that is fastest on this machine (oneDNN's some rows
-at a time). Its FLOPs are 2 * batch * rows * inner * columns. The limit leaves out everything else, such as
+The products of a run of the *eager* model are recorded: linear layers, convolutions as matrix products, the two
+products of attention, and the products of the gradients in a backward pass. Each product is then computed at its own
+shape and dtype, with ready and contiguous operands, by the fastest kernel on this machine (oneDNN's some rows at a
+time). Its FLOPs are 2 * batch * rows * inner * columns. The limit leaves out everything else, such as
 normalisation, activation, softmax and copies, and products that are recomputed to save memory, as in the backward
 passes of attention and of the decoder.
 """
@@ -66,7 +66,7 @@ def _products_of(op: Any, args: tuple, out: Any) -> Iterator[MatrixProduct]:
         yield _product(*args[:2])
     elif op in (aten.addmm, aten.baddbmm):
         yield _product(*args[1:3])
-    elif op is aten.linear:  # this and the next come whole under inference_mode
+    elif op is aten.linear:  # under inference_mode, this operator and the next are not decomposed
         yield _product(args[0].flatten(0, -2), args[1].t())
     elif op is aten.conv2d:
         yield _convolution(args[0], args[1], out, groups=args[6] if len(args) > 6 else 1)
@@ -74,9 +74,9 @@ def _products_of(op: Any, args: tuple, out: Any) -> Iterator[MatrixProduct]:
         yield _convolution(args[0], args[1], out, groups=args[8])
     elif op is aten.convolution_backward:
         forward = _convolution(args[1], args[2], args[0], groups=args[9])
-        if args[10][0]:  # of the input
+        if args[10][0]:  # gradient of the input
             yield forward._replace(inner=forward.columns, columns=forward.inner)
-        if args[10][1]:  # of the weight
+        if args[10][1]:  # gradient of the weight
             yield forward._replace(rows=forward.inner, inner=forward.rows)
     elif "scaled_dot_product" in op.__name__:
         is_backward = op.__name__.endswith("_backward")

@@ -1,4 +1,4 @@
-"""Speed of encoder and classifier, beside the Audio Spectrogram Transformer and their matrix products alone.
+"""Speed of encoder and classifier against the Audio Spectrogram Transformer, a plain transcription and the GEMM limit.
 
     python -m benchmarks.inference
 
@@ -32,7 +32,7 @@ from training.data.seeding import generator_for
 from training.soundscapes.scene import soundscape
 
 SECONDS = 10.0
-# What reduced precision should reach: times the speed of float32 by `use_onednn`, and cosine with its embeddings.
+# Targets of reduced precision: times the speed of float32 by `use_onednn`, and cosine with its embeddings.
 TARGETS = {"bfloat16": (2.0, 0.9995), "int8": (2.5, 0.998)}
 
 
@@ -133,7 +133,7 @@ def time_from_waveforms(
     """Measure seconds of a batch from waveforms on the device to embeddings, in bfloat16 and compiled.
 
     Returns:
-        The seconds of this and of what it is held against, and the FLOPs of its matrix products.
+        The seconds of this and of its rivals, and the FLOPs of its matrix products.
     """
     extractor = SSLAMFeatureExtractor()
     num_samples = round(SECONDS * extractor.sampling_rate)
@@ -173,8 +173,8 @@ def gpu_rows(report: Report, config: SSLAMConfig, batch_size: int, rounds: int) 
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser("inference", __doc__, rounds=5)
-    parser.add_argument("--batch-size", type=int, default=8, help="on the CPU (%(default)s)")
-    parser.add_argument("--gpu-batch-size", type=int, default=256, help="on a GPU (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="clips in a batch, on the CPU (%(default)s)")
+    parser.add_argument("--gpu-batch-size", type=int, default=256, help="clips in a batch, on a GPU (%(default)s)")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

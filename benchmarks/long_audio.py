@@ -28,7 +28,7 @@ from modeling_sslam.inference import EventSettings, SSLAMTagger
 from modeling_sslam.inference.commands.timeline import add_arguments, write_timeline
 from modeling_sslam.onednn_sslam import use_onednn
 
-# The number of AudioSet's classes, for each of which scores are kept, filtered and written.
+# The number of AudioSet's classes. The scores of each class are kept, filtered and written.
 NUM_LABELS = 527
 
 

@@ -1,4 +1,4 @@
-"""Measuring: contestants in turn, ratios round by round, peak memory in a separate process."""
+"""Measurement of times in turn, of ratios round by round, and of peak memory in a separate process."""
 
 import multiprocessing
 import statistics
@@ -42,8 +42,8 @@ def time_in_turn(
 ) -> dict[str, Measurement]:
     """Time one call of each contestant per round, in the order A B A B.
 
-    Other load on the machine then affects all contestants alike. Warm-up rounds come first and do not count: they do
-    what happens once (compiling, filling caches).
+    Other load on the machine then affects all contestants alike. Warm-up rounds come first and do not count: they
+    include one-time work such as compiling and filling caches.
 
     Returns:
         Seconds of a call, by contestant.
@@ -97,7 +97,7 @@ class PeakMemory:
     """Peak memory of a run in bytes.
 
     Attributes:
-        of_run: Memory beyond what was held when the run began: its results and intermediate values.
+        of_run: Memory beyond the state at the start of the run: its results and intermediate values.
         in_all: Memory beyond the bare process, before anything was set up: weights and inputs too.
     """
 

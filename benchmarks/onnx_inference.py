@@ -1,10 +1,10 @@
-"""The exported encoder in onnxruntime beside the model in torch, on a CPU in float32.
+"""Speed of the exported graphs in onnxruntime against the model in torch, on a CPU in float32.
 
     python -m benchmarks.onnx_inference              # base size, batches of 8 clips of 10 s
 
 Encoder and classifier with random weights are exported as by `python -m conversion --to onnx`, and run on other batch
-sizes and lengths than those of the export. Both runtimes have the same number of threads. The speed of torch is that
-of the model after `use_onednn`.
+sizes and lengths than those of the export. Both runtimes have the same number of threads. The model in torch runs
+after `use_onednn`.
 """
 
 import tempfile
@@ -50,7 +50,7 @@ def run_torch(model: SSLAMModel, clips: torch.Tensor) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser("onnx_inference", __doc__, rounds=5)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--frames", type=int, default=1024, help="of a clip, 10 ms each (%(default)s)")
+    parser.add_argument("--frames", type=int, default=1024, help="frames of a clip, 10 ms each (%(default)s)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

@@ -1,9 +1,10 @@
-"""Plain transcription of the encoder and objectives, which the benchmarks hold the pre-training step against.
+"""Plain transcription of the encoder and objectives, a rival of the benchmarks.
 
 It stands in for the published code, which needs fairseq. It shares only the configuration and the drawing of masks and
 windows with `modeling_sslam`. Attention is computed step by step with its softmax in float32; targets are repeated for
-every clone; the decoder works on `(batch, channels, time, mel)` and predicts all patches, of which the masked ones are
-then selected. [`load_weights`] copies the weights of an `SSLAMForPreTraining`, so that both compute the same numbers.
+every clone; the decoder works on `(batch, channels, time, mel)` and predicts all patches, and the masked patches are
+selected afterwards. [`load_weights`] copies the weights of an `SSLAMForPreTraining`, so that both compute the same
+numbers.
 """
 
 import math

@@ -1,12 +1,12 @@
-"""Time and memory of a pre-training step, beside its matrix products alone and a plain transcription.
+"""Time and memory of a pre-training step against a plain transcription and the GEMM limit.
 
     python -m benchmarks.pretraining_step
 
 A step of the second stage (objective "sslam") at the base size: forward, backward, clipping, AdamW, the teacher's
 update. Ours runs as `training.pretrain` runs it: on the CPU in float32 with `use_onednn`, on a GPU (if there is one)
 in bfloat16 by autocast with its blocks compiled. The transcription runs on the CPU in float32, on a GPU in float16 by
-autocast with scaled gradients, as published. The programs' settings of glibc's heap hold for a whole process, so they
-are left out: the transcription would run with them, too.
+autocast with scaled gradients, as published. The benchmark leaves out the training programs' settings of glibc's heap:
+they hold for a whole process, so the transcription would run with them, too.
 
 Peak memory is measured in a second step in a process of its own, with weights, gradients and the optimiser's state.
 """
@@ -43,7 +43,7 @@ class Setting:
         frames: Frames of a clip, 10 ms each.
         layers: Blocks of the encoder.
         device: Name of the device.
-        half_precision: Whether to compute by autocast in half precision with our blocks compiled, else in float32.
+        half_precision: Whether to compute by autocast in half precision with our blocks compiled. Otherwise float32.
     """
 
     batch: int
@@ -193,10 +193,10 @@ def gpu_rows(report: Report, setting: Setting, rounds: int) -> list[Row]:
 def main() -> None:
     parser = make_parser("pretraining_step", __doc__, rounds=5)
     parser.add_argument("--batch", type=int, default=2, help="clips of a step on the CPU (%(default)s)")
-    parser.add_argument("--clones", type=int, default=4, help="clones of each there (%(default)s)")
+    parser.add_argument("--clones", type=int, default=4, help="clones of each clip on the CPU (%(default)s)")
     parser.add_argument("--gpu-batch", type=int, default=12, help="clips of a step on a GPU (%(default)s)")
-    parser.add_argument("--gpu-clones", type=int, default=8, help="clones of each there (%(default)s)")
-    parser.add_argument("--frames", type=int, default=1024, help="of a clip (%(default)s)")
+    parser.add_argument("--gpu-clones", type=int, default=8, help="clones of each clip on a GPU (%(default)s)")
+    parser.add_argument("--frames", type=int, default=1024, help="frames of a clip (%(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     report = Report("pretraining_step", {name: value for name, value in vars(args).items() if name != "out"})

@@ -1,4 +1,4 @@
-"""Results of the benchmarks: a table for people and JSON for programs, with machine, versions and settings."""
+"""Results of the benchmarks as a table and as JSON, with machine, versions and settings."""
 
 import argparse
 import datetime

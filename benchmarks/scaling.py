@@ -1,11 +1,11 @@
-"""Growth of cost: clips/s and peak memory against batch size, length of the clips, and clones, as a picture.
+"""Scaling of cost: plots of clips/s and peak memory against batch size, clip length and number of clones.
 
-    python -m benchmarks.scaling [--picture benchmarks/images/scaling.png]
+    python -m benchmarks.scaling [--picture benchmarks/scaling.png]
 
 The base size runs on a GPU (bfloat16, compiled) if there is one, else on the CPU (float32, `use_onednn`): the
 classifier in inference against batch size (clips of 10 s) and against length (one clip), both beside the Audio
 Spectrogram Transformer where it takes such clips, and the pre-training step against clones (2 clips). Each point is
-timed in this process; its peak memory is measured in a process of its own, everything included.
+timed in this process; its peak memory is measured in a process of its own and includes weights and inputs.
 """
 
 from collections.abc import Callable
@@ -88,7 +88,7 @@ def draw(curves: dict[str, dict[str, dict[float, dict[str, float]]]], title: str
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser("scaling", __doc__, rounds=3)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=BATCH_SIZES, metavar="N")
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="T", help="in frames of 10 ms")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="T", help="frames of 10 ms")
     parser.add_argument("--clones", type=int, nargs="+", default=CLONES, metavar="C")
     parser.add_argument("--picture", type=Path, default=Path("outputs/benchmarks/scaling.png"), help="(%(default)s)")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Time to the first model: importing the package, and loading the base size from safetensors.
+"""Time to the first model: import of the package, and loading of the base size from safetensors.
 
     python -m benchmarks.startup [--rounds 7]
 
@@ -8,7 +8,7 @@ classes, with `modeling_sslam` and with its model. Imported packages are counted
 Loading is timed in one process that has imported everything, with the file in the page cache, against reading the file
 into memory (`Path.read_bytes`). safetensors maps the file rather than reading it, so weights are fetched when they are
 used. Therefore both are also timed with a sum over all weights. `safetensors.torch.load_file`, which gives the mapped
-weights without a model, is recorded beside them.
+weights without a model, is recorded too.
 """
 
 import importlib.util

@@ -46,7 +46,7 @@ def main() -> None:
     classifier = make_pipeline(StandardScaler(), OneVsRestClassifier(LogisticRegression(C=0.1, max_iter=1000)))
     classifier.fit(train, binarizer.transform(train_labels))
 
-    # Only classes of the training clips have a classifier, and only classes of the test clips an average precision.
+    # A classifier needs clips of its class in training, and an average precision needs clips of its class in the test.
     known = [[label for label in labels if label in binarizer.classes_] for labels in test_labels]
     targets, scores = binarizer.transform(known), classifier.predict_proba(test)
     precision = {

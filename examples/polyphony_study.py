@@ -5,8 +5,8 @@
 
 For every seed there is one stage 1 and, starting from it, one stage 2 with each objective for the same number of
 updates. Each encoder is evaluated by linear evaluation (frozen, mean of the patches) and by fine-tuning, on clips with
-1 to 5 sources. Every step is a command, which is printed before it runs. Steps that are done are not repeated, so the
-study can be interrupted.
+1 to 5 sources. Every step is a command, which is printed before it runs. Finished steps are not repeated, so the study
+can be interrupted.
 
 OUT gets results.json (every number of every seed), table.md (mean and standard deviation over seeds) and table.png.
 """
@@ -81,13 +81,13 @@ def main() -> None:
 
 
 def pretrain(encoder: Path, *settings: object) -> None:
-    """Pre-train an encoder, unless that is done."""
+    """Pre-train an encoder, unless an earlier call did."""
     if not (encoder / "model").exists():
         run("training.pretrain", *settings, "--resume", "auto", "--output_dir", encoder)
 
 
 def evaluate(encoder: Path, finetune_config: Path, *data_and_seed: object) -> dict[str, Path]:
-    """Evaluate an encoder by both protocols, unless that is done, and return their files of results."""
+    """Evaluate an encoder by both protocols, unless an earlier call did, and return the results files."""
     model = ("--model", encoder / "model")
     linear = encoder.with_name(f"{encoder.name}-linear")
     finetuned = encoder.with_name(f"{encoder.name}-finetuned")
@@ -145,7 +145,7 @@ def plot(scores: Scores, path: Path) -> None:
             means, spreads = zip(*(moments(scores[protocol, name][n]) for n in columns()), strict=True)
             places = [i + 0.06 * (shift - 2) for i in range(len(means))]
             style = {"marker": "o", "markersize": 4, "capsize": 2, "color": f"C{shift}"}
-            # No line leads to the mAP of all clips, because it is no further number of sources.
+            # The mAP of all clips has no line to it, because "all" is not a number of sources.
             axes.errorbar(places[:-1], means[:-1], spreads[:-1], linewidth=1.2, label=name, **style)
             axes.errorbar(places[-1:], means[-1:], spreads[-1:], **style)
         axes.set_xticks(range(MAX_SOURCES + 1), list(columns()))

@@ -4,7 +4,8 @@
 
 The steps: generate sounds, both stages of pre-training, fine-tuning with its evaluation, and a pipeline that labels
 sounds. Every step is a command of the project, which is printed before it runs. The encoder is tiny and is trained on
-about a thousand synthetic clips: this shows how to do it, not how good it gets. Called again, it continues.
+about a thousand synthetic clips: the program shows the steps, not the quality that they can reach. After an
+interruption, a second call continues.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from modeling_sslam.common.encoded_audio import EncodedAudio
 
 CONFIGS = Path("training/configs")
 RECORDINGS = Path("tests/fixtures/audio")
-# The sounds in the recordings, in words. The classifier has other classes.
+# Descriptions of the recordings. The classifier has other classes.
 CONTENT = {"drum_cowbell.flac": "a cowbell", "guit_e_slide.flac": "an electric guitar, sliding"}
 # A held-out mixture of applause, a mosquito and a siren.
 EXAMPLE_CLIP = 8
@@ -32,14 +33,14 @@ NUM_SOURCES = 3
 
 
 def run(*arguments: object) -> None:
-    """Print a module of the project with its arguments, as one would type it, and run it."""
+    """Print the command line of a module of the project, and run it."""
     words = list(map(str, arguments))
     print(f"\n$ python -m {shlex.join(words)}", flush=True)
     subprocess.run([sys.executable, "-m", *words], check=True)
 
 
 def clip_to_label(data: Path) -> dict[str, Any]:
-    """Return the test clip that is labelled and left as a sound file."""
+    """Return the test clip that the program labels and writes as a sound file."""
     test = datasets.load_dataset(str(data), split="test").cast_column("audio", EncodedAudio())
     return test[EXAMPLE_CLIP]
 

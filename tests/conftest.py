@@ -89,7 +89,7 @@ def parity(record_property: Callable[[str, object], None]) -> Callable[[str, flo
 
 @pytest.fixture(scope="session")
 def model_folder(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a classifier of twelve classes, several a clip, on clips of 1024 frames."""
+    """Return the folder of a classifier with twelve classes, several per clip, for clips of 1024 frames."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
     convert(golden_dir / "sslam_finetuned.pt", folder, report=lambda line: None)
     return folder
@@ -133,8 +133,7 @@ def recording(audio_dir: Path) -> torch.Tensor:
 @pytest.fixture
 def write_audio_parquet(tmp_path: Path) -> Callable[..., Path]:
     """Return a function that writes sound files as parquet shards with the columns `id` and `audio`."""
-    # Imported here, because an older transformers, with which most tests also run, has a Hub client that is too old
-    # for datasets.
+    # Imported here, because most tests also run on an older transformers, whose Hub client is too old for datasets.
     import datasets
 
     from modeling_sslam.common.encoded_audio import EncodedAudio

@@ -1,4 +1,4 @@
-"""The documentation holds: its Python runs, its commands parse, the files that it names exist, the README is short."""
+"""The documentation's Python runs, its commands parse, the files that it names exist, and the README is short."""
 
 import argparse
 import importlib
@@ -36,7 +36,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 # Folders that the repository has; a path in backticks that starts with one of them must exist.
 FOLDERS = ("modeling_sslam", "conversion", "training", "benchmarks", "examples", "tests", "docs", ".github", ".ci")
 REPOSITORY_FILE = re.compile(rf"(?:{'|'.join(map(re.escape, FOLDERS))})/[\w./-]*|[A-Z]+\.(?:md|cff)|\w+\.toml")
-# Stands for what the reader chooses or writes.
+# Stands for a name that the reader chooses.
 PLACEHOLDER = "NAME"
 TREE_LINE = re.compile(r"(?P<indent> *)(?P<names>\S+(?: \S+)*)(?: {2,}.*)?")
 
@@ -71,7 +71,7 @@ def shell_commands(page: str) -> Iterator[list[str]]:
     for code in INLINE_CODE.findall(prose(page)):
         program = re.match(r"(?:sslam|python -m|accelerate launch|make) ", code)
         if program and "..." not in code and (words := shlex.split(code, comments=True)):
-            # `sslam tag` and `python -m training.report` name a program and are no command yet.
+            # `sslam tag` and `python -m training.report` without arguments name a program and are not commands.
             named = {"sslam": 2, "make": 1, "accelerate": 4}.get(words[0], 3)
             if len(words) > named and PLACEHOLDER not in words:
                 yield words
@@ -111,7 +111,7 @@ def clone(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(quickstart / "stage2" / "model", folder / "sslam-base")
     for name in QUICKSTART_RECORDINGS:
         shutil.copy(ROOT / "tests" / "fixtures" / "audio" / "misc_crow.flac", quickstart / name)
-    # Folders under the names of published repositories, which are taken for a download.
+    # Folders with the names of published repositories take the place of downloads.
     for source, name in {"hub_finetuned": "SSLAM_AS2M_Finetuned", "hub_pretrained": "SSLAM_pretrain"}.items():
         shutil.copytree(golden_dir / source, folder / "ta012" / name)
     shutil.copy(ROOT / "tests" / "fixtures" / "audio" / "misc_crow.flac", folder / "recording.flac")
@@ -142,7 +142,7 @@ def test_python_blocks_run_as_printed(clone: Path, page: str):
 
 @pytest.fixture
 def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[[list[str]], str | None]:
-    """`complaint(words)` is what a program's own argument parser has against a command, or None."""
+    """A function that returns the error of a program's own argument parser for a command, or None."""
     parse_args, build = argparse.ArgumentParser.parse_args, training.arguments.build
 
     def parse_and_stop(self: argparse.ArgumentParser, *arguments: object) -> None:
@@ -254,7 +254,7 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "tree")])
 def test_trees_show_what_is_there(page: str):
-    """In a block of the language `tree`, indentation of two spaces is a folder deeper; two spaces end the names."""
+    """In a block of the language `tree`, two spaces of indentation are one folder level; two spaces end the names."""
     for block in blocks(page, "tree"):
         folders: list[str] = []
         for line in block.splitlines():

@@ -43,7 +43,7 @@ class Setting(NamedTuple):
 
 
 def settings(config_class: type, prefix: str = "", defaults: Any = None) -> Iterator[Setting]:
-    """Yield all keys of a configuration class, those of its sections by their dotted names.
+    """Yield all keys of a configuration class; the keys of its sections have dotted names.
 
     Args:
         config_class: The class.
@@ -214,7 +214,7 @@ def to_yaml(config: Any) -> str:
 def with_optional_fields(source: type) -> Callable[[type[T]], type[T]]:
     """Return a class decorator that adds the fields of `source`, all of them `None` by default.
 
-    The result is for a section that lists changes to an object with values of its own. Each field's help is its
+    Use it for a section that lists changes to an object with its own values. Each field's help is its
     description in the docstring of `source` (section "Args").
 
         @dataclass
@@ -311,7 +311,7 @@ def _is_list(hint: Any) -> bool:
 
 
 def _joined(words: Sequence[str]) -> str:
-    """Return the words of a list as one text: with commas, as in YAML `[a, b]`, or each word a member."""
+    """Join the words of a list with commas. A list that begins with `[`, as in YAML, is joined with spaces."""
     if words[0].lstrip().startswith("["):
         return " ".join(words)
     return words[0] if len(words) == 1 else ",".join(word.strip(",") for word in words if word != ",")

@@ -115,7 +115,7 @@ def evaluate(config: EvaluateConfig, opened: Source | None = None) -> Evaluation
         raise EvaluationError(f"accelerate: {error}") from error
     set_verbosity_error()  # hides transformers' report of missing weights: load_classifier reports them
 
-    # Errors of the places of the results are found before the work.
+    # Check the output places before the work.
     model_dir = path if (path := Path(config.model).expanduser()).is_dir() else None
     output_dir = output_dir_of(config)
     card_dir = model_dir if config.update_card else None

@@ -306,8 +306,8 @@ def settle(config: FinetuneConfig) -> tuple[FinetuneConfig, Task]:
     """Find the task, and fill in all settings that follow from the data.
 
     Raises:
-        TrainingError: If the data cannot be read, have labels that are not classes, or would be trained and evaluated
-            on.
+        TrainingError: If the data cannot be read, have labels that are not classes, or have a split that would be both
+            trained and evaluated on.
     """
     has_epochs = config.epochs is not None
     task = find_task(config.data, config.label_file, config.problem_type, config.seed, count_clips=has_epochs)
@@ -385,7 +385,7 @@ def backpropagate(
 
     Args:
         accelerator: The processes.
-        model: As the processes share it.
+        model: The model as the processes share it (DDP or FSDP).
         inputs: For each forward pass frames `(B, T, F)` and targets `(B, K)`.
         loss: The loss.
         label_smoothing: Share of a target that is spread evenly over all classes.

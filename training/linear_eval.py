@@ -1,4 +1,4 @@
-"""Linear evaluation: how much of a labelled data set a frozen encoder makes linearly separable.
+"""Linear evaluation of a frozen encoder on a labelled data set.
 
     python -m training.linear_eval --model DIR --data SOURCE --output_dir OUT                        # takes seconds
     python -m training.linear_eval --model DIR --data SOURCE --output_dir OUT --layers all --poolings all

@@ -84,7 +84,7 @@ def prepare(name: str, source: Path, out: Path, by_path: bool = False, **options
         raise PreparationError(
             f"{source} is not a folder. --by-path needs a folder, whose sound files stay where they are."
         )
-    # Unpacked within the unfinished folder, an archive goes with it: also after a kill, when the next call removes it.
+    # An archive is unpacked within the unfinished folder and removed with it; after a kill the next call does that.
     with new_folder(out) as unfinished, unpacked(source, unfinished) as folder:
         print(f"Reading the annotations in {folder} ...", file=sys.stderr)
         listing: Listing = DATASETS[name].list_clips(folder, **options)

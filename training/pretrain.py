@@ -198,7 +198,7 @@ def pretraining_losses(
 
 
 def check_collapse(config: PretrainWatchConfig, update: int, pred_var: float, target_var: float) -> None:
-    """Stop a run whose student or teacher gives all patches the same output, from which no run recovers.
+    """Stop a run whose student or teacher gives all patches the same output: no run recovers from that.
 
     Raises:
         TrainingError: If a deviation is below its minimum.

@@ -1,4 +1,4 @@
-"""Report of a run, at any time: `python -m training.report RUN_DIR`.
+"""Learning curves and model folder of a run, at any time: `python -m training.report RUN_DIR`.
 
 Writes RUN_DIR/curves.png and RUN_DIR/model/, a folder for the Hub with a model card. Its weights are those of the best
 evaluation so far, or of the latest checkpoint if the run has no evaluations.
@@ -195,7 +195,7 @@ def main() -> None:
     run_dir = parser.parse_args().run_dir
     try:
         if run_dir.is_dir():
-            # A run that goes on cleans up itself. In a folder that is not writable nothing was left unfinished.
+            # A running program removes its own leftovers. A folder that is not writable has none.
             with suppress(TrainingError), locked_folder(run_dir):
                 remove_leftovers(run_dir)
         write_report(run_dir)

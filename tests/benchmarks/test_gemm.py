@@ -1,4 +1,4 @@
-"""The limit counts what the model asks for, no more and no less."""
+"""The GEMM limit counts exactly the products that the model requests."""
 
 import torch
 
@@ -33,7 +33,7 @@ def test_a_backward_pass_has_twice_the_products_of_the_forward_pass(tiny_config)
         forward = total_flops(matrix_products(lambda: model(input_values)))
     both = total_flops(matrix_products(lambda: model(input_values).logits.sum().backward()))
     patches = 2 * 4 * tiny_config.num_mel_patches
-    gradient_of_the_input = 2 * patches * 256 * tiny_config.hidden_size  # which nobody asks for
+    gradient_of_the_input = 2 * patches * 256 * tiny_config.hidden_size  # which is not requested
     assert both == 3 * forward - gradient_of_the_input
 
 

@@ -1,4 +1,4 @@
-"""The programs of inference and of growing cost, with a model of one block."""
+"""The benchmarks of inference and of scaling, with a model of one block."""
 
 import json
 
@@ -27,7 +27,7 @@ def test_inference(tmp_path):
 
 
 def test_what_runs_on_gpus_runs():
-    """On the CPU here, one block deep."""
+    """The code for GPUs runs here on the CPU, with one block."""
     seconds, flops = inference.time_from_waveforms(base_config(1), batch_size=2, rounds=1, device=torch.device("cpu"))
     assert set(seconds) == {"ours", "ours, without the filter bank", "AST, without the filter bank", "matrix products"}
     assert all(measurement.median > 0 for measurement in seconds.values())

@@ -1,4 +1,4 @@
-"""The program as it is run, on a small model: what it writes, not how fast it was."""
+"""The program runs on a small model and writes its results; speed is not checked."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The transcription computes what the model computes, so that the benchmarks compare like with like."""
+"""The transcription computes the same numbers as the model, so that the benchmarks' comparison is fair."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_transcription_and_model_agree(objective, overrides, make_config):
     plain_gradients = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
     assert plain_gradients.keys() == gradients.keys()
     for name, gradient in plain_gradients.items():
-        # A small element among large ones is the difference of large numbers: it has their rounding.
+        # A small element among large ones is a difference of large numbers and has their rounding.
         atol = max(1e-5, 2e-6 * gradient.abs().max().item())
         torch.testing.assert_close(gradient, gradients[name], rtol=1e-3, atol=atol)
 

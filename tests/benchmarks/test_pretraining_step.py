@@ -1,4 +1,4 @@
-"""The program runs at a small size, with what its table and its JSON say of it."""
+"""The program runs at a small size, and its table and JSON are consistent."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ def test_program_writes_its_rows(tmp_path, monkeypatch):
     assert on_cpu[2]["value"] > 0
     assert [(row["value"], row["reached"]) for row in on_gpu] == [(None, None)] * 3
 
-    # Of the limit's two figures and the rows' ratio any is given by the others.
+    # The row's ratio is that of the two measured times.
     measured = written["measurements"]
     limit, ours = (measured[f"cpu: seconds, {name}"]["repeats"] for name in ("limit", "ours"))
     assert on_cpu[0]["value"]["repeats"] == [first / second for first, second in zip(limit, ours, strict=True)]
@@ -43,7 +43,7 @@ def test_cost_is_seconds_and_bytes():
     for seconds, peak in (small, large):
         assert seconds.median > 0
         assert peak.in_all > peak.of_run
-    # Weights, gradients and Adam's averages are the same in both; what the clones add is more than nothing.
+    # Weights, gradients and Adam's moments are the same in both. Only the clones add memory.
     assert large[1].in_all > small[1].in_all
 
 
@@ -62,18 +62,18 @@ def test_the_limit_counts_each_product_once():
     grids = 2 * setting.batch * setting.clones
     convolution = 2 * grids * patches * 9 * width * width // config.decoder_groups
     assert with_repeats - ours == config.decoder_num_layers * convolution
-    # The transcription projects visible places too, forward and backward; it knows no mean deviation of the targets.
+    # The transcription projects visible places too, forward and backward. It computes no mean deviation of targets.
     projection, deviation = 3 * 2 * grids * visible * width * width, 2 * 2 * 2 * setting.batch * patches * width
     assert plain - ours == projection - deviation
 
 
 def test_what_runs_on_gpus_runs(monkeypatch):
-    """Half precision and compiled blocks, on the CPU here and one block deep."""
+    """Half precision and compiled blocks, which are for GPUs, run here on the CPU with one block."""
     compiled = []
     monkeypatch.setattr(pretraining_step, "compile_blocks", lambda model: compiled.append(compile_blocks(model)))
     report = Report("pretraining_step", {})
     seconds, peaks = measure(report, Setting(2, 2, 64, layers=1, half_precision=True), rounds=1)
-    assert len(compiled) == 1  # the process for memory has a copy of its own
+    assert len(compiled) == 1  # the process that measures memory compiles a copy of its own
     assert all(seconds[name].median > 0 for name in ("ours", "plain", "limit"))
     assert all(peak.of_run > 0 for peak in peaks.values())
 

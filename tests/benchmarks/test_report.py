@@ -1,4 +1,4 @@
-"""Measuring in turn, peak memory, and the results as JSON and Markdown."""
+"""Measurement in turn, peak memory, and the results as JSON and Markdown."""
 
 import json
 from functools import partial

@@ -103,7 +103,7 @@ def test_splits_deeper_in_a_folder_are_refused(write):
 
 @pytest.mark.parametrize("split", ["train", "test", "train+test"])
 def test_a_folder_of_classes_is_one_split(write, split):
-    """Also if a class has the name of a split, as the train of ESC-50."""
+    """This holds even if a class has the name of a split, such as the class train of ESC-50."""
     folder = write("train/a.flac", "dog/b.flac", "dog/big/c.flac")
     expected = {"train/a.flac": ["train"], "dog/b.flac": ["dog"], "dog/big/c.flac": ["big"]}
     assert labels_of(folder, split) == expected
@@ -344,7 +344,7 @@ def test_label_files_without_classes_are_refused(table):
 
 
 def test_annotations_for_preparation(write, table):
-    """The same faults in a downloaded data set: surplus cells, other encodings, an empty manifest, a loop of links."""
+    """Downloaded data sets have such faults: surplus cells, other encodings, an empty manifest, a loop of links."""
     path = table("filename,label\na.wav,Speech, human\nb.wav,Dog\n")
     with pytest.raises(PreparationError, match="line 2 has more than 2 cells"):
         list(read_table(path, ["label"]))

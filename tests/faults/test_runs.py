@@ -1,4 +1,4 @@
-"""Runs that meet another run, a kill, a full disk, damaged files or failing processes: one line, nothing lost or left.
+"""Runs that meet another run, a kill, a full disk, damaged files or failing processes lose nothing and give a reason.
 
 The children of these tests are forked and killed with SIGKILL, as the system does when memory runs out.
 """
@@ -117,7 +117,7 @@ def train(arguments, tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(table, tmp_path_factory):
-    """A run that is over."""
+    """A finished run."""
     run = tmp_path_factory.mktemp("finished") / "run"
     reset_accelerate()
     settings = SETTINGS | {"data.source": table.parent, "output_dir": run}
@@ -127,7 +127,7 @@ def finished(table, tmp_path_factory):
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """A copy of it."""
+    """A copy of the finished run."""
     return shutil.copytree(finished, tmp_path / "run")
 
 
@@ -176,7 +176,7 @@ def test_the_second_of_two_runs_ends_and_the_first_goes_on(arguments, train, tmp
     finally:
         first.kill()
         first.join()
-    # The lock of the killed run, whose data worker may still live, is no obstacle.
+    # The killed run no longer holds the lock, even if its data worker is still alive.
     wanted = int(list_checkpoints(tmp_path / "run")[-1].name[-8:]) + 2
     run = train(**changes | {"max_updates": wanted}, allow_changed_config="true")
     assert [row["update"] for row in read_metrics(metrics)] == list(range(1, wanted + 1))
@@ -291,7 +291,7 @@ def test_a_kill_leaves_the_old_or_the_new_folder(name, exchange, monkeypatch, tm
     def check():
         if exchange:
             assert find_fault(target) is None
-        files.remove_leftovers(tmp_path)  # as every start of a run does
+        files.remove_leftovers(tmp_path)  # every start of a run does the same
         assert find_fault(target) is None
         seen.add((target / "weights").read_text())
         assert hidden(tmp_path) == []
@@ -312,7 +312,7 @@ def test_a_report_works_after_a_kill_in_another(exchange, run, monkeypatch):
         assert "4 of 4" in (run / "model" / "README.md").read_text()
         assert hidden(run) == []
 
-    # A folder that is forced to disk has many files, and a kill between two of them changes nothing.
+    # Flushing the files takes many steps, and a kill between two of them changes nothing, so it is left out.
     monkeypatch.setattr(files, "force_to_disk", lambda path: None)
     kill_at_every_step(report.main, check, exchange, monkeypatch)
 
@@ -353,7 +353,7 @@ def test_what_a_killed_preparation_unpacked_is_removed_by_the_next(table, monkey
 
 def test_a_full_disk_at_the_end_of_a_run(train, monkeypatch, tmp_path):
     honest = report.write_report
-    for room in (2_000, 150_000):  # no room for the curves, or for the weights
+    for room in (2_000, 150_000):  # no room for the curves, or none for the weights
 
         def on_full_disk(run_dir, room=room):
             with full_disk(room):
@@ -466,14 +466,14 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(damage, save, tmp_path)
     if damage == "unreadable":
         save(2)
         (last / "weights").unlink()
-        (last / "weights").symlink_to("/proc/self/mem")  # reading fails, also for root
+        (last / "weights").symlink_to("/proc/self/mem")  # reading fails even for root
         (last / "manifest.json").write_text('{"weights": [0, 0]}')
     elif damage == "file":
         last.write_text("no folder")
     else:
         last.symlink_to(last if damage == "link to itself" else "nowhere")
     assert latest_checkpoint(tmp_path) == before
-    # It does not count among those that are kept, and is replaced when its turn comes.
+    # The damaged checkpoint does not count among those that are kept. A new checkpoint of the same update replaces it.
     following = checkpoint_path(tmp_path, 1)
     rotate(following, keep=1)
     assert latest_checkpoint(tmp_path) == before

@@ -30,7 +30,7 @@ def _one_thread():
 
 @pytest.fixture(autouse=True)
 def _no_process_state():
-    """Reset accelerate, which keeps device and precision of a process's first program."""
+    """Reset accelerate, which keeps the device and precision of the first program in a process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 

@@ -157,7 +157,7 @@ def test_two_processes_give_the_results_of_one(make_model, soundscapes, launch, 
             assert found["ids"].tolist() == alone.ids
             assert found["groups"].tolist() == alone.groups
             np.testing.assert_array_equal(found["targets"], alone.targets)
-            # The batches have other clips, which changes the last bits.
+            # The batches are composed otherwise, which changes the last bits.
             np.testing.assert_allclose(found["logits"], alone.logits, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(both[0]["logits"], both[1]["logits"])
         if split == "test":

@@ -57,7 +57,7 @@ def sounds(tmp_path_factory):
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "encoder"
-    # Another seed than that of new weights.
+    # This seed differs from the seed of new weights.
     torch.manual_seed(1)
     config = SSLAMConfig(
         hidden_size=32,
@@ -304,7 +304,7 @@ def test_training_clips_cannot_be_test_clips(run, sounds, tmp_path):
 
 
 def test_validation_clips_from_another_source(run, sounds):
-    """Their split has the name of the training split."""
+    """The validation split has the same name as the training split."""
     rows = sounds.read_text().splitlines()
     elsewhere = sounds.with_name("elsewhere.csv")
     elsewhere.write_text("\n".join([rows[0], *(row.replace("fold4", "fold1") for row in rows if "fold4" in row)]))

@@ -94,7 +94,7 @@ def processes():
     context.set_forkserver_preload(["training.pretrain"])
     before, os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS"), "1"
     started = []
-    # With the method that started the process itself, its data workers would import everything again.
+    # If data workers were started in the same way as this process, they would import everything again.
     program = "multiprocessing.set_start_method('fork', force=True); pretrain.main(argv)"
 
     def start(argv: list[str]) -> multiprocessing.Process:
@@ -402,7 +402,7 @@ def test_an_update_follows_the_clipped_gradient(bound, train, monkeypatch):
             assert values["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
             assert norm > 100 * bound
             for parameter, old, gradient in zip(parameters, before, gradients, strict=True):
-                # Of AdamW's first step, the bias-corrected moments are the gradient and its square.
+                # In AdamW's first step, the bias-corrected moments are the gradient and its square.
                 clipped = gradient * (bound / norm)
                 step_size = self.learning_rate * clipped / (clipped.abs() + 1e-8)
                 errors.append((old - step_size - parameter.detach()).abs().max().item())

@@ -28,7 +28,7 @@ def script():
 
 @pytest.fixture
 def expected(script):
-    """The published gradient of 2 batches: that of the summed losses, divided by the number of masked tokens."""
+    """The published gradient of 2 batches: the gradient of the summed losses over the number of masked tokens."""
     model, generator = script.make_model(), script.mask_generator(0)
     outputs = [model(script.micro_batch(i), generator=generator) for i in range(2)]
     summed = sum(output.loss * output.num_masked_tokens for output in outputs)

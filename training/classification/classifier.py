@@ -63,7 +63,7 @@ def make_classifier(
         if has_head:
             model = SSLAMForAudioClassification.from_pretrained(name, config=config, dtype=torch.float32)
         else:
-            # A new head has a norm, also in place of one that has none.
+            # A new head has a norm, even if the head that it replaces has none.
             config.classifier_norm_eps = config.classifier_norm_eps or SSLAMConfig.classifier_norm_eps
             model = SSLAMForAudioClassification(config)
             model.sslam = SSLAMModel.from_pretrained(name, config=config, dtype=torch.float32)

@@ -52,7 +52,7 @@ def find_task(
 ) -> Task:
     """Open the training data and find their classes. Call it in every process.
 
-    If something follows from the labels of all training clips, the main process reads them and logs their number.
+    If a setting depends on the labels of all training clips, the main process reads them and logs their number.
 
     Args:
         data: The training data.
@@ -102,7 +102,7 @@ def check_splits(
         test_split: The test split, if any.
 
     Raises:
-        TrainingError: If a split would be evaluated that is trained on, or a folder lacks it.
+        TrainingError: If a split would be both trained on and evaluated on, or a folder lacks it.
     """
     if validation_source not in (None, data.source):
         return
@@ -121,7 +121,7 @@ def check_splits(
 
 
 def evaluation_data(data: LabelledDataConfig, source: str | None, split: str) -> EvaluationDataConfig:
-    """Return how to read a split for evaluation: as the training data, but in order and from each clip's start.
+    """Return the settings to evaluate on a split: the training data's, but in order and from each clip's start.
 
     Args:
         data: The training data.

@@ -44,7 +44,7 @@ class LabelSet:
 
     @classmethod
     def of_file(cls, path: str | Path) -> "LabelSet":
-        """Read a file with a line for each class: `index,mid,name`, `index,name` or `name`.
+        """Read a file with a line for each class: `index,mid,name`, `index,name,mid`, `index,name` or `name`.
 
         Raises:
             ValueError: If the file has another format.

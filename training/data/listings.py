@@ -63,15 +63,15 @@ def find_files(folder: Path) -> list[Path]:
 
 
 def chosen_splits(folder: Path, files: Sequence[Path], split: str) -> list[str]:
-    """Return the subfolders of a folder of classes that hold the splits asked for; none if all of it is one split.
+    """Return the subfolders that hold the requested splits; none if the whole folder is one split.
 
-    A subfolder holds a split if it has the name of one and classes in it. If it has sounds in it instead, it is a
-    class, such as the train of ESC-50, unless the names of all subfolders are those of splits.
+    A subfolder with the name of a split holds a split if it has class folders in it. If it has sounds directly in it,
+    it is a class, such as the class train of ESC-50, unless all subfolders have names of splits.
 
     Args:
         folder: The folder.
         files: The sound files in it.
-        split: The splits asked for. Their names need not be usual ones.
+        split: The requested splits. Their names need not be usual ones.
 
     Raises:
         ValueError: If the folder has splits, but not those. The message names them.
@@ -126,7 +126,7 @@ def list_folder(folder: Path, config: DataConfig) -> Listing:
 
 
 def _in_classes(root: Path, files: Sequence[Path]) -> list[Path]:
-    """Return the files of a root that are in folders of classes. Warn of the others, and of classes of one name."""
+    """Return the files of a root that are in class folders. Warn of other files, and of classes with the same name."""
     files = [file for file in files if root in file.parents]
     loose = [file for file in files if file.parent == root]
     if 0 < len(loose) < len(files):

@@ -99,7 +99,7 @@ class AudioLoader:
         return input_values_of(self.stream.feature_extractor, batch, device)
 
     def set_epoch(self, epoch: int) -> None:
-        """Make the next iteration begin with an epoch. A loader that was resumed ignores it."""
+        """Start the next iteration at an epoch. A resumed loader ignores the call."""
         self.stream.epoch = self.epoch = epoch
 
     def state_dict(self) -> dict[str, Any]:

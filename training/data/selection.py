@@ -1,8 +1,8 @@
 """Selection of the clips that take part in an epoch: a function of seed, epoch and the clip's name.
 
-So all processes and workers agree without communication, for streams and for lists, and a resumed run decides as
-before. Skipping a clip costs nothing if the source refers to files by path. A source that holds the audio itself is
-read in full.
+All processes and workers therefore agree without communication, for streams and for lists, and a resumed run selects
+the same clips. Skipping a clip costs nothing if the source refers to files by path. A source that holds the audio
+itself is read in full.
 """
 
 from functools import lru_cache, partial
@@ -35,7 +35,7 @@ def selections_of(config: DataConfig, seed: int) -> list[Selection]:
 
 
 def is_on_side(clip_id: str, epoch: int, fraction: float, held_out: bool) -> bool:
-    """Return whether a clip is on one side of a split in two.
+    """Return whether a clip is on the given side of a division into two parts.
 
     The sides are the same in every epoch and for every seed, so that runs can be compared on them.
 

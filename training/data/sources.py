@@ -49,7 +49,7 @@ from training.data.listings import (
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 SHARD_SUFFIXES = (".parquet", ".arrow", ".tar")
-# So many shards suffice to mix a folder by their order. `datasets` handles many more of them slowly.
+# Enough shards to mix a folder by their order. `datasets` is slow with many more.
 MAX_SHARDS = 1024
 
 
@@ -246,7 +246,7 @@ def open_source(config: DataConfig) -> Source:
 
 
 def is_one_split(config: DataConfig) -> bool:
-    """Return whether the source ignores the split's name, so that every split is all of it.
+    """Return whether the source ignores the split's name, so that every split is the whole source.
 
     Raises:
         ValueError: If it is a folder with a subfolder for each split, and has none for this one.
@@ -263,7 +263,7 @@ def is_one_split(config: DataConfig) -> bool:
 
 
 def http_options(read_timeout: float) -> dict[str, dict[str, Any]]:
-    """Return options for fsspec by protocol: a connection is lost after `read_timeout` seconds without a byte.
+    """Return fsspec's options by protocol: a connection counts as lost after `read_timeout` seconds without a byte.
 
     By default aiohttp ends a transfer after 5 minutes, even if bytes still arrive.
     """
@@ -337,7 +337,7 @@ def _load_from_disk(path: Path, split: str) -> list[datasets.Dataset]:
         if missing := [name for name in wanted if name not in saved]:
             raise ValueError(f"{path} has no split {missing[0]!r}; it has {', '.join(saved)}.")
         return [saved[name] for name in wanted]
-    # The name of a part, such as train[:80%], counts as that of its split.
+    # A part, such as train[:80%], counts as its split.
     if saved.split is not None and set(wanted) != set(split_names(re.sub(r"\[.*?\]", "", str(saved.split)))):
         raise ValueError(f"{path} has no split {split!r}; it has {saved.split}.")
     return [saved]

@@ -46,7 +46,7 @@ TRANSIENT_ERRORS = (
 PERMANENT_ERRORS = (FileNotFoundError, PermissionError)
 PERMANENT_STATUS = (401, 403, 404, 410)
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 1.0, 60.0
-# Skipped clips are reported with the next batch. So many without a batch are reported alone.
+# Skipped clips are reported with the next batch, or alone if this many occur without a batch.
 MAX_UNREPORTED_SKIPS = 64
 
 
@@ -87,7 +87,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _is_answer_without_range(error: BaseException) -> bool:
-    """Return whether a server sent a whole file for a part of it, which fsspec reports; its next answer may differ."""
+    """Return whether a server answered a range request with the whole file. Its next answer may differ."""
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
@@ -228,7 +228,7 @@ class ClipStream(torch.utils.data.IterableDataset):
 
         Every worker makes its own: a dataset keeps its epoch in memory that worker processes share.
         """
-        # "examples" makes every rank read everything, so it is only for fewer shards than ranks.
+        # "examples" makes every rank read everything, so it is used only if there are fewer shards than ranks.
         strategy = "shards" if self.dataset.num_shards >= self.world_size else "examples"
         dataset = split_dataset_by_node(self.dataset, self.rank, self.world_size, strategy=strategy)
         if self.config.shuffle_buffer:
@@ -252,7 +252,7 @@ class ClipStream(torch.utils.data.IterableDataset):
                 yield self._batch(clips, skipped[num_reported:])
                 start, clips, skipped, num_reported = position, [], [], 0
             elif len(skipped) - num_reported >= MAX_UNREPORTED_SKIPS:
-                # The position stays after the last batch: the clips collected for the next one are not given yet.
+                # The position stays after the last batch: the clips collected for the next one are not returned yet.
                 report, num_reported = skipped[num_reported:], len(skipped)
                 self._current = start, num_reported
                 yield {"ids": [], "skipped": report}

@@ -1,4 +1,4 @@
-"""Tables of users: `.csv` files with a header."""
+"""Users' tables: `.csv` files with a header."""
 
 import csv
 import io
@@ -14,8 +14,8 @@ def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         The names of the columns, and the rows by column.
 
     Raises:
-        ValueError: If the table is not UTF-8, or a row has not one cell for each column: a comma that is not quoted
-            would shift or cut the cells. The message names the line. Empty cells at the end of a row may be surplus.
+        ValueError: If the table is not UTF-8, or a row does not have one cell for each column: a comma without quotes
+            would shift or cut the cells. The message names the line. Surplus cells at the end of a row may be empty.
     """
     reader = csv.reader(io.StringIO(read_utf8(path), newline=""), strict=True)
     rows: list[dict[str, str]] = []

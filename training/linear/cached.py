@@ -122,7 +122,7 @@ def freeze_encoder(config: LinearEvalConfig, task: Task, accelerator: Accelerato
 
 
 def splits_of(config: LinearEvalConfig) -> dict[str, DataConfig]:
-    """Return how to read each split, by fold or by purpose. The training split includes the clips held out."""
+    """Return the settings of each split, by fold or by purpose. The training split includes the clips held out."""
     training = replace(config.data, hold_out=0.0, held_out=False)
     if config.folds:
         return {fold: replace(training, split=fold) for fold in config.folds}
@@ -171,12 +171,12 @@ def check_apart(sets: dict[str, FeatureSet]) -> None:
     """Check that the other splits share no clips with the first. They would if the data have no splits.
 
     Raises:
-        TrainingError: If they do.
+        TrainingError: If a split shares clips with the first.
     """
     (_, train), *others = sets.items()
     rows = {id_: row for row, id_ in enumerate(train.ids)}
     for name, part in others:
-        # Names alone do not tell: in some data sets, clips of different splits share them.
+        # Equal names are not enough: in some data sets, clips of different splits share them.
         shared = [
             id_
             for id_, pooled in zip(part.ids, part.pooled, strict=True)
@@ -238,7 +238,7 @@ def fit_and_report(
     seconds = {"features": round(extraction_seconds, 2), "heads": round(time.perf_counter() - started, 2)}
 
     table = [HeadSummary.of([part[i] for part in results.values()]) for i in range(len(heads))]
-    # The first of equal ones. Without validation there is only one.
+    # Of equal heads the first is chosen. Without validation there is only one head.
     chosen = max(range(len(heads)), key=lambda i: table[i].validation or 0.0)
     best = heads[chosen]
     metric, metric_name = next(iter(MAIN_METRICS[problem_type].items()))
@@ -295,7 +295,7 @@ def fit_and_report(
 
 
 def norm_eps(config: SSLAMConfig) -> float:
-    """Return the epsilon of the heads' norm. A fitted head has one, also where the model's own has none."""
+    """Return the epsilon of the heads' norm. A fitted head has a norm, even if the model's own head has none."""
     return config.classifier_norm_eps or 1e-6
 
 

@@ -63,7 +63,7 @@ def make_rounds(config: LinearEvalConfig, sets: dict[str, FeatureSet]) -> dict[s
     """Divide clips into rounds, by test split: one round, or one per fold.
 
     Args:
-        config: Says which splits are what.
+        config: The settings, which give each split its purpose.
         sets: The features of "train" and, if they exist, "validation" and "test"; with folds those of each fold.
     """
 

@@ -27,9 +27,9 @@ ALL_POOLINGS = (*FEATURE_POOLINGS, "cls+mean")
 class LinearEvalConfig:
     """All settings of a linear evaluation: those of `training.finetune` under the same keys, and its own.
 
-    The encoder is frozen and `head` says how a head is fitted. So these settings have no effect: `freeze_encoder`,
-    `max_updates`, `epochs`, `warmup_fraction`, and the learning rates, warm-up, layer decay, betas and weight decay of
-    `optimizer`.
+    The encoder is frozen and `head` holds the settings of fitting a head. These settings therefore have no effect:
+    `freeze_encoder`, `max_updates`, `epochs`, `warmup_fraction`, and the learning rates, warm-up, layer decay, betas
+    and weight decay of `optimizer`.
     """
 
     # Both modes.

@@ -102,10 +102,10 @@ def cached_features(
     Clips are cropped to the first `max_length` frames of the feature extractor, or padded to as many.
 
     Args:
-        encoder: In evaluation mode, on the device of `accelerator`, whose precision it runs in.
+        encoder: The encoder in eval mode, on the device of `accelerator`. It runs in the accelerator's precision.
         feature_extractor: Computes the log-mel frames.
         source: The split, read with labels.
-        cache_dir: On a disk that all processes share.
+        cache_dir: Folder of the cache, on a disk that all processes share.
         accelerator: The processes.
         batch_size: Clips per forward pass.
         dtype: Type of the cached values; float16 halves the file.

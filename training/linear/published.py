@@ -33,10 +33,10 @@ def evaluate_as_published(config: LinearEvalConfig, stop: StopRequest) -> None:
 
 
 def finetuning_from_encoder(config: LinearEvalConfig) -> FinetuneConfig:
-    """Return the settings of the fine-tuning. If it needs another encoder than the model's, write that first.
+    """Return the settings of the fine-tuning, and write its encoder if that differs from the model's.
 
-    Linear evaluation starts from a new head. So the encoder is saved without the head of a classifier, or with new
-    weights.
+    Linear evaluation starts from a new head. The encoder of a classifier is therefore saved without the head, and the
+    encoder of `random_weights` with new weights.
 
     Raises:
         TrainingError: If the model cannot be read.

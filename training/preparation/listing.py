@@ -135,7 +135,7 @@ class Listing:
 
 
 def sound_files(folder: Path) -> list[Path]:
-    """Return all sound files under a folder in order of their names. Symbolic links are followed, at last."""
+    """Return all sound files under a folder in order of their names. Symbolic links are followed last."""
     return [Path(path) for path in search_folder(str(folder))]
 
 

@@ -21,7 +21,7 @@ def accumulate_gradients(
 
     Args:
         accelerator: The processes.
-        model: As the processes share it.
+        model: The model as the processes share it (DDP or FSDP).
         batches: The inputs of each forward pass.
         compute_losses: Runs a forward pass. Returns scalars, of which "loss" is differentiated.
 

@@ -140,7 +140,7 @@ def copy_model(checkpoint: Path, folder: Path) -> None:
 
 
 def rotate(latest: Path, keep: int) -> None:
-    """Remove all but the `keep` checkpoints of a run up to `latest`. Later ones are damaged and do not count."""
+    """Remove all checkpoints of a run up to `latest` but the last `keep`. Later ones are damaged and do not count."""
     run_dir = latest.parents[1]
     for path in [path for path in list_checkpoints(run_dir) if path <= latest][:-keep]:
         # Renamed first, so that a checkpoint is complete or absent also during its removal.

@@ -1,4 +1,4 @@
-"""The end of a program that failed: one line that says why, whatever the number of processes."""
+"""Errors of a program as one line on stderr, for any number of processes."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from torch.distributed import DistError, TCPStore
 
 from modeling_sslam.common.signals import INTERRUPTED
 
-# How long a process that failed looks for the reason of another one.
+# Time that a failed process spends on finding the reason of another process.
 LONGEST_LOOK = timedelta(seconds=5)
 _LOST_CONTACT = (
     "Another process of this launch ended without giving a reason; it may have been killed for lack of memory. "
@@ -80,7 +80,7 @@ def _first_failure(reason: str | None) -> str | None:
     """Return the reason of the first process of this launch that failed.
 
     Args:
-        reason: This process's own. It becomes the first if there is none; `None` only asks.
+        reason: The reason of this process, recorded if it is the first; `None` to ask without recording.
     """
     if not torch.distributed.is_initialized():
         return reason

@@ -55,7 +55,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
     The system releases the lock when the process ends, even if it is killed; data workers do not inherit it. On a
     network disk it works between hosts if the file system forwards POSIX locks, as NFS and Lustre do by default.
-    Where there are no locks, a warning says so.
+    If the disk has no locks, the program logs a warning.
 
     Raises:
         FolderInUseError: If another process holds the lock.
@@ -70,7 +70,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Removed first: once the lock is free, the file may be that of another process.
+        # The file is removed before the lock is released, because it may then belong to another process.
         (folder / LOCK).unlink(missing_ok=True)
         os.close(descriptor)
         with suppress(OSError):  # the first folder that is not empty
@@ -87,7 +87,7 @@ def _acquire(folder: Path) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:  # POSIX allows both
+        except (BlockingIOError, PermissionError) as error:  # POSIX allows either error
             holder = os.read(descriptor, 500).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
             raise FolderInUseError(
@@ -95,7 +95,7 @@ def _acquire(folder: Path) -> int:
             ) from error
         except OSError as error:
             logger.warning("%s is on a disk without locks (%s): start no second run in it.", folder, error)
-        # The holder before may have removed the file after it was opened here: then it is no lock any more.
+        # The previous holder may have removed the file after this process opened it. Then it is no longer the lock.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 break

@@ -1,7 +1,7 @@
 """Losses of fine-tuning, as a sum over a batch and a separate divisor.
 
-An update divides the sum over all its batches by the sum of their divisors. So its mean is exact even if processes and
-forward passes have different numbers of targets.
+An update divides the sum over all its batches by the sum of their divisors. The mean is therefore exact even if
+processes and forward passes have different numbers of targets.
 """
 
 from typing import Literal

@@ -60,11 +60,11 @@ class IntervalTimer:
         self.updates = 0
 
     def start_waiting(self) -> None:
-        """Start to count time as waiting."""
+        """Start counting time as waiting."""
         self.waited -= time.perf_counter()
 
     def stop_waiting(self) -> None:
-        """Stop to count time as waiting."""
+        """Stop counting time as waiting."""
         self.waited += time.perf_counter()
 
     def count_update(self) -> None:
@@ -87,7 +87,7 @@ def drop_update(progress: Progress, config: WatchConfig, values: dict[str, float
 
     Args:
         progress: The run's counters.
-        config: Says how many dropped updates in a row end the run.
+        config: Limits the number of dropped updates in a row.
         values: "loss" and "grad_norm" of the update.
         ids: Clips of the batches whose loss is not finite.
 

@@ -58,7 +58,7 @@ def run_program(
 
 
 def stoppable(program: Callable[[ConfigT, StopRequest], object]) -> Callable[[ConfigT], object]:
-    """Return a program that SIGTERM and SIGINT ask to stop, instead of ending it."""
+    """Wrap a program so that SIGTERM and SIGINT ask it to stop instead of ending it."""
 
     def run(config: ConfigT) -> object:
         with StopRequest() as stop:
@@ -117,7 +117,7 @@ class Run:
 def open_run(config: RunConfig, stop: StopRequest) -> Run:
     """Start a run or continue one in its folder, whose lock the program holds.
 
-    All processes then draw the same random numbers, for the same new weights.
+    All processes then draw the same random numbers, so that their new weights are equal.
 
     Raises:
         TrainingError: If the folder, the precision or an earlier run in the folder does not allow it.

@@ -54,11 +54,11 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer(Generic[ProgressT]):
-    """Optimiser, data position, log and checkpoints of a run. A run that resumes has them as its checkpoint left them.
+    """Optimiser, data position, log and checkpoints of a run. A resumed run restores them from its checkpoint.
 
     Args:
         run: The run.
-        model: On the CPU or on the device.
+        model: The model to train, on the CPU or on the device.
         loader: This process's batches.
         feature_extractor: Saved beside the model.
         progress: The run's counters.
@@ -67,7 +67,7 @@ class Trainer(Generic[ProgressT]):
 
     Attributes:
         model: The model as the processes share it.
-        plain_model: The model itself.
+        plain_model: The model without the wrappers of accelerate.
 
     Raises:
         TrainingError: If the data's settings do not allow the run to resume.
@@ -125,7 +125,7 @@ class Trainer(Generic[ProgressT]):
         return learning_rate(self.progress.update, self.config.optimizer, self.config.num_updates)
 
     def updates(self) -> Iterator[list[dict[str, Any]]]:
-        """Yield the batches of one update after another. Between two, save if it is due or the run must stop."""
+        """Yield the batches of each update. Between two updates, save if it is due or the run must stop."""
         config, progress = self.config, self.progress
         saved_at = progress.update
         with self._bar, logging_redirect_tqdm():
@@ -196,7 +196,7 @@ class Trainer(Generic[ProgressT]):
         return self.timer.updates_per_second * self.run.clips_per_update
 
     def log(self, **extra: float) -> None:
-        """Where a line of the log is due, write it: means since the last line, and `extra`."""
+        """Write a line of the log if one is due: means since the last line, and `extra`."""
         progress, config = self.progress, self.config
         if progress.update % config.watch.every and progress.update != config.num_updates:
             return

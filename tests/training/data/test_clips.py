@@ -36,7 +36,7 @@ def test_rates_and_channels(encode, rate, channels):
 
 
 def test_a_rate_without_a_simple_ratio_takes_little_memory():
-    """11 127 Hz and 16 000 Hz have no common divisor. A sine keeps its frequency all the same."""
+    """11 127 Hz and 16 000 Hz have no common divisor. The test checks that a sine keeps its frequency."""
     file = io.BytesIO()
     soundfile.write(file, 0.5 * np.sin(2 * np.pi * 500 / 11_127 * np.arange(11_127)), 11_127, "FLOAT", format="WAV")
     waveform = read_waveform(file.getvalue(), 16_000, 10**6)
@@ -75,7 +75,7 @@ def float_wav(samples):
         (float_wav([0.1] * 999 + [float("inf")]), "not_finite"),
         (float_wav([20_000.0] * 1000), "out_of_range"),
     ],
-    # The data would give other names in every process, because they hold the time.
+    # Names from the data would differ from process to process, because the data hold the time.
     ids=["no bytes", "no samples", "zeros", "short", "nan", "infinity", "loud"],
 )
 def test_errors_of_unusable_clips_give_the_reason(tmp_path, data, reason):

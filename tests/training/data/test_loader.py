@@ -73,8 +73,8 @@ def assert_same(batches, expected):
         (1, 2, (7, 3, 8, 5)),
         (2, 0, (7, 3, 8, 5)),
         (3, 2, (7, 3, 8, 5)),  # uneven shares
-        (5, 0, (7, 3)),  # fewer shards than ranks, but for their row groups
-        (4, 2, (3,)),  # fewer row groups, too
+        (5, 0, (7, 3)),  # fewer shards than ranks, but enough row groups
+        (4, 2, (3,)),  # also fewer row groups than ranks
     ],
 )
 def test_every_clip_once_an_epoch(open_loader, kind, world_size, num_workers, sizes):
@@ -97,7 +97,7 @@ def test_epochs_follow_one_another_and_no_clip_is_lost(open_loader):
 
 @pytest.mark.parametrize(("world_size", "num_workers"), [(2, 0), (3, 0), (2, 2)])
 def test_each_rank_reads_its_own_files(open_loader, world_size, num_workers):
-    """Also if the ranks do not divide the number of files evenly."""
+    """This holds even if the ranks do not divide the number of files evenly."""
     sizes = (7, 3, 8, 5, 2)
     file_of = np.repeat(range(5), sizes)
     readers = {file: set() for file in range(5)}
@@ -177,7 +177,7 @@ def test_the_shuffle_buffer_mixes_beyond_its_shards(open_loader):
 @pytest.mark.parametrize("kind", ["parquet", "folder"])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_exact_resume_after_any_batch(open_loader, kind, num_workers):
-    """Also beyond the first epoch, with pickled states, and from a state of a resumed loader."""
+    """Resume is exact also beyond the first epoch, with pickled states, and from a state of a resumed loader."""
     total, seed = 18, 3
     loader = open_loader(kind, seed=seed, num_workers=num_workers)
     expected, states = [], [pickle.dumps(loader.state_dict())]
@@ -365,7 +365,7 @@ def test_unusable_clips_are_skipped_counted_and_named(damaged_folder, extractor,
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_counts_of_skipped_clips_survive_a_resume(damaged_folder, extractor, monkeypatch, num_workers):
-    """Also if skipped clips are reported between two batches."""
+    """The counts survive even if skipped clips are reported between two batches."""
     monkeypatch.setattr(stream, "MAX_UNREPORTED_SKIPS", 1)
     config = DataConfig(str(damaged_folder), num_workers=num_workers, shuffle_buffer=4, max_skipped_fraction=0.5)
 
@@ -409,7 +409,7 @@ def test_a_source_of_nothing_but_unusable_clips_stops_the_run(tmp_path, extracto
 
 
 def test_memory_stays_flat_over_many_epochs(tmp_path, write_parquet):
-    """40 epochs of 24 MB of clips, of which the shuffle buffer holds 3 MB, loaded in this process."""
+    """Load 40 epochs of 24 MB of clips in this process. The shuffle buffer holds 3 MB."""
     write_parquet(tmp_path / "data", [20, 20, 20, 20], seconds=10.0)
     size = sum(path.stat().st_size for path in (tmp_path / "data").iterdir())
     config = DataConfig(str(tmp_path / "data"), num_workers=0, shuffle_buffer=8)

@@ -1,4 +1,4 @@
-"""Every kind of source, as files on disk, gives each clip once with its name and labels."""
+"""Every kind of source on disk gives each clip once, with its name and labels."""
 
 import io
 import json
@@ -241,7 +241,7 @@ def test_a_labelled_folder_with_a_subfolder_for_each_split(tmp_path, encode, ext
 
 
 def test_a_source_is_opened_again_only_for_other_data(tmp_path, write_parquet, extractor):
-    """As for the validation clips of a run: held-out clips of the same split, or another split."""
+    """A run reads its validation clips in this way: held-out clips of the same split, or another split."""
     for split in ("train", "test"):
         for path in write_parquet(tmp_path / split, [3]):
             (tmp_path / "data").mkdir(exist_ok=True)

@@ -119,7 +119,7 @@ def serve(tmp_path):
 
 @pytest.fixture
 def hurried(monkeypatch):
-    """Fewer and shorter waits between retries, both those of `datasets` and our own."""
+    """Make waits between retries fewer and shorter, both in `datasets` and in our own code."""
     monkeypatch.setattr(datasets.config, "STREAMING_READ_MAX_RETRIES", 2)
     monkeypatch.setattr(datasets.config, "STREAMING_READ_RETRY_INTERVAL", 0.01)
     monkeypatch.setattr(datasets.config, "STREAMING_OPEN_MAX_RETRIES", 2)

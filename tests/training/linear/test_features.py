@@ -1,4 +1,4 @@
-"""Cached features equal the model's, are found again while nothing changed, and are complete or absent."""
+"""Cached features equal the model's, are reused while nothing changes, and are complete or absent."""
 
 import json
 

@@ -59,7 +59,7 @@ def test_a_folder_gets_its_name_on_success_only(tmp_path):
     with pytest.raises(RuntimeError, match="half way"):
         write("half", RuntimeError("half way"))
     assert not list(out.parent.iterdir())
-    leftover = temporary_path(out)  # of a process that was killed
+    leftover = temporary_path(out)  # left by a process that was killed
     leftover.mkdir()
     (leftover / "half").touch()
     write("whole")

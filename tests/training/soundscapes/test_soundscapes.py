@@ -1,4 +1,4 @@
-"""Synthesised soundscapes: the sound classes, the events, and data that depend on nothing but the seed."""
+"""Synthesised soundscapes: the sound classes, the events, and data that depend on the seed alone."""
 
 import csv
 import io
