@@ -233,15 +233,20 @@ class TestArguments:
         clips = torch.randn(4, 32, MEL_BINS).numpy()
         dataset = [{"input_values": x, "labels": y} for x, y in zip(clips, targets, strict=True)]
         model = SSLAMForAudioClassification(make_config(num_labels=3)).eval()
-        expected = model(torch.from_numpy(clips), labels=torch.tensor(targets)).loss.item()
-        options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_grad_norm": 0.0}
-        gradients = {}
-        model.classifier.dense.weight.register_hook(lambda g: gradients.update(last=g.clone()))
-        assert trained_losses(model, dataset, tmp_path, extractor, **options) == [pytest.approx(expected, rel=1e-3)]
+        loss = model(torch.from_numpy(clips), labels=torch.tensor(targets)).loss
+        loss.backward()
+        weight = model.classifier.dense.weight
+        expected_gradient = weight.grad.clone()
         model.zero_grad()
-        model.eval()(torch.from_numpy(clips[3:]), labels=torch.tensor(targets[3:])).loss.backward()
-        # The last of the four batches contributes a quarter of its own gradient.
-        torch.testing.assert_close(gradients["last"], model.classifier.dense.weight.grad)
+        contributions = []
+        hook = weight.register_hook(lambda gradient: contributions.append(gradient.clone()))
+        options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_grad_norm": 0.0}
+        losses = trained_losses(model, dataset, tmp_path, extractor, **options)
+        hook.remove()
+        assert losses == [pytest.approx(loss.item(), rel=1e-3)]
+        assert len(contributions) == 4
+        # Each of the four batches contributes a quarter of its own gradient.
+        torch.testing.assert_close(sum(contributions), expected_gradient)
 
     def test_arguments_reach_the_attention_function(self, make_config, batch):
         """`is_causal` changes sdpa's result, so it must not get lost on the way."""

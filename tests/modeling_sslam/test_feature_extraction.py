@@ -466,6 +466,7 @@ class TestSaving:
         np.save(tmp_path / "wave.npy", wave)
         extractor.save_pretrained(tmp_path / "saved")
         assert {path.name for path in (tmp_path / "saved").glob("*.py")} == {
+            "configuration_sslam.py",
             "feature_extraction_sslam.py",
             "filter_bank_sslam.py",
         }
