@@ -6,6 +6,8 @@ import torch
 from benchmarks import data
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForPreTraining
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

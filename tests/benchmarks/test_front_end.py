@@ -7,6 +7,8 @@ import torch
 from benchmarks import front_end
 from modeling_sslam import SSLAMFeatureExtractor
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _threads():

@@ -2,10 +2,13 @@
 
 import json
 
+import pytest
 import torch
 
 from benchmarks import inference, scaling
 from benchmarks.report import base_config
+
+pytestmark = pytest.mark.slow
 
 
 def test_inference(tmp_path):

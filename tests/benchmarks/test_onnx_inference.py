@@ -2,7 +2,11 @@
 
 import json
 
+import pytest
+
 from benchmarks.onnx_inference import main
+
+pytestmark = pytest.mark.slow
 
 
 def test_program_writes_its_rows(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import pytest
 import torch
 
 from benchmarks import pretraining_step
@@ -10,6 +11,8 @@ from benchmarks.gemm import matrix_products, total_flops
 from benchmarks.pretraining_step import Setting, cost_of_step, make_plain_step, make_step, measure, products_of_step
 from benchmarks.report import Report, base_config
 from training.pretrain import compile_blocks
+
+pytestmark = pytest.mark.slow
 
 TINY = ["--layers", "1", "--batch", "2", "--clones", "1", "--frames", "64", "--rounds", "2", "--threads", "1"]
 

@@ -19,6 +19,8 @@ from benchmarks.measurement import (
 )
 from benchmarks.report import Report, Row, table_of
 
+pytestmark = pytest.mark.slow
+
 MIB = 2**20
 
 

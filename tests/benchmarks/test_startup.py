@@ -1,6 +1,10 @@
 import json
 
+import pytest
+
 from benchmarks import startup
+
+pytestmark = pytest.mark.slow
 
 
 def test_report(tmp_path, monkeypatch):

@@ -14,6 +14,8 @@ from torch import nn
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMModel
 from modeling_sslam.common.files import temporary_path
 
+pytestmark = pytest.mark.slow
+
 IMAGE = "modality_encoders.IMAGE."
 
 

@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoFeatureExtractor
 from conversion import onnx_export
 from modeling_sslam import SSLAMConfig, SSLAMForAudioClassification, SSLAMModel
 
+pytestmark = pytest.mark.slow
+
 # Eight units in the last place of float32 values between 4 and 8, the largest states and logits: two runtimes sum in
 # different orders in each of the three blocks.
 TOLERANCE = 8 * 2.0**-21

@@ -9,6 +9,8 @@ import torch
 
 from conversion.__main__ import main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "conversion" / "README.md").read_text(encoding="utf-8")
 

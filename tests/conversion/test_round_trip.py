@@ -10,6 +10,8 @@ from conversion.reader import read_checkpoint
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor
 from modeling_sslam.layouts import FAIRSEQ_ENCODER_CONSTANTS, FAIRSEQ_PRETRAINING_CONSTANTS, FAIRSEQ_SETTINGS
 
+pytestmark = pytest.mark.slow
+
 FAIRSEQ_PATHS = [path for _, path in FAIRSEQ_SETTINGS] + [*FAIRSEQ_ENCODER_CONSTANTS, *FAIRSEQ_PRETRAINING_CONSTANTS]
 
 

@@ -14,6 +14,8 @@ import pytest
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
 from modeling_sslam.__main__ import main as sslam
 
+pytestmark = pytest.mark.slow
+
 MODEL = "outputs/quickstart/classifier/model"
 
 

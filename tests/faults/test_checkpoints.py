@@ -34,6 +34,8 @@ from modeling_sslam.common.model_card import code_span, render_card
 from modeling_sslam.inference import InferenceError
 from modeling_sslam.inference.loading import load_pretrained
 
+pytestmark = pytest.mark.slow
+
 SECONDS, BYTES = 1.0, 1 << 30
 
 

@@ -42,6 +42,8 @@ from modeling_sslam.inference.timeline.events import Event
 from modeling_sslam.inference.timeline.formats import FORMATS
 from modeling_sslam.inference.timeline.timeline import Timeline
 
+pytestmark = pytest.mark.slow
+
 # Labels that a file format or a terminal could misunderstand. Some differ in one such character only.
 ODD_LABELS = ["a b", "a_b", "a  b", " a b", "a\nb", r"a\nb", "tab\there", "cr\rhere", "next\x85line", "\x1b[31mred"]
 ODD_LABELS += [

@@ -42,6 +42,8 @@ from training.run.checkpointing import (
 )
 from training.run.metrics_log import append_metrics, read_metrics, truncate_metrics
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 MODEL = {
     "hidden_size": 32,

@@ -26,6 +26,8 @@ from modeling_sslam.common.recordings import find_recordings
 from modeling_sslam.common.resampling import StreamResampler, resample
 from modeling_sslam.common.text import escape_undecodable
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[2]
 RATE = 16_000
 SAMPLES = (0.3 * np.sin(np.arange(2 * RATE) / 9)).astype(np.float32)

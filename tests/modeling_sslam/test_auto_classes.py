@@ -28,6 +28,8 @@ from modeling_sslam import (
     SSLAMModel,
 )
 
+pytestmark = pytest.mark.slow
+
 SOURCES = {"configuration_sslam.py", "feature_extraction_sslam.py", "filter_bank_sslam.py", "modeling_sslam.py"}
 
 # Simulates a machine without this package and without a network.

@@ -14,6 +14,8 @@ import transformers
 import modeling_sslam
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMForPreTraining
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[2]
 OPTIONAL = ("torchaudio", "datasets", "scipy", "soundfile", "matplotlib")
 LIST_OPTIONAL = f"import sys; print([name for name in {OPTIONAL} if name in sys.modules])"

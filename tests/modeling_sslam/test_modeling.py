@@ -209,6 +209,7 @@ class TestShapes:
 
 
 class TestAttention:
+    @pytest.mark.slow
     def test_implementations_agree(self, tiny_config):
         model = SSLAMModel(tiny_config).eval()
         _, batch, mask = padded_batch()
@@ -605,6 +606,7 @@ class TestPrecision:
         assert_rounds_in(torch.bfloat16, outputs.logits, expected)
 
 
+@pytest.mark.slow
 class TestCompile:
     @pytest.mark.parametrize("attention", ["eager", "sdpa"])
     def test_whole_graph(self, make_config, attention):

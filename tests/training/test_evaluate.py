@@ -28,6 +28,8 @@ from training.evaluation.prediction import predict
 from training.soundscapes.__main__ import write_dataset
 from training.soundscapes.sounds import SOURCES
 
+pytestmark = pytest.mark.slow
+
 NAMES = sorted(SOURCES)
 # Not a multiple of two processes or of the batch size.
 NUM_CLIPS = 13

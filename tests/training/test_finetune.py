@@ -21,6 +21,8 @@ from training.run import trainer
 from training.run.checkpointing import list_checkpoints
 from training.run.metrics_log import read_metrics
 
+pytestmark = pytest.mark.slow
+
 RATE = 16_000
 SETTINGS = {
     "max_updates": 6,

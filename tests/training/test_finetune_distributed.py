@@ -18,6 +18,8 @@ from training.run.losses import loss_sum, loss_weight
 from training.run.metrics_log import read_metrics
 from training.soundscapes.__main__ import make_row
 
+pytestmark = pytest.mark.slow
+
 CLASSES = ["a", "b", "c"]
 
 

@@ -24,6 +24,8 @@ from training.linear.config import LinearEvalConfig
 from training.linear.features import FEATURE_POOLINGS, read_features
 from training.soundscapes import __main__ as soundscapes
 
+pytestmark = pytest.mark.slow
+
 NUM_LAYERS = 2
 
 

@@ -29,6 +29,8 @@ from training.run.checkpointing import list_checkpoints
 from training.run.metrics_log import read_metrics
 from training.soundscapes.__main__ import make_row
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "max_updates": 8,
     "batch_size": 4,

@@ -14,6 +14,8 @@ from training.run.checkpointing import list_checkpoints
 from training.run.metrics_log import read_metrics
 from training.soundscapes.__main__ import make_row
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parent / "scripts" / "distributed_update.py"
 
 

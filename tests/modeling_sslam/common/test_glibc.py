@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 # Page faults of tensors of 1 to 30 MiB, one after the other. By default glibc asks the system for each of them,
 # because each is larger than all that were freed before.
 SCRIPT = """

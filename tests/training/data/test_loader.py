@@ -19,6 +19,8 @@ from training.data.config import DataConfig
 from training.data.loader import make_loader
 from training.data.sources import open_source
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def open_loader(tmp_path, write_parquet, make_folder, extractor):

@@ -18,6 +18,8 @@ from training.data.config import DataConfig
 from training.data.loader import make_loader
 from training.data.sources import open_source
 
+pytestmark = pytest.mark.slow
+
 # Seconds after which a stalled answer counts as lost. A good one must arrive within it on a busy machine.
 READ_TIMEOUT = 1.0
 COLUMNS = (("bytes", "binary"), ("path", "string"))

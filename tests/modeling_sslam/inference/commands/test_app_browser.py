@@ -13,6 +13,8 @@ import pytest
 import soundfile
 from playwright.sync_api import Page, expect, sync_playwright
 
+pytestmark = pytest.mark.browser
+
 REPOSITORY = Path(__file__).parents[4]
 MAX_MINUTES, MAX_MEGABYTES = 1, 5
 # On a busy machine, starting the server takes most of this time.

@@ -18,6 +18,8 @@ from modeling_sslam.common.text import escape_undecodable
 from modeling_sslam.inference import EventSettings, SSLAMTagger
 from modeling_sslam.inference.embedding import EMBEDDING_POOLINGS
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[4]
 
 

@@ -26,6 +26,8 @@ from modeling_sslam.inference.embedding.dataset import AudioDataset
 from modeling_sslam.inference.embedding.folder import Processes, embed_to_folder
 from modeling_sslam.inference.embedding.shards import read_progress
 
+pytestmark = pytest.mark.slow
+
 PATIENCE_SECONDS = 100
 
 
