@@ -429,6 +429,7 @@ assert "modeling_sslam" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_folders_load_without_the_package(converted, tmp_path):
     folders = [converted("sslam_finetuned.pt"), converted("sslam_pretrained.pt", "--head", "pretraining")]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}

@@ -503,6 +503,7 @@ def spawned():
     multiprocessing.set_start_method(before, force=True)
 
 
+@pytest.mark.slow
 def test_a_spawned_worker_gives_the_same_clips(write, table, spawned, tmp_path):
     names = [f"{label}/{i}.flac" for label in ("dog", "cat") for i in range(8)]
     folder = write(*names)

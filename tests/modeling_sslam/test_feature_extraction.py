@@ -461,6 +461,7 @@ class TestSaving:
         assert torch.equal(first["input_values"], second["input_values"])
         assert torch.equal(first["attention_mask"], second["attention_mask"])
 
+    @pytest.mark.slow
     def test_loads_without_this_package(self, extractor, tmp_path):
         wave = noise(RATE)
         np.save(tmp_path / "wave.npy", wave)
@@ -492,6 +493,7 @@ AutoFeatureExtractor.from_pretrained("saved again", trust_remote_code=True)
             assert twin.to_dict() == extractor.to_dict()
 
 
+@pytest.mark.slow
 def test_needs_little_memory_besides_input_and_output():
     script = """
 import resource, sys
@@ -508,6 +510,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / cli
     assert ratio < 2  # the output alone is 0.8 of the input
 
 
+@pytest.mark.slow
 def test_needs_no_audio_library():
     script = """
 import sys

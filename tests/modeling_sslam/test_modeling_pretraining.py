@@ -71,6 +71,7 @@ def plain_mask(time_patches: int, config: SSLAMConfig, rng: random.Random) -> li
 @pytest.mark.parametrize(
     "config", [SSLAMConfig(num_clones=10), SSLAMConfig.large(num_clones=10)], ids=["base", "large"]
 )
+@pytest.mark.slow
 def test_masks_have_the_published_distribution(config):
     time_patches, count = 64, 10_000
     masks = inverse_block_masks(count // 10, time_patches, config, torch.Generator().manual_seed(1)).flatten(0, 1)

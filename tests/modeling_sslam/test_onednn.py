@@ -204,6 +204,7 @@ def test_attention_probabilities_are_still_there(make_config, padded):
         torch.testing.assert_close(value, expected_value, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_compiles_as_a_whole(make_config, padded):
     torch.compiler.reset()
     model = use_onednn(SSLAMForAudioClassification(make_config(num_hidden_layers=1)).eval())

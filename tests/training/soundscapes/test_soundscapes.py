@@ -17,6 +17,7 @@ from training.soundscapes.__main__ import main
 from training.soundscapes.scene import PEAK, make_row, soundscape
 from training.soundscapes.sounds import SOURCES
 
+pytestmark = pytest.mark.slow
 RATE = 16_000
 
 
