@@ -21,10 +21,10 @@ Sounds that cannot be used are listed in OUT/failures.csv, and every call tries 
 """
 EXAMPLES = """\
 examples:
-  sslam embed recordings/ 'more/**/*.flac' --model sslam-base --out embeddings
-  find /archive -name '*.wav' | sslam embed - --model sslam-base --out embeddings --pooling mean --dtype-out float16
-  sslam embed OWNER/NAME --split test --model sslam-base --out embeddings
-  accelerate launch --num_processes 4 -m modeling_sslam embed recordings/ --model sslam-base --out embeddings
+  sslam embed recordings/ 'more/**/*.flac' --model ta012/SSLAM_pretrain --out embeddings
+  find /archive -name '*.wav' | sslam embed - --model ta012/SSLAM_pretrain --out embeddings --pooling mean
+  sslam embed OWNER/NAME --split test --model ta012/SSLAM_pretrain --out embeddings
+  accelerate launch --num_processes 4 -m modeling_sslam embed recordings/ --model ta012/SSLAM_pretrain --out embeddings
 """
 
 

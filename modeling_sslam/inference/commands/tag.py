@@ -21,9 +21,9 @@ left out; the exit status is then 1. A file that was cut is used as far as it go
 """
 EXAMPLES = """\
 examples:
-  sslam tag crow.flac --model sslam-as2m --top-k 3
-  sslam tag recordings/ --model sslam-as2m --threshold 0.3 --format csv > tags.csv
-  find . -name '*.mp3' -size +1M -print0 | sslam tag - --model sslam-as2m --format jsonl > tags.jsonl
+  sslam tag crow.flac --model ta012/SSLAM_AS2M_Finetuned --top-k 3
+  sslam tag recordings/ --model ta012/SSLAM_AS2M_Finetuned --threshold 0.3 --format csv > tags.csv
+  find . -name '*.mp3' -size +1M -print0 | sslam tag - --model ta012/SSLAM_AS2M_Finetuned --format jsonl > tags.jsonl
 """
 
 # Writes the labels of a file: its name, `[{"label": name, "score": score}, ...]` and its length in seconds.

@@ -32,9 +32,9 @@ classes worse.
 """
 EXAMPLES = """\
 examples:
-  sslam timeline night.wav --model sslam-as2m
-  sslam timeline night.wav --model sslam-as2m --out night.csv night.txt --plot night.png --scores night-scores.csv
-  sslam timeline night.wav --model sslam-as2m --window 1 --hop 0.25 --threshold 0.4 --min-duration 0.5 --format rttm
+  sslam timeline night.wav --model ta012/SSLAM_AS2M_Finetuned
+  sslam timeline night.wav --model ta012/SSLAM_AS2M_Finetuned --out night.csv night.txt --plot night.png
+  sslam timeline night.wav --model ta012/SSLAM_AS2M_Finetuned --window 1 --hop 0.25 --threshold 0.4 --format rttm
 
 night.txt is a label track for Audacity: File > Import > Labels.
 """

@@ -19,9 +19,9 @@ the picture. A second tab compares two sounds by their embeddings. The model and
 """
 EXAMPLES = """\
 examples:
-  sslam app --model sslam-as2m
-  sslam app --model sslam-as2m --examples recordings/ --max-minutes 30
-  sslam app --model sslam-as2m --host 0.0.0.0 --port 8080      # for everyone who can reach this machine
+  sslam app --model ta012/SSLAM_AS2M_Finetuned
+  sslam app --model ta012/SSLAM_AS2M_Finetuned --examples recordings/ --max-minutes 30
+  sslam app --model ta012/SSLAM_AS2M_Finetuned --host 0.0.0.0 --port 8080    # for everyone in reach
 """
 
 
