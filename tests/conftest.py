@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -67,6 +68,14 @@ def make_config() -> Callable[..., SSLAMConfig]:
 def tiny_config(make_config: Callable[..., SSLAMConfig]) -> SSLAMConfig:
     """Return the configuration of a model that runs in milliseconds."""
     return make_config()
+
+
+@pytest.fixture
+def _python_s_own_sigint() -> Iterator[None]:
+    """Restore Python's handler, because a shell starts background processes with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

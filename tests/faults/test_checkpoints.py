@@ -748,6 +748,7 @@ def test_labels_survive_conversion(model, tmp_path, run):
 # D13: Ctrl-C
 
 
+@pytest.mark.usefixtures("_python_s_own_sigint")
 def test_an_interrupted_conversion_says_so_in_one_line(golden_dir, tmp_path, run, monkeypatch):
     def interrupt(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)

@@ -265,14 +265,6 @@ def test_damaged_recording_keeps_old_results(run, write_sound, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["events.csv", "sound.wav"]
 
 
-@pytest.fixture
-def _python_s_own_sigint():
-    """Restore Python's handler, because a shell starts background processes with SIGINT ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("_python_s_own_sigint")
 @pytest.mark.parametrize("command", ["tag", "timeline"])
 def test_interrupt(run, write_sound, tmp_path, monkeypatch, command):
