@@ -6,10 +6,11 @@ BIN := .venv/bin
 OVERLAY := $(CURDIR)/.venv/transformers-4.57
 # Distribute by file, so that a server and a browser are started once.
 PYTEST := -q -n auto --maxprocesses 4 --dist loadfile
-# Tests of embeddings and the page are left out: datasets and Gradio need a newer Hub client than transformers 4.57 has.
+# Tests that import datasets or Gradio are left out: these need a newer Hub client than transformers 4.57 has.
 INFERENCE := tests/modeling_sslam/inference
 NEEDS_NEW_HUB := $(INFERENCE)/embedding $(INFERENCE)/test_prefetch.py $(INFERENCE)/commands/test_app_page.py \
-	$(INFERENCE)/commands/test_app_browser.py tests/modeling_sslam/published/test_hub_embeddings.py
+	$(INFERENCE)/commands/test_app_browser.py tests/modeling_sslam/published/test_hub_embeddings.py \
+	tests/modeling_sslam/common/test_encoded_audio.py tests/modeling_sslam/common/test_recordings.py
 
 .PHONY: help quickstart test test-transformers-5 test-transformers-4.57 test-fast coverage bench lint clean
 
