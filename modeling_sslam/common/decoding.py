@@ -70,7 +70,8 @@ def decoder_errors(decoder: str, refusal: ClipError | None = None) -> Iterator[N
         yield
     except ClipError:
         raise
-    except Exception as error:  # whatever a decoder raises, one bad file costs only that file
+    # Catch any type: decoders share no class of errors, and one bad file must cost only that file.
+    except Exception as error:
         # The text of a LibsndfileError begins with the address of a buffer, which differs from run to run.
         said = f"{decoder} says: {getattr(error, 'error_string', error)}"
         raise ClipError("undecodable", f"{refusal.detail} {said}" if refusal else said) from error

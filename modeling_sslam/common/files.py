@@ -185,7 +185,7 @@ def _locked(target: Path) -> Iterator[None]:
             os.close(descriptor)
             raise TargetInUseError(f"{target} is being written by another call; wait until that has ended.") from error
         except OSError:
-            pass  # a file system without locks: the call goes on without one
+            pass  # The file system has no locks, so the call continues without one.
         # The previous holder may have removed the file after it was opened here. Then the file locks nothing.
         if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
             break
