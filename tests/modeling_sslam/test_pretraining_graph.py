@@ -10,8 +10,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from modeling_sslam import SSLAMForPreTraining
 from modeling_sslam.modeling_sslam_pretraining import Draws
 
-TRAINED_ON = [("ua", "small"), ("ua", "fast"), ("pma", "fast"), ("ua+pma", "small"), ("sslam", "small"), ("sslam", "fast")]
-
 
 @pytest.fixture(autouse=True)
 def _new_compiler():
@@ -24,7 +22,7 @@ def _new_compiler():
 def make_model(make_config):
     def make(objective: str, memory: str = "auto") -> SSLAMForPreTraining:
         torch.manual_seed(0)
-        model = SSLAMForPreTraining(make_config(pretraining_objective=objective, num_hidden_layers=2)).train()
+        model = SSLAMForPreTraining(make_config(pretraining_objective=objective, num_hidden_layers=1)).train()
         model.set_memory(memory)
         return model
 
@@ -43,9 +41,23 @@ def step(model: SSLAMForPreTraining, seed: int, precision: torch.dtype) -> dict[
     return {name: value.detach() for name, value in output.items()} | gradients
 
 
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the norm of the difference, as a share of what is expected."""
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("objective", "memory"), TRAINED_ON)
+@pytest.mark.parametrize(
+    ("objective", "memory", "precision"),
+    [
+        ("ua", "fast", torch.float32),
+        ("pma", "fast", torch.bfloat16),
+        ("ua+pma", "small", torch.float32),
+        ("sslam", "small", torch.bfloat16),
+        ("sslam", "fast", torch.float32),
+        ("sslam", "fast", torch.bfloat16),
+    ],
+)
 def test_one_graph_serves_all_batches(objective, memory, precision, make_model):
     """The backend runs torch's own operators, so a graph's rounding is that of the plain code."""
     model, counter = make_model(objective, memory), CompileCounterWithBackend("aot_eager")
@@ -55,21 +67,20 @@ def test_one_graph_serves_all_batches(objective, memory, precision, make_model):
         found = step(model, seed, precision)
         assert found.keys() == values.keys()
         for name, value in values.items():
-            assert (found[name] - value).norm() <= 10 * torch.finfo(precision).eps * value.norm(), name
+            assert distance(found[name], value) <= 10 * torch.finfo(precision).eps, name
         model.update_teacher(1.0)
     assert counter.frame_count == 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("memory", ["small", "fast"])
-def test_inductor_compiles_the_objective(memory, make_model):
-    model = make_model("sslam", memory)
+def test_inductor_compiles_the_objective(make_model):
+    model = make_model("sslam", "fast")
     model.config.mask_noise_std = 0.0  # inductor draws other noise
     expected = step(model, 0, torch.float32)
     model.compile(fullgraph=True, dynamic=False)
     found = step(model, 0, torch.float32)
     for name, value in expected.items():
-        assert (found[name] - value).norm() <= 1e-5 * value.norm(), name
+        assert distance(found[name], value) <= 1e-5, name
 
 
 def test_copies_and_pickles_are_not_compiled(make_model):
