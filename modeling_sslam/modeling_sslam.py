@@ -196,7 +196,7 @@ class SSLAMAttention(nn.Module):
         return self.output(attended.flatten(2)), probabilities if output_attentions else None
 
 
-# Choices of what the backward pass finds in memory and what it computes again; see [`SSLAMPreTrainedModel.set_memory`].
+# Choices of what the backward pass finds in memory and what it recomputes; see [`SSLAMPreTrainedModel.set_memory`].
 MEMORY_CHOICES = ("auto", "fast", "small")
 
 

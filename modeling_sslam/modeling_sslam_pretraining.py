@@ -38,8 +38,8 @@ BATCHES = {"ua": ("ua",), "pma": ("pma",), "ua+pma": ("ua", "pma"), "sslam": ("u
 MIXING_GRID, WINDOW_PATCHES, LAST_FIRST_START = 64, 15, 31
 # Epsilon of the norms without weights, in the decoder and in the targets.
 NORM_EPS = 1e-5
-# To save memory, the decoder computes a batch in this many parts and recomputes each in the backward pass, so that only
-# one part's intermediate values are in memory at a time.
+# To save memory, the decoder computes a batch in this many parts and recomputes each in the backward pass. Then the
+# intermediate values of a single part are in memory at a time.
 DECODER_PARTS = 8
 
 
@@ -131,8 +131,8 @@ def split_by_mask(
             f"bool_masked_pos masks {int(counts.min())} to {int(counts.max())} of {num_patches} patches; every "
             "row must mask the same number, neither none nor all."
         )
-    order = bool_masked_pos.to(torch.uint8).argsort(dim=-1, stable=True)
-    visible, masked = order.split((num_patches - num_masked, num_masked), dim=-1)
+    rows = bool_masked_pos.shape[:2]
+    visible, masked = (is_chosen.nonzero()[:, 2].view(*rows, -1) for is_chosen in (~bool_masked_pos, bool_masked_pos))
     return visible, masked
 
 

@@ -34,9 +34,7 @@ def test_checkpointing_keeps_only_the_inputs():
 
 
 @pytest.mark.parametrize("clones", [1, 5, 16])
-def test_decoder_in_parts_equals_the_whole(
-    make_config, clones, results_and_gradients, assert_rounds_like
-):
+def test_decoder_in_parts_equals_the_whole(make_config, clones, results_and_gradients, assert_rounds_like):
     decoder = SSLAMDecoder(make_config())
     decoder.memory = "small"
     grid = torch.randn(clones, 4, 2, decoder.projection.in_features)
