@@ -2,8 +2,8 @@
 
     distributed_update.py FOLDER [NUM_MICRO_BATCHES [KIND ...]]
 
-test_pretrain_distributed.py starts this in several processes. The main process writes the results to FOLDER/KIND.pt for
-each kind: ddp and fsdp; objective, whose objective is one compiled graph; blocks, whose blocks are compiled and
+test_pretrain_distributed.py starts this in several processes. The main process writes the results to FOLDER/KIND.pt
+for each kind: ddp and fsdp; objective, whose objective is one compiled graph; blocks, whose blocks are compiled and
 recompute activations.
 """
 
@@ -31,10 +31,10 @@ BATCH_SIZE = 3
 def make_model() -> SSLAMForPreTraining:
     torch.manual_seed(0)
     config = SSLAMConfig(
-        hidden_size=32,
+        hidden_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
-        intermediate_size=64,
+        intermediate_size=512,
         num_mel_bins=32,
         max_length=64,
         max_position_embeddings=8,
@@ -61,8 +61,8 @@ def mask_generator(index: int) -> torch.Generator:
 
 
 def update(folder: Path, kind: str, num_micro_batches: int) -> None:
-    # Several small buckets, between which DDP divides the graph.
-    buckets = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=0.02)
+    # The model fills several buckets, between which DDP divides the graph.
+    buckets = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=1)
     accelerator = Accelerator(gradient_accumulation_steps=num_micro_batches, kwargs_handlers=[buckets])
     model = make_model()
     # The backend runs torch's own operators, and compiles in seconds.
