@@ -131,8 +131,11 @@ def split_by_mask(
             f"bool_masked_pos masks {int(counts.min())} to {int(counts.max())} of {num_patches} patches; every "
             "row must mask the same number, neither none nor all."
         )
-    rows = bool_masked_pos.shape[:2]
-    visible, masked = (is_chosen.nonzero()[:, 2].view(*rows, -1) for is_chosen in (~bool_masked_pos, bool_masked_pos))
+    is_masked = bool_masked_pos.bool()
+    visible, masked = (
+        is_chosen.nonzero()[:, 2].view(batch_size, -1, count)
+        for is_chosen, count in ((~is_masked, num_patches - num_masked), (is_masked, num_masked))
+    )
     return visible, masked
 
 
