@@ -19,6 +19,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_sslam import SSLAMConfig
 from .modeling_sslam import (
+    RecomputingModule,
     SSLAMEncoderOutput,
     SSLAMModel,
     SSLAMPreTrainedModel,
@@ -267,14 +268,8 @@ class SSLAMDecoderLayer(nn.Conv2d):
         return grid + nn.functional.gelu(update)
 
 
-class SSLAMDecoder(nn.Module):
-    """Prediction of the teacher's targets at masked patches: convolutional layers, then a linear one.
-
-    Attributes:
-        memory: One of `MEMORY_CHOICES` of the encoder's file.
-    """
-
-    memory: str = "auto"
+class SSLAMDecoder(RecomputingModule):
+    """Prediction of the teacher's targets at masked patches: convolutional layers, then a linear one."""
 
     def __init__(self, config: SSLAMConfig) -> None:
         super().__init__()
