@@ -238,7 +238,10 @@ class Draws(NamedTuple):
 
     def to(self, device: torch.device) -> "Draws":
         """Copy to a device. The host does not wait for a GPU."""
-        return Draws(*(None if tensor is None else _copy_ahead(tensor, device) for tensor in self))
+        visible, masked = _copy_ahead(self.visible, device), _copy_ahead(self.masked, device)
+        if self.is_unmixed is None or self.mixed is None:
+            return Draws(visible, masked, None, None)
+        return Draws(visible, masked, _copy_ahead(self.is_unmixed, device), _copy_ahead(self.mixed, device))
 
 
 def _copy_ahead(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -413,14 +416,14 @@ class Moments(NamedTuple):
     """Sums over a rank's tokens, for the deviation over the tokens of all ranks.
 
     Attributes:
-        count: Number of tokens.
+        num_tokens: Number of tokens.
         mean: Their mean, float32 `(hidden_size,)`.
         squares: Sum of their squared distances from the mean, float32 `(hidden_size,)`. From squared distances to 0
             the variance would be a difference of two large sums. If all tokens are alike, the case to detect, that
             difference is mere rounding of either sign.
     """
 
-    count: int
+    num_tokens: int
     mean: torch.Tensor
     squares: torch.Tensor
 
