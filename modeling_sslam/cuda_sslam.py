@@ -4,7 +4,8 @@
 
 The one operation so far is the grouped convolution of the pre-training decoder. With `conv2d` it took two thirds of
 the kernels' time of a step on an H200, for 2.7 % of the FLOPs, because a group's 48 channels are too few for tensor
-cores. `banded_convolution` computes it as one batched product. A layer chooses that form by itself if all of this holds:
+cores. `banded_convolution` computes it as one batched product. A layer chooses that form by itself if three conditions
+hold:
 
 - The layer is being compiled, alone or as part of a larger graph. In eager mode the copies that the product needs cost
   as much as it saves.
@@ -30,10 +31,10 @@ from .modeling_sslam_pretraining import SSLAMDecoderLayer
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
-# Derived from times on an H200, forward and backward in bfloat16: with 48, 96 and 192 channels in a group `conv2d` ran at
-# about 0.8 TFLOP/s for each of these channels. The banded form ran at 284 TFLOP/s, with mel_patches / kernel_size times
-# the FLOPs. It is therefore faster up to a width (mel_patches * channels) of 284 / 0.8 = 355 for each tap of the kernel.
-# The limit leaves a margin.
+# Derived from times on an H200, forward and backward in bfloat16. With 48, 96 and 192 channels in a group `conv2d` ran
+# at about 0.8 TFLOP/s for each of these channels. The banded form ran at 284 TFLOP/s, and it has
+# mel_patches / kernel_size times the FLOPs. It is therefore faster up to a width (mel_patches * channels) of
+# 284 / 0.8 = 355 for each tap of the kernel. The limit leaves a margin.
 WIDEST_BAND_PER_TAP = 256
 # Products of narrower rows are too small for tensor cores as well.
 NARROWEST_BAND = 64
@@ -93,7 +94,6 @@ def is_faster(width: int, kernel_size: int, dtype: torch.dtype) -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        and not torch.compiler.is_exporting()  # an exported graph runs elsewhere
         and dtype in (torch.bfloat16, torch.float16)
         and NARROWEST_BAND <= width <= WIDEST_BAND_PER_TAP * kernel_size
     )
