@@ -221,7 +221,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
             features = allocate((len(clips), length, self.num_mel_bins))
             self._extract([clip.to(device) for clip in clips], frame_counts, features)
         else:
-            features = self._extract_on_device(clips, frame_counts, length, device)
+            features = self.extract_rows(_as_rows(clips, device), [len(clip) for clip in clips], length, device)
 
         outputs = {"input_values": features}
         if return_attention_mask is None:
@@ -315,7 +315,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
                 f"A clip has {len(frames)} frames, more than max_length={max_length}. Use truncation=True to cut it, "
                 'padding="longest", or a larger max_length.'
             )
-        padded["input_values"] = np.pad(frames, ((0, missing), (0, 0)), constant_values=self._padding())
+        padded["input_values"] = np.pad(frames, ((0, missing), (0, 0)), constant_values=self.padding_in_result())
         if return_attention_mask:
             padded["attention_mask"] = np.pad(padded["attention_mask"], (0, missing))
         return padded
@@ -336,7 +336,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         """Return the value to subtract from log-mel values, and the value to divide by afterwards."""
         return (self.mean, 2 * self.std) if self.do_normalize else (0.0, 1.0)
 
-    def _padding(self) -> float:
+    def padding_in_result(self) -> float:
         """Return the value of padding in the result, rounded to float32 as the clips' frames are."""
         mean, scale = self._normalisation()
         return torch.tensor(self.padding_value, dtype=torch.float32, device="cpu").sub_(mean).div_(scale).item()
@@ -355,7 +355,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         longest = max(frame_counts)
         max_frames = min(len(clips) * longest, FRAMES_AT_A_TIME_ON_CPU)
         mean, scale = self._normalisation()
-        padding = self._padding()
+        padding = self.padding_in_result()
         filter_bank = LogMelFilterBank(self.num_mel_bins, self.sampling_rate, max_frames, mean, scale)
         clips_per_part = max(1, max_frames // longest)
         shape = (min(len(clips), clips_per_part), self.num_samples(longest))
@@ -383,39 +383,45 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         for clip_features, count in zip(features[:, :longest], frame_counts, strict=True):
             if count < longest:
                 clip_features[count:].fill_(padding)
-        _check_peaks(torch.stack(bounds).view(-1, 2).abs().amax(1).tolist())
+        check_peaks(torch.stack(bounds).view(-1, 2).abs().amax(1).tolist())
 
     @torch.inference_mode()
-    def _extract_on_device(
-        self, clips: list[torch.Tensor], frame_counts: list[int], length: int, device: torch.device
+    def extract_rows(
+        self, waveforms: torch.Tensor, num_samples: Sequence[int], length: int, device: torch.device
     ) -> torch.Tensor:
-        """Compute the features `(len(clips), length, num_mel_bins)` on a device that is not a CPU.
+        """Compute the features of a batch on a device that is not a CPU.
 
         Every step computes all clips together, because starting a kernel for each clip takes longer than the kernels.
-        Clips in the CPU's memory are checked there and sent in one copy, and nothing waits for the device. Clips on
-        the device are checked there, and only the kernels before the check are waited for.
+        Nothing waits for the device, except that clips which lie there are checked there.
+
+        Args:
+            waveforms: float32 of shape `(batch_size, max(num_samples))` on any device, zero-padded.
+            num_samples: Samples of each clip, at least `frame_length`.
+            length: Frames T to pad and cut to.
+            device: Device to compute on.
+
+        Returns:
+            float32 of shape `(batch_size, T, num_mel_bins)` on the device.
+
+        Raises:
+            ValueError: If a clip has NaN or infinite samples or lies far beyond full scale.
         """
-        if all(is_host(clip.device) for clip in clips):
-            _check_peaks([max(map(abs, torch.stack(torch.aminmax(clip)).tolist())) for clip in clips])
-            waveforms, read_peaks = send(_as_rows(clips), device), None
-        else:
-            waveforms = _as_rows([clip.to(device) for clip in clips])
-            read_peaks = read_later(torch.linalg.vector_norm(waveforms, torch.inf, -1))
-        num_samples, longest = [len(clip) for clip in clips], max(frame_counts)
-        if min(num_samples) == max(num_samples):
+        read_peaks = read_later(torch.linalg.vector_norm(waveforms, torch.inf, -1))
+        waveforms = send(waveforms, device)
+        if min(num_samples) == waveforms.shape[1]:
             waveforms = waveforms - waveforms.mean(-1, keepdim=True)
         else:
             counts = send(torch.tensor(num_samples, device="cpu"), device)
             waveforms = waveforms - (waveforms.sum(-1) / counts)[:, None]  # frames of padding are overwritten below
-        padding = self._padding()
+        frame_counts = [min(self.num_frames(count), length) for count in num_samples]
+        longest, padding = max(frame_counts), self.padding_in_result()
         constants = device_constants(self.num_mel_bins, self.sampling_rate, device)
         features = self.features_of_centered(waveforms[:, : self.num_samples(longest)], length, padding, constants)
         if min(frame_counts) < longest:
             counts = send(torch.tensor(frame_counts, device="cpu"), device)
             is_padding = torch.arange(length, device=device) >= counts[:, None]
             features.masked_fill_(is_padding[..., None], padding)
-        if read_peaks is not None:
-            _check_peaks(read_peaks().tolist())
+        check_peaks(read_peaks().tolist())
         return features
 
     def features_of_centered(
@@ -539,8 +545,10 @@ def read_later(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     return wait
 
 
-def _as_rows(clips: list[torch.Tensor]) -> torch.Tensor:
-    """Return a tensor with a clip in each row, `(len(clips), num_samples)`, zero-padded to the longest."""
+def _as_rows(clips: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Return a tensor with a clip in each row, zero-padded. Clips that lie on several devices move to `device`."""
+    if len({clip.device for clip in clips}) > 1:
+        clips = [clip.to(device) for clip in clips]
     if len(clips) == 1:
         return clips[0][None]
     if min(map(len, clips)) == max(map(len, clips)):
@@ -548,7 +556,12 @@ def _as_rows(clips: list[torch.Tensor]) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
 
 
-def _check_peaks(peaks: list[float]) -> None:
+def check_peaks(peaks: list[float]) -> None:
+    """Check the largest absolute sample of each clip.
+
+    Raises:
+        ValueError: If it is NaN or infinite or far beyond full scale.
+    """
     for index, peak in enumerate(peaks):
         if not math.isfinite(peak):
             raise ValueError(f"Clip {index} has NaN or infinite samples; repair or drop it.")

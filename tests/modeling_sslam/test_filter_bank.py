@@ -127,7 +127,7 @@ def test_the_form_for_devices_compiles_as_a_whole_and_once():
     constants = device_constants(128, RATE, torch.device("cpu"))
     compiled = torch.compile(log_mel_in_parts, fullgraph=True, dynamic=False)
     for seed in range(3):
-        waveforms = noise(3, 8000 + seed)[:, :8000]
+        waveforms = noise(3, 8000) * (1 + seed)
         assert_as_exact_as_float32_allows(compiled(waveforms, constants), *exact_and_tolerance(waveforms))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
