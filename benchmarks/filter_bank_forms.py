@@ -2,9 +2,9 @@
 
     python -m benchmarks.filter_bank_forms
 
-Each form computes the same log-mel values from float32 frames. Factors of products are rounded as a GPU rounds them: to
-10 bits in TF32, and to a sum of two bfloat16 numbers in bf16x3, which adds three products. A figure is the largest
-difference of the `input_values` (AudioSet's statistics) from the reference in float64.
+Each form computes the same log-mel values from float32 frames. Factors of products are rounded as a GPU rounds them:
+to 10 bits in TF32, and to a sum of two bfloat16 numbers in bf16x3, which adds three products. A figure is the largest
+difference of the `input_values` (statistics of AudioSet) from the reference in float64.
 """
 
 import math
