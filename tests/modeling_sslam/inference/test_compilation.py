@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
-from modeling_sslam.inference import Embedder, InferenceError, SSLAMTagger, embed, optimize_for_cpu
+from modeling_sslam.inference import Embedder, InferenceError, SSLAMTagger, embed
 from modeling_sslam.inference.compilation import fill_batch
-from modeling_sslam.inference.packed_blocks import can_optimize
+from modeling_sslam.inference.packed_blocks import PackedEncoder
 
 SOUND = torch.randn(5 * 16_000, generator=torch.Generator().manual_seed(0)) / 10
 
@@ -154,12 +154,14 @@ def test_int8_is_refused(model_folder, load):
         load(model_folder, "cpu", "int8", compile=True)
 
 
-@pytest.mark.skipif(not can_optimize("float32"), reason="this processor has no packed blocks")
 def test_packed_blocks_are_refused(config):
+    classifier, model = SSLAMForAudioClassification(config), SSLAMModel(config)
+    for body in (classifier.sslam, model):
+        body.encoder = PackedEncoder(body.encoder, "float32")
     with pytest.raises(InferenceError, match=r"optimised for CPUs \(float32\) cannot be compiled"):
-        SSLAMTagger(optimize_for_cpu(SSLAMForAudioClassification(config)), extractor(), compile=True)
+        SSLAMTagger(classifier, extractor(), compile=True)
     with pytest.raises(InferenceError, match="cannot be compiled"):
-        Embedder(optimize_for_cpu(SSLAMModel(config)), extractor(), compile=True)
+        Embedder(model, extractor(), compile=True)
 
 
 @pytest.mark.usefixtures("_without_inductor")
