@@ -1,0 +1,38 @@
+"""Our models as a GPU runs them. All stages get their variants here."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from modeling_sslam import SSLAMForPreTraining
+from training.pretrain import compile_blocks
+
+
+class Variant(NamedTuple):
+    """A variant of the pre-training step.
+
+    Attributes:
+        memory: "fast" keeps the values between operators for the backward pass, "small" recomputes some of them.
+        compiled: Whether the objective is compiled.
+    """
+
+    memory: str
+    compiled: bool
+
+    def __str__(self) -> str:
+        return f"{'compiled' if self.compiled else 'eager'}, memory {self.memory}"
+
+
+def fast_model(model: SSLAMForPreTraining, variant: Variant) -> None:
+    """Change a model on its device into a variant of it."""
+    # TODO(integrator): `set_memory` is unconditional, `use_cuda(model)` and the trainer's own compile function follow.
+    if hasattr(model, "set_memory"):
+        model.set_memory(variant.memory)
+    if variant.compiled:
+        compile_blocks(model)
+
+
+def compile_encoder(model: nn.Module) -> nn.Module:
+    """Compile a model for inference on batches of one shape, as a CUDA graph on a GPU."""
+    return torch.compile(model, dynamic=False, mode="reduce-overhead")
