@@ -39,9 +39,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.front_end import published
 from benchmarks.measurement import Measurement, ratio, scaled, synchronize, time_in_turn
-from benchmarks.pretraining_step import make_update
-from benchmarks.report import Report, Row, base_config, make_parser
-from modeling_sslam import SSLAMFeatureExtractor, SSLAMForPreTraining
+from benchmarks.report import Report, Row, make_parser
+from modeling_sslam import SSLAMFeatureExtractor
 from modeling_sslam.common.audio import read_waveform
 from modeling_sslam.common.resampling import resample
 from training.data.config import DataConfig
@@ -49,7 +48,6 @@ from training.data.loader import AudioLoader, make_loader
 from training.data.seeding import generator_for
 from training.data.sources import open_source
 from training.preparation.shards import card_header, write_shards
-from training.pretrain import compile_blocks
 from training.soundscapes.scene import soundscape
 
 SECONDS, RATE, SUBTYPE = 10.0, 48_000, "PCM_24"
@@ -106,10 +104,15 @@ class PlainClips(Dataset):
 
 
 def own_loader(
-    folder: Path, extractor: SSLAMFeatureExtractor, workers: int, front_end: str, endless: bool = False
+    folder: Path,
+    extractor: SSLAMFeatureExtractor,
+    workers: int,
+    front_end: str,
+    endless: bool = False,
+    batch_size: int = BATCH_SIZE,
 ) -> AudioLoader:
     config = DataConfig(str(folder), num_workers=workers, front_end=front_end, shuffle_buffer=BATCH_SIZE)
-    return make_loader(open_source(config), extractor, batch_size=BATCH_SIZE, seed=0, repeat=endless)
+    return make_loader(open_source(config), extractor, batch_size=batch_size, seed=0, repeat=endless)
 
 
 def own_batches(

@@ -4,8 +4,9 @@
 
 The rival is the published computation. It takes one clip at a time: subtract the mean, torchaudio's `kaldi.fbank`,
 pad, normalise; then it stacks the clips. Both start from the same list of waveforms and take turns. Peak memory is the
-memory of a run in a new process beyond the waveforms, divided by the bytes of the waveforms. `python -m benchmarks gpu`
-measures the filter bank on a GPU.
+memory of a run in a new process beyond the waveforms, divided by the bytes of the waveforms.
+
+`python -m benchmarks gpu` measures the filter bank on a GPU.
 """
 
 import math

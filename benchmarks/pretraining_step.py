@@ -90,8 +90,8 @@ def prepare_as_trainer(model: SSLAMForPreTraining) -> None:
 
 def make_step(
     setting: Setting, prepare: Callable[[SSLAMForPreTraining], object] = prepare_as_trainer
-) -> Callable[[], None]:
-    """Return a function that makes our step on a ready batch, with a model that `prepare` has changed."""
+) -> partial[None]:
+    """Return our step on a ready batch, with a model that `prepare` has changed. `func` takes other batches."""
     with torch.device(setting.device):
         model = SSLAMForPreTraining(setting.config).train()
     prepare(model)

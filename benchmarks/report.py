@@ -100,9 +100,11 @@ class Report:
         self.measurements[name] = value.as_dict() if isinstance(value, Measurement) else value
 
     def as_dict(self) -> dict[str, Any]:
+        # `python -m benchmarks gpu` has the program's name among its arguments.
+        arguments = sys.argv[2:] if sys.argv[1:2] == [self.program] else sys.argv[1:]
         return {
             "program": self.program,
-            "command": " ".join(["python", "-m", f"benchmarks.{self.program}", *sys.argv[1:]]),
+            "command": " ".join(["python", "-m", f"benchmarks.{self.program}", *arguments]),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
             "machine": machine(),
             "versions": versions(),

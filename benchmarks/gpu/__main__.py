@@ -1,12 +1,12 @@
 """Measure everything that needs a GPU, in one process and in a few minutes.
 
-    python -m benchmarks gpu                         # all rows; needs a GPU
-    python -m benchmarks gpu --minutes 2             # as many as two minutes allow
-    python -m benchmarks gpu --device cpu --layers 2 # the same code at a tiny size, where there is no GPU
+    python -m benchmarks gpu                            # all rows; needs a GPU
+    python -m benchmarks gpu --minutes 2                # as many as two minutes allow
+    python -m benchmarks gpu --device cpu --layers 2    # the same code at a tiny size, where there is no GPU
 
-GPUs are rented by the minute. Each row is printed and written as soon as it is measured, fast ones first and those that
-compile last, so an interruption keeps what was measured. When the minutes are used up, imports included, the remaining
-rows are "not measured: out of time".
+GPUs are rented by the minute. Each row is printed and written as soon as it is measured, fast ones first and those
+that compile last, so an interruption keeps what was measured. When the minutes are used up, imports included, the
+remaining rows are "not measured: out of time".
 
 The limit of a row is its matrix products' FLOPs over the rate of large products, which is measured first. The rivals
 are the plain transcription in float16, transformers' AST compiled, and torchaudio's kaldi.fbank; they take turns with
@@ -19,8 +19,10 @@ gpu_*_trace.json.gz (traces for Perfetto or Chrome).
 
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -53,12 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device = torch.device(args.device)
-    sizes = replace(Sizes() if args.device == "cuda" else TRIAL_SIZES, layers=args.layers, rounds=args.rounds)
+    sizes = Sizes() if args.device == "cuda" else TRIAL_SIZES
+    workers = min(sizes.workers, len(os.sched_getaffinity(0)))
+    sizes = replace(sizes, layers=args.layers, rounds=args.rounds, workers=workers)
     report = Report("gpu", {name: value for name, value in vars(args).items() if name != "out"})
-    bench = Bench(device, sizes, report, args.out)
-    bench.start()
     where = torch.cuda.get_device_name() if args.device == "cuda" else "CPU, trial run"
-    failed = run_stages(bench, stages(sizes, where), budget)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(device, sizes, report, args.out, Path(folder))
+        bench.start()
+        failed = run_stages(bench, stages(sizes, where), budget)
     print(f"\n{table_of(report.as_dict()['rows'])}\n\n{process_age():.0f} s. Written beside {args.out}")
     if failed:
         print(f"Failed: {'; '.join(failed)}; the errors are above.", file=sys.stderr)

@@ -16,8 +16,8 @@ from benchmarks.measurement import Measurement, process_age, scaled, time_in_tur
 from benchmarks.pretraining_step import Setting
 from benchmarks.report import Report, Row, section_of
 
-# Warm-up rounds: a CUDA graph is warmed up, recorded and replayed in its first three calls.
-WARMUP_ROUNDS = 3
+# Meanings of the values of several stages' rows.
+MS, CLIPS, LIMIT = "ms", "clips/s", "of the limit by large products"
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,12 @@ class Sizes:
         batch: Clips of a pre-training step.
         clones: Masked copies of each clip of a step, by objective: "sslam" (stage 2) and "ua" (stage 1).
         frames: Frames of a clip of a step.
+        warmup_calls: Calls before a measurement: a CUDA graph is warmed up, recorded and replayed in its first three.
         rounds: Measured rounds; the contestants take turns in each.
         turn_seconds: Length of a contestant's turn.
-        workers: Most workers of the data loader.
+        workers: Workers of the data loader.
         batches_per_worker: Batches of each worker in a round of the data loader.
+        steps: Steps of a turn that the data loader feeds.
         traced_calls: Calls in a trace.
         layers: Blocks of the encoder.
     """
@@ -43,10 +45,12 @@ class Sizes:
     batch: int = 12
     clones: Mapping[str, int] = field(default_factory=lambda: {"sslam": 8, "ua": 16})
     frames: int = 1024
+    warmup_calls: int = 3
     rounds: int = 5
     turn_seconds: float = 0.25
     workers: int = 16
     batches_per_worker: int = 4
+    steps: int = 20
     traced_calls: int = 3
     layers: int = 12
 
@@ -58,10 +62,12 @@ TRIAL_SIZES = Sizes(
     batch=2,
     clones={"sslam": 1, "ua": 2},
     frames=64,
+    warmup_calls=1,
     rounds=1,
     turn_seconds=0.0,
     workers=1,
     batches_per_worker=1,
+    steps=1,
     traced_calls=1,
 )
 
@@ -89,6 +95,7 @@ class Bench:
         sizes: Sizes of the computations.
         report: Rows and figures so far.
         path: JSON file of the results. The other files have its name with other endings.
+        scratch: Folder for temporary files.
         product_rate: FLOP/s of large products, the limit of the device; None before it is measured.
         step_seconds: Time of our fastest step so far, by objective.
         clips_per_second: Rate of the data loader; None before it is measured.
@@ -98,19 +105,15 @@ class Bench:
     sizes: Sizes
     report: Report
     path: Path
+    scratch: Path
     product_rate: float | None = None
     step_seconds: dict[str, float] = field(default_factory=dict)
     clips_per_second: float | None = None
 
     def time(self, contestants: Mapping[str, Callable[[], object]]) -> dict[str, Measurement]:
         """Time functions in turn, in seconds of a call."""
-        return time_in_turn(
-            contestants,
-            self.sizes.rounds,
-            self.device,
-            warmup_rounds=WARMUP_ROUNDS,
-            turn_seconds=self.sizes.turn_seconds,
-        )
+        sizes = self.sizes
+        return time_in_turn(contestants, sizes.rounds, self.device, sizes.warmup_calls, sizes.turn_seconds)
 
     def setting(self, objective: str) -> Setting:
         """Return the setting of a pre-training step."""
@@ -129,7 +132,7 @@ class Bench:
         """Yield the FLOP/s of matrix products over those of large products, if the latter are measured."""
         rate = self.product_rate
         if rate is not None:
-            note = f"{flops / 1e12:.3g} TFLOP; {1000 * flops / rate:.3g} ms at {rate / 1e12:.0f} TFLOP/s"
+            note = f"{flops / 1e12:.3g} TFLOP; {1000 * flops / rate:.3g} ms at {rate / 1e12:.3g} TFLOP/s"
             yield Figure(row, scaled(seconds, lambda value: flops / rate / value), note)
 
     def fed(self, row: str, step_seconds: float) -> Iterator[Figure]:
@@ -157,10 +160,8 @@ class Bench:
         found = self.report.as_dict()
         header = {name: found[name] for name in ("command", "date", "machine", "versions", "settings")}
         machine, versions = header["machine"], header["versions"]
-        print(
-            f"{machine['gpu'] or machine['processor']}, {machine['cores']} cores, CUDA {torch.version.cuda}; ", end=""
-        )
-        print(", ".join(f"{name} {version}" for name, version in versions.items()), flush=True)
+        found_versions = ", ".join(f"{name} {version}" for name, version in versions.items())
+        print(f"{machine['gpu'] or machine['processor']}, {machine['cores']} cores; {found_versions}", flush=True)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.with_suffix(".jsonl").write_text(json.dumps(header) + "\n")
 
@@ -224,7 +225,8 @@ def run_stages(bench: Bench, stages: Iterable[Stage], budget: Budget) -> list[st
 
 
 def free_memory() -> None:
-    """Free what earlier stages have left."""
+    """Free what earlier stages have left: models, compiled functions and their CUDA graphs, and cached memory."""
+    torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

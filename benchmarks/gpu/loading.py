@@ -1,22 +1,23 @@
 """Loading of a model to the device, and the data loader against what the steps consume."""
 
-import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from benchmarks.data import BATCH_SIZE, own_loader, write_clips
+import torch
+
+from benchmarks.data import own_loader, time_steps, write_clips
 from benchmarks.gpu.bench import Bench, Figure, Sizes, Stage
 from benchmarks.measurement import Measurement, ratio, synchronize
 from benchmarks.report import Row, base_config
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification
+from training.data.loader import AudioLoader
 
 FRONT_ENDS = {"worker": "filter bank in the workers", "device": "filter bank on the device"}
-# The loader is repeated without end; shards hold this many clips for each worker.
-CLIPS_PER_SHARD = 2 * BATCH_SIZE
+BATCHES_PER_SHARD = 2
 # Batches of each worker before the measured rounds: those that it has prepared while it started.
 WARMUP_BATCHES_PER_WORKER = 3
 
@@ -38,37 +39,41 @@ def measure_model(bench: Bench) -> Iterator[Figure]:
     yield Figure("load", ratio(seconds["load"], seconds["read"]), f"{1000 * seconds['load'].median:.3g} ms")
 
 
-def num_workers(sizes: Sizes) -> int:
-    return min(sizes.workers, len(os.sched_getaffinity(0)))
-
-
 def data_stage(sizes: Sizes, where: str) -> Stage:
-    what = f"FLAC shards to batches, {num_workers(sizes)} workers"
+    what = f"FLAC shards to batches, {sizes.workers} workers"
     rows = {}
     for front_end, name in FRONT_ENDS.items():
         rows[front_end] = Row(f"{what}, {name}", where, "clips/s", None)
-    rows["fed"] = Row(
-        f"{what}, beside the fastest eager step of stage 2", where, "times the clips/s of the step", None
-    )
+    rows["fed"] = Row(f"{what}, fastest eager step of stage 2", where, "loader's clips/s, times the step's", None)
     return Stage("data", rows, measure_data)
 
 
 def measure_data(bench: Bench) -> Iterator[Figure]:
-    workers = num_workers(bench.sizes)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_clips(folder, workers * CLIPS_PER_SHARD, num_shards=workers)
-        for front_end in FRONT_ENDS:
-            rate = loader_rate(bench, folder, workers, front_end)
-            bench.clips_per_second = max(rate.median, bench.clips_per_second or 0.0)
-            yield Figure(front_end, rate)
+    sizes = bench.sizes
+    shards(bench).mkdir()
+    write_clips(shards(bench), sizes.workers * sizes.batch * BATCHES_PER_SHARD, num_shards=sizes.workers)
+    for front_end in FRONT_ENDS:
+        rate = loader_rate(bench, front_end)
+        bench.clips_per_second = max(rate.median, bench.clips_per_second or 0.0)
+        yield Figure(front_end, rate)
     if "sslam" in bench.step_seconds:
         yield from bench.fed("fed", bench.step_seconds["sslam"])
 
 
-def loader_rate(bench: Bench, folder: Path, workers: int, front_end: str) -> Measurement:
-    """Measure the clips/s of a loader that gives batches without end, on the device."""
-    loader = own_loader(folder, SSLAMFeatureExtractor(), workers, front_end, endless=True)
+def shards(bench: Bench) -> Path:
+    """Return the dataset folder that the stage "data" writes."""
+    return bench.scratch / "clips"
+
+
+def endless_loader(bench: Bench, front_end: str) -> AudioLoader:
+    """Make a loader of the step's batches that does not end."""
+    sizes, extractor = bench.sizes, SSLAMFeatureExtractor(max_length=bench.sizes.frames)
+    return own_loader(shards(bench), extractor, sizes.workers, front_end, endless=True, batch_size=sizes.batch)
+
+
+def loader_rate(bench: Bench, front_end: str) -> Measurement:
+    """Measure the clips/s of a loader, with its batches on the device."""
+    loader, workers = endless_loader(bench, front_end), bench.sizes.workers
     batches = map(partial(loader.input_values, device=bench.device), loader)
     for _ in islice(batches, WARMUP_BATCHES_PER_WORKER * workers):
         pass
@@ -79,3 +84,10 @@ def loader_rate(bench: Bench, folder: Path, workers: int, front_end: str) -> Mea
         synchronize(bench.device)
         rates.append(count / (time.perf_counter() - start))
     return Measurement.of(rates)
+
+
+def share_of_ready_batch(bench: Bench, step: Callable[[torch.Tensor], None]) -> Measurement:
+    """Measure the steps/s on batches from the loader over those on one ready batch."""
+    loader, sizes = endless_loader(bench, "worker"), bench.sizes
+    seconds = time_steps(step, loader, sizes.workers, sizes.steps, sizes.rounds, bench.device)
+    return ratio(seconds["ready batch"], seconds["loader"])

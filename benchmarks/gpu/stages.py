@@ -12,14 +12,14 @@ def stages(sizes: Sizes, where: str) -> list[Stage]:
         inference.filter_bank_stage(sizes, where),
         loading.model_stage(sizes, where),
         inference.eager_stage(sizes, where),
-        step.step_stage(sizes, where, "sslam", step.EAGER),
-        step.step_stage(sizes, where, "ua", step.EAGER),
+        step.eager_stage(sizes, where, "sslam"),
+        step.eager_stage(sizes, where, "ua"),
         loading.data_stage(sizes, where),
-        step.step_stage(sizes, where, "sslam", step.COMPILED_FAST),
+        step.fast_stage(sizes, where, "sslam"),
         inference.compiled_stage(sizes, where),
-        step.step_stage(sizes, where, "ua", step.COMPILED_FAST),
-        step.step_stage(sizes, where, "sslam", step.COMPILED_SMALL),
-        step.step_stage(sizes, where, "ua", step.COMPILED_SMALL),
+        step.fast_stage(sizes, where, "ua"),
+        step.small_stage(sizes, where, "sslam"),
+        step.small_stage(sizes, where, "ua"),
     ]
 
 

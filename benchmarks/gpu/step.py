@@ -1,88 +1,133 @@
 """The pre-training steps of both stages, against the plain transcription in float16."""
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 
 from benchmarks.gemm import total_flops
-from benchmarks.gpu.bench import Bench, Figure, Sizes, Stage, milliseconds
+from benchmarks.gpu.bench import LIMIT, MS, Bench, Figure, Sizes, Stage, milliseconds
+from benchmarks.gpu.loading import share_of_ready_batch
 from benchmarks.gpu.trace import trace
 from benchmarks.gpu.variants import Variant, fast_model
-from benchmarks.measurement import ratio, read_peak, reset_peak
+from benchmarks.measurement import Measurement, ratio, read_peak, reset_peak
 from benchmarks.pretraining_step import GB, make_plain_step, make_step, products_of_step
 from benchmarks.report import Row
 
 STAGES = {"sslam": "stage 2", "ua": "stage 1"}
 PLAIN = "plain transcription, fp16"
+PEAK, SPEED = "GB at its peak", "times the plain speed, fp16"
 EAGER = (Variant("small", compiled=False), Variant("fast", compiled=False))
-COMPILED_FAST, COMPILED_SMALL = (Variant("fast", compiled=True),), (Variant("small", compiled=True),)
-# Calls before a contestant's memory is read: compile, warm up and record a CUDA graph, then replay it.
-CALLS_TO_PEAK = 3
+FAST, SMALL = Variant("fast", compiled=True), Variant("small", compiled=True)
+
+Step = Callable[[], None]
 
 
 def name_of(sizes: Sizes, objective: str) -> str:
     return f"pre-training step base, {STAGES[objective]}, B {sizes.batch}, C {sizes.clones[objective]}"
 
 
-def step_stage(sizes: Sizes, where: str, objective: str, variants: Sequence[Variant]) -> Stage:
-    """Make the stage that measures some variants of a step in turn with the plain transcription."""
-    what, rows = name_of(sizes, objective), {}
-    if not variants[0].compiled:
-        rows |= {f"{PLAIN} ms": Row(f"{what}, {PLAIN}", where, "ms", None)}
-        rows |= {f"{PLAIN} memory": Row(f"{what}, {PLAIN}", where, "GB at its peak", None)}
-    for variant in variants:
-        ours, best = f"{what}, bf16, {variant}", variant in COMPILED_FAST
-        rows |= {
-            f"{variant} ms": Row(ours, where, "ms", None),
-            f"{variant} speed": Row(ours, where, "times the plain speed, fp16", None, at_least=2.25 if best else None),
-            f"{variant} limit": Row(
-                ours, where, "of the limit by large products", None, at_least=0.4 if best else None
-            ),
-            f"{variant} memory": Row(ours, where, "GB at its peak", None, at_most=24.0 if best else None),
-        }
-        if best:
-            rows["idle"] = Row(ours, where, "idle share of the device", None)
-            if objective == "sslam":
-                rows["fed"] = Row(
-                    f"data loader beside {ours}", where, "times the clips/s of the step", None, at_least=1.0
-                )
-    names = "; ".join(map(str, variants))
-    return Stage(f"{what}: {names}", rows, partial(measure_steps, objective=objective, variants=variants))
+def eager_stage(sizes: Sizes, where: str, objective: str) -> Stage:
+    what = name_of(sizes, objective)
+    rows = {
+        "plain ms": Row(f"{what}, {PLAIN}", where, MS, None),
+        "plain memory": Row(f"{what}, {PLAIN}", where, PEAK, None),
+    }
+    for variant in EAGER:
+        rows |= variant_rows(f"{what}, bf16, {variant}", where, variant)
+    return Stage(f"{what}, eager", rows, partial(measure_eager, objective=objective))
 
 
-def measure_steps(bench: Bench, objective: str, variants: Sequence[Variant]) -> Iterator[Figure]:
+def fast_stage(sizes: Sizes, where: str, objective: str) -> Stage:
+    """Make the stage of the step as `training.pretrain` runs it on a GPU, with its trace and its data loader."""
+    ours = f"{name_of(sizes, objective)}, bf16, {FAST}"
+    rows = variant_rows(ours, where, FAST, speed=2.25, share=0.4, gigabytes=24.0)
+    rows["idle"] = Row(ours, where, "idle share of the device", None)
+    if objective == "sslam":
+        fed = f"{ours}, from FLAC shards, {sizes.workers} workers"
+        rows["fed"] = Row(fed, where, "loader's clips/s, times the step's", None, at_least=1.0)
+        rows["from loader"] = Row(fed, where, "steps/s of those on a ready batch", None, at_least=0.98)
+    return Stage(ours, rows, partial(measure_fast, objective=objective))
+
+
+def small_stage(sizes: Sizes, where: str, objective: str) -> Stage:
+    ours = f"{name_of(sizes, objective)}, bf16, {SMALL}"
+    return Stage(ours, variant_rows(ours, where, SMALL), partial(measure_small, objective=objective))
+
+
+def variant_rows(
+    what: str,
+    where: str,
+    variant: Variant,
+    speed: float | None = None,
+    share: float | None = None,
+    gigabytes: float | None = None,
+) -> dict[str, Row]:
+    """Return the rows of a variant, with their targets."""
+    return {
+        f"{variant} ms": Row(what, where, MS, None),
+        f"{variant} speed": Row(what, where, SPEED, None, at_least=speed),
+        f"{variant} limit": Row(what, where, LIMIT, None, at_least=share),
+        f"{variant} memory": Row(what, where, PEAK, None, at_most=gigabytes),
+    }
+
+
+def measure_eager(bench: Bench, objective: str) -> Iterator[Figure]:
+    _, seconds, peaks = yield from measure_variants(bench, objective, EAGER)
+    yield Figure("plain ms", milliseconds(seconds[PLAIN]))
+    yield Figure("plain memory", peaks[PLAIN])
+
+
+def measure_small(bench: Bench, objective: str) -> Iterator[Figure]:
+    yield from measure_variants(bench, objective, (SMALL,))
+
+
+def measure_fast(bench: Bench, objective: str) -> Iterator[Figure]:
+    steps, seconds, _ = yield from measure_variants(bench, objective, (FAST,))
+    step = steps[str(FAST)]
+    if objective == "sslam":
+        yield from bench.fed("fed", seconds[str(FAST)].median)
+    name = f"{STAGES[objective].replace(' ', '_')}_step"
+    found = trace(step, bench.sizes.traced_calls, bench.device, bench.beside(f"{name}_trace.json.gz"))
+    yield Figure("idle", found.idle_share, bench.keep_trace(name, found))
+    if objective == "sslam" and bench.clips_per_second is not None:
+        yield Figure("from loader", share_of_ready_batch(bench, step.func))
+
+
+def measure_variants(
+    bench: Bench, objective: str, variants: Sequence[Variant]
+) -> Generator[Figure, None, tuple[dict[str, partial[None]], dict[str, Measurement], dict[str, float]]]:
+    """Measure variants of a step in turn with the plain transcription.
+
+    Yields:
+        The figures of [`variant_rows`].
+
+    Returns:
+        Our steps, and the seconds and the peak memory in GB of all, by name.
+    """
     setting = bench.setting(objective)
     flops = total_flops(products_of_step(setting))
-    makers: dict[str, Callable[[], Callable[[], None]]] = {PLAIN: partial(make_plain_step, setting)}
+    plain, peak = with_peak(bench, partial(make_plain_step, setting))
+    contestants, peaks, ours = {PLAIN: plain}, {PLAIN: peak}, {}
     for variant in variants:
-        makers[str(variant)] = partial(make_step, setting, partial(fast_model, variant=variant))
-    contestants, peaks = {}, {}
-    for name, make in makers.items():
-        gc.collect()
-        before = reset_peak(bench.device)
-        contestants[name] = make()
-        for _ in range(CALLS_TO_PEAK):
-            contestants[name]()
-        peaks[name] = (read_peak(bench.device) - before) / GB
+        name = str(variant)
+        step, peaks[name] = with_peak(bench, partial(make_step, setting, partial(fast_model, variant=variant)))
+        contestants[name] = ours[name] = step
     seconds = bench.time(contestants)
-    what = name_of(bench.sizes, objective)
-    bench.report.record(f"{what}: TFLOPs of the matrix products", flops / 1e12)
-    plain = seconds[PLAIN]
-    if not variants[0].compiled:
-        yield Figure(f"{PLAIN} ms", milliseconds(plain))
-        yield Figure(f"{PLAIN} memory", peaks[PLAIN])
     for variant in variants:
-        ours = seconds[str(variant)]
-        yield Figure(f"{variant} ms", milliseconds(ours))
-        yield Figure(f"{variant} speed", ratio(plain, ours), f"plain {1000 * plain.median:.4g} ms")
-        yield from bench.share_of_limit(f"{variant} limit", flops, ours)
-        yield Figure(f"{variant} memory", peaks[str(variant)], f"plain {peaks[PLAIN]:.3g} GB")
-        fastest = bench.step_seconds.get(objective, float("inf"))
-        bench.step_seconds[objective] = min(fastest, ours.median)
-        if variant in COMPILED_FAST:
-            if objective == "sslam":
-                yield from bench.fed("fed", ours.median)
-            key = f"{STAGES[objective].replace(' ', '_')}_step"
-            path = bench.beside(f"{key}_trace.json.gz")
-            found = trace(contestants[str(variant)], bench.sizes.traced_calls, bench.device, path)
-            yield Figure("idle", found.idle_share, bench.keep_trace(key, found))
+        name, own = str(variant), seconds[str(variant)]
+        bench.step_seconds[objective] = min(bench.step_seconds.get(objective, own.median), own.median)
+        yield Figure(f"{name} ms", milliseconds(own))
+        yield Figure(f"{name} speed", ratio(seconds[PLAIN], own), f"plain {1000 * seconds[PLAIN].median:.4g} ms")
+        yield from bench.share_of_limit(f"{name} limit", flops, own)
+        yield Figure(f"{name} memory", peaks[name], f"plain {peaks[PLAIN]:.3g} GB")
+    return ours, seconds, peaks
+
+
+def with_peak(bench: Bench, make: Callable[[], Step]) -> tuple[Step, float]:
+    """Make a step, warm it up, and return it with its peak memory in GB: from before its model existed."""
+    gc.collect()
+    before = reset_peak(bench.device)
+    step = make()
+    for _ in range(bench.sizes.warmup_calls):
+        step()
+    return step, (read_peak(bench.device) - before) / GB

@@ -64,7 +64,7 @@ def trace(run: Callable[[], object], calls: int, device: torch.device, path: Pat
     """
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:
         for _ in range(calls):
             run()
         synchronize(device)

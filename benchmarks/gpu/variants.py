@@ -33,6 +33,11 @@ def fast_model(model: SSLAMForPreTraining, variant: Variant) -> None:
         compile_blocks(model)
 
 
+def start_compile_workers(device: torch.device) -> None:
+    """Compile something small. torch starts its compiling processes then, and they import while others measure."""
+    torch.compile(torch.nn.functional.gelu)(torch.ones(8, device=device))
+
+
 def compile_encoder(model: nn.Module) -> nn.Module:
     """Compile a model for inference on batches of one shape, as a CUDA graph on a GPU."""
     return torch.compile(model, dynamic=False, mode="reduce-overhead")
