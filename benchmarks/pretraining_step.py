@@ -69,6 +69,9 @@ def make_update(model: SSLAMForPreTraining, half_precision: bool) -> Callable[[t
     optimizer = make_optimizer(model, OPTIMIZER)
 
     def update(input_values: torch.Tensor) -> None:
+        if model.device.type == "cuda":
+            # CUDA graphs, if the model is compiled to some, may reuse the memory of the step before.
+            torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(model.device.type, torch.bfloat16, enabled=half_precision):
             loss = model(input_values).loss
         loss.backward()

@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,7 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+@cache
 def machine() -> dict[str, Any]:
     """Describe the machine."""
     cpu_info = Path("/proc/cpuinfo").read_text().splitlines()
@@ -192,6 +194,7 @@ def machine() -> dict[str, Any]:
     }
 
 
+@cache
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages among `PACKAGES`."""
     found = {"python": platform.python_version()}

@@ -18,8 +18,10 @@ def stages(sizes: Sizes, where: str) -> list[Stage]:
         step.fast_stage(sizes, where, "sslam"),
         inference.compiled_stage(sizes, where),
         step.fast_stage(sizes, where, "ua"),
-        step.small_stage(sizes, where, "sslam"),
-        step.small_stage(sizes, where, "ua"),
+        step.other_stage(sizes, where, "sslam", step.GRAPHS),
+        step.other_stage(sizes, where, "sslam", step.SMALL),
+        step.other_stage(sizes, where, "ua", step.GRAPHS),
+        step.other_stage(sizes, where, "ua", step.SMALL),
     ]
 
 

@@ -16,8 +16,8 @@ from benchmarks.report import Row
 STAGES = {"sslam": "stage 2", "ua": "stage 1"}
 PLAIN = "plain transcription, fp16"
 PEAK, SPEED = "GB at its peak", "times the plain speed, fp16"
-EAGER = (Variant("small", compiled=False), Variant("fast", compiled=False))
-FAST, SMALL = Variant("fast", compiled=True), Variant("small", compiled=True)
+EAGER = (Variant("small", "eager"), Variant("fast", "eager"))
+FAST, GRAPHS, SMALL = Variant("fast", "compiled"), Variant("fast", "CUDA graphs"), Variant("small", "compiled")
 
 Step = Callable[[], None]
 
@@ -49,9 +49,10 @@ def fast_stage(sizes: Sizes, where: str, objective: str) -> Stage:
     return Stage(ours, rows, partial(measure_fast, objective=objective))
 
 
-def small_stage(sizes: Sizes, where: str, objective: str) -> Stage:
-    ours = f"{name_of(sizes, objective)}, bf16, {SMALL}"
-    return Stage(ours, variant_rows(ours, where, SMALL), partial(measure_small, objective=objective))
+def other_stage(sizes: Sizes, where: str, objective: str, variant: Variant) -> Stage:
+    ours = f"{name_of(sizes, objective)}, bf16, {variant}"
+    rows = variant_rows(ours, where, variant)
+    return Stage(ours, rows, partial(measure_other, objective=objective, variant=variant))
 
 
 def variant_rows(
@@ -77,8 +78,8 @@ def measure_eager(bench: Bench, objective: str) -> Iterator[Figure]:
     yield Figure("plain memory", peaks[PLAIN])
 
 
-def measure_small(bench: Bench, objective: str) -> Iterator[Figure]:
-    yield from measure_variants(bench, objective, (SMALL,))
+def measure_other(bench: Bench, objective: str, variant: Variant) -> Iterator[Figure]:
+    yield from measure_variants(bench, objective, (variant,))
 
 
 def measure_fast(bench: Bench, objective: str) -> Iterator[Figure]:

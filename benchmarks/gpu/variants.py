@@ -14,14 +14,14 @@ class Variant(NamedTuple):
 
     Attributes:
         memory: "fast" keeps the values between operators for the backward pass, "small" recomputes some of them.
-        compiled: Whether the objective is compiled.
+        mode: "eager", "compiled", or "CUDA graphs" for a compiled step that is replayed as CUDA graphs.
     """
 
     memory: str
-    compiled: bool
+    mode: str
 
     def __str__(self) -> str:
-        return f"{'compiled' if self.compiled else 'eager'}, memory {self.memory}"
+        return f"{self.mode}, memory {self.memory}"
 
 
 def fast_model(model: SSLAMForPreTraining, variant: Variant) -> None:
@@ -29,7 +29,7 @@ def fast_model(model: SSLAMForPreTraining, variant: Variant) -> None:
     # TODO(integrator): `set_memory` is unconditional, `use_cuda(model)` and the trainer's own compile function follow.
     if hasattr(model, "set_memory"):
         model.set_memory(variant.memory)
-    if variant.compiled:
+    if variant.mode != "eager":
         compile_blocks(model)
 
 
