@@ -147,7 +147,7 @@ def test_overlapping_kernels_count_once():
 def test_a_trace_names_the_kernels(tmp_path):
     left, right = torch.randn(2, 64, 64)
     found = trace(lambda: torch.mm(left, right), 3, CPU, tmp_path / "trace.json.gz")
-    assert list(found.shares())[0] == "aten::mm"
+    assert next(iter(found.shares())) == "aten::mm"
     assert sum(found.shares().values()) == pytest.approx(1)
     assert 0 < found.busy_seconds <= found.seconds
     assert 0 <= found.idle_share < 1
