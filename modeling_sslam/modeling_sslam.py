@@ -196,6 +196,15 @@ class SSLAMAttention(nn.Module):
         return self.output(attended.flatten(2)), probabilities if output_attentions else None
 
 
+# Choices of what the backward pass finds in memory and what it recomputes; see [`SSLAMPreTrainedModel.set_memory`].
+MEMORY_CHOICES = ("auto", "fast", "small")
+
+
+def saves_memory(memory: str, device: torch.device) -> bool:
+    """Whether a choice of `MEMORY_CHOICES` recomputes on a device: "small" does, and "auto" does on CPUs."""
+    return memory == "small" or (memory == "auto" and device.type == "cpu")
+
+
 def checkpoint_activations(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
     """Activation checkpointing: keep only `inputs` and recompute the rest in the backward pass.
 
@@ -211,9 +220,14 @@ def checkpoint_activations(function: Callable[..., torch.Tensor], *inputs: torch
 class SSLAMMLP(nn.Module):
     """Linear layer, activation, linear layer.
 
-    The backward pass recomputes the activation from its input, which saves the memory of one tensor of
-    `intermediate_size` a token and block.
+    To save memory, the backward pass recomputes the activation from its input: one tensor of `intermediate_size` less
+    for each token and block.
+
+    Attributes:
+        memory: One of `MEMORY_CHOICES`.
     """
+
+    memory: str = "auto"
 
     def __init__(self, config: SSLAMConfig) -> None:
         super().__init__()
@@ -223,7 +237,10 @@ class SSLAMMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map states `(batch_size, length, hidden_size)` to states of the same shape."""
-        return checkpoint_activations(self._activate_and_project, self.fc1(hidden_states))
+        expanded = self.fc1(hidden_states)
+        if saves_memory(self.memory, expanded.device):
+            return checkpoint_activations(self._activate_and_project, expanded)
+        return self._activate_and_project(expanded)
 
     def _activate_and_project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.activation(hidden_states))
@@ -398,6 +415,26 @@ class SSLAMPreTrainedModel(PreTrainedModel):
     def __init__(self, config: SSLAMConfig) -> None:
         super().__init__(config)
         config.validate_architecture()
+
+    def set_memory(self, memory: str) -> None:
+        """Choose between memory and speed in training.
+
+        The choice holds for this object: it is no part of the configuration, since it changes results by rounding
+        alone. `gradient_checkpointing_enable` recomputes whole blocks besides, with any choice.
+
+        Args:
+            memory: "fast" keeps the values between operators for the backward pass. "small" recomputes the activation
+                of every MLP, and computes the decoder and the losses of pre-training in parts. "auto", the default, is
+                "small" on CPUs and "fast" on other devices.
+
+        Raises:
+            ValueError: If there is no such choice.
+        """
+        if memory not in MEMORY_CHOICES:
+            raise ValueError(f"memory={memory!r} is not one of {', '.join(MEMORY_CHOICES)}.")
+        for module in self.modules():
+            if hasattr(module, "memory"):
+                module.memory = memory
 
     @classmethod
     def from_pretrained(

@@ -25,6 +25,7 @@ from .modeling_sslam import (
     check_input_values,
     checkpoint_activations,
     patch_mask_from_frames,
+    saves_memory,
 )
 
 logger = logging.get_logger(__name__)
@@ -37,8 +38,8 @@ BATCHES = {"ua": ("ua",), "pma": ("pma",), "ua+pma": ("ua", "pma"), "sslam": ("u
 MIXING_GRID, WINDOW_PATCHES, LAST_FIRST_START = 64, 15, 31
 # Epsilon of the norms without weights, in the decoder and in the targets.
 NORM_EPS = 1e-5
-# The decoder computes a batch in this many parts and recomputes each in the backward pass, so that only one part's
-# intermediate values are in memory at a time.
+# To save memory, the decoder computes a batch in this many parts and recomputes each in the backward pass. Then the
+# intermediate values of a single part are in memory at a time.
 DECODER_PARTS = 8
 
 
@@ -130,8 +131,8 @@ def split_by_mask(
             f"bool_masked_pos masks {int(counts.min())} to {int(counts.max())} of {num_patches} patches; every "
             "row must mask the same number, neither none nor all."
         )
-    order = bool_masked_pos.to(torch.uint8).argsort(dim=-1, stable=True)
-    visible, masked = order.split((num_patches - num_masked, num_masked), dim=-1)
+    rows = bool_masked_pos.shape[:2]
+    visible, masked = (is_chosen.nonzero()[:, 2].view(*rows, -1) for is_chosen in (~bool_masked_pos, bool_masked_pos))
     return visible, masked
 
 
@@ -216,6 +217,33 @@ def mix_clips(clips: torch.Tensor, is_unmixed: torch.Tensor) -> torch.Tensor:
     return torch.where(is_unmixed[:, None], clips, torch.maximum(clips, clips.roll(1, 0)))
 
 
+class Draws(NamedTuple):
+    """Masks and windows of a batch, as tensors whose shapes follow from the input's shape.
+
+    Attributes:
+        visible: int64 `(batch_size, num_clones, num_visible)`, the visible patches.
+        masked: int64 `(batch_size, num_clones, num_masked)`, the masked patches.
+        is_unmixed: bool `(T,)`, True for the frames of the unmixed windows; None if the objective has no mixtures.
+        mixed: int64 `(num_mixed,)`, the patches outside these windows; None as well.
+    """
+
+    visible: torch.Tensor
+    masked: torch.Tensor
+    is_unmixed: torch.Tensor | None
+    mixed: torch.Tensor | None
+
+    def to(self, device: torch.device) -> "Draws":
+        """Copy to a device. The host does not wait for a GPU."""
+        return Draws(*(None if tensor is None else _copy_ahead(tensor, device) for tensor in self))
+
+
+def _copy_ahead(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    # A GPU reads page-locked memory on its own, while the host goes on.
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 class SSLAMDecoderLayer(nn.Conv2d):
     """Grouped convolution over the patch grid, LayerNorm without weights and GELU, with a residual connection."""
 
@@ -237,7 +265,13 @@ class SSLAMDecoderLayer(nn.Conv2d):
 
 
 class SSLAMDecoder(nn.Module):
-    """Prediction of the teacher's targets at masked patches: convolutional layers, then a linear one."""
+    """Prediction of the teacher's targets at masked patches: convolutional layers, then a linear one.
+
+    Attributes:
+        memory: One of `MEMORY_CHOICES` of the encoder's file.
+    """
+
+    memory: str = "auto"
 
     def __init__(self, config: SSLAMConfig) -> None:
         super().__init__()
@@ -254,6 +288,8 @@ class SSLAMDecoder(nn.Module):
         Returns:
             `(batch_size, num_masked, hidden_size)`.
         """
+        if not saves_memory(self.memory, grid.device):
+            return self._predict(grid, index)
         parts = zip(grid.chunk(DECODER_PARTS), index.chunk(DECODER_PARTS), strict=True)
         return torch.cat([checkpoint_activations(self._predict, *part) for part in parts])
 
@@ -307,18 +343,22 @@ def _gather(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
-def local_error(predictions: torch.Tensor, targets: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+def local_error(
+    predictions: torch.Tensor, targets: torch.Tensor, masked: torch.Tensor, num_parts: int = 1
+) -> torch.Tensor:
     """Sum squared errors / sqrt(hidden_size) over all masked patches, in float32.
 
     Args:
         predictions: `(batch_size, num_clones, num_masked, hidden_size)`.
         targets: `(batch_size, N, hidden_size)`, the same for all clones of a clip.
         masked: int64 `(batch_size, num_clones, num_masked)`, the patches that are predicted.
+        num_parts: Parts of the clones that are computed one after the other. In memory are copies of the targets for
+            the clones of one part.
     """
     error = torch.zeros((), device=predictions.device)
-    # Clone by clone, so that no more than one copy of the targets is in memory at a time.
-    for prediction, index in zip(predictions.unbind(1), masked.unbind(1), strict=True):
-        error = error + (prediction.float() - _gather(targets, index)).square().sum()
+    for prediction, index in zip(predictions.chunk(num_parts, 1), masked.chunk(num_parts, 1), strict=True):
+        copies = _gather(targets, index.flatten(1)).view(prediction.shape)
+        error = error + (prediction.float() - copies).square().sum()
     return error / math.sqrt(targets.shape[-1])
 
 
@@ -338,6 +378,7 @@ def pretraining_losses(
     retention_targets: torch.Tensor | None,
     masked: torch.Tensor,
     config: SSLAMConfig,
+    num_parts: int = 1,
 ) -> dict[str, torch.Tensor]:
     """Compute the terms of the objective, weighted as in the published code, which add up to the loss.
 
@@ -348,6 +389,7 @@ def pretraining_losses(
             has it.
         masked: int64 `(batch_size, num_clones, num_masked)`, the masked patches, the same in each batch.
         config: The model's configuration.
+        num_parts: See [`local_error`].
     """
     batches = BATCHES[config.pretraining_objective]
     predicted = dict(zip(batches, predictions.chunk(len(batches)), strict=True))
@@ -357,57 +399,74 @@ def pretraining_losses(
     losses = {}
     if "ua" in batches:
         ua, ua_target = predicted["ua"], target["ua"]
-        losses["ua_local_loss"] = local_error(ua.local, ua_target.local, masked) * per_token
+        losses["ua_local_loss"] = local_error(ua.local, ua_target.local, masked, num_parts) * per_token
         losses["ua_global_loss"] = weight * global_error(ua.global_, ua_target.global_)
     if "pma" in batches:
         pma, pma_target = predicted["pma"], target["pma"]
-        losses["pma_local_loss"] = local_error(pma.local, pma_target.local, masked) * per_token
+        losses["pma_local_loss"] = local_error(pma.local, pma_target.local, masked, num_parts) * per_token
         losses["pma_global_loss"] = weight * global_error(pma.global_, pma_target.global_)
     if retention_targets is not None:
-        error = local_error(predicted["pma"].local, retention_targets, masked)
+        error = local_error(predicted["pma"].local, retention_targets, masked, num_parts)
         losses["srl_loss"] = config.retention_loss_weight * error * per_token
     return losses
 
 
-def _mean_deviation(count: int, mean: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
-    """Compute the mean over channels of the standard deviation of all ranks' tokens.
+class Moments(NamedTuple):
+    """Sums over a rank's tokens, for the deviation over the tokens of all ranks.
+
+    Attributes:
+        count: Number of tokens.
+        mean: Their mean, float32 `(hidden_size,)`.
+        squares: Sum of their squared distances from the mean, float32 `(hidden_size,)`. From squared distances to 0
+            the variance would be a difference of two large sums. If all tokens are alike, the case to detect, that
+            difference is mere rounding of either sign.
+    """
+
+    count: int
+    mean: torch.Tensor
+    squares: torch.Tensor
+
+
+@torch.no_grad()
+def mean_deviations(*moments: Moments) -> list[torch.Tensor]:
+    """Compute, for each of several sets of tokens, the mean over channels of the standard deviation over all ranks."""
+    rows = []
+    for count, mean, squares in moments:
+        mean, squares = mean.double(), squares.double()
+        rows.append(torch.stack((torch.full_like(mean, count), count * mean, squares + count * mean.square())))
+    sums = torch.stack(rows)
+    # One exchange for all sets. It is outside the objective, whose graph is then that of a single process.
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums)
+    total_count, total, total_squares = sums.unbind(1)
+    variance = (total_squares - total.square() / total_count) / (total_count - 1)
+    return list((variance + 1e-6).sqrt().mean(1).float().unbind())
+
+
+@torch.no_grad()
+def prediction_moments(predictions: torch.Tensor, num_parts: int = 1) -> Moments:
+    """Compute the moments of predictions `(batch_size, num_clones, num_masked, hidden_size)`.
 
     Args:
-        count: This rank's number of tokens.
-        mean: Mean of these tokens, float32 `(hidden_size,)`.
-        squares: Sum of the tokens' squared distances from the mean, float32 `(hidden_size,)`. From squared
-            distances to 0 the variance would be a difference of two large sums. If all tokens are alike, the case to
-            detect, that difference is mere rounding of either sign.
+        predictions: The predictions.
+        num_parts: Parts of the clones. The float32 copy is of one part at a time.
     """
-    mean, squares = mean.double(), squares.double()
-    moments = torch.stack((torch.full_like(mean, count), count * mean, squares + count * mean.square()))
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(moments)
-    total_count, total, total_squares = moments
-    variance = (total_squares - total.square() / total_count) / (total_count - 1)
-    return (variance + 1e-6).sqrt().mean().float()
-
-
-@torch.no_grad()
-def prediction_deviation(predictions: torch.Tensor) -> torch.Tensor:
-    """Compute pred_var of predictions `(batch_size, num_clones, num_masked, hidden_size)`."""
     mean = predictions.mean((0, 1, 2), dtype=torch.float32)
     squares = torch.zeros_like(mean)
-    # Clone by clone, so that the float32 copy is of one clone at a time.
-    for clone in predictions.unbind(1):
-        squares = squares + (clone.float() - mean).square().sum((0, 1))
-    return _mean_deviation(predictions[..., 0].numel(), mean, squares)
+    for part in predictions.chunk(num_parts, 1):
+        squares = squares + (part.float() - mean).square().sum((0, 1, 2))
+    return Moments(predictions[..., 0].numel(), mean, squares)
 
 
 @torch.no_grad()
-def target_deviation(targets: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """Compute target_var of targets `(batch_size, N, hidden_size)`, each counted once per clone that masks it."""
+def target_moments(targets: torch.Tensor, masked: torch.Tensor) -> Moments:
+    """Compute the moments of targets `(batch_size, N, hidden_size)`, each counted once per clone that masks it."""
     index = masked.flatten(1)
     counts = torch.zeros(targets.shape[:2], device=targets.device)
     counts = counts.scatter_add_(1, index, torch.ones_like(index, dtype=counts.dtype)).flatten()
     tokens = targets.flatten(0, 1)
     mean = counts @ tokens / index.numel()
-    return _mean_deviation(index.numel(), mean, counts @ (tokens - mean).square())
+    return Moments(index.numel(), mean, counts @ (tokens - mean).square())
 
 
 @dataclass
@@ -461,6 +520,8 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         "AutoModelForPreTraining": "modeling_sslam_pretraining.SSLAMForPreTraining"
     }
 
+    _compiled_objective: Callable[..., Any] | None = None
+
     def __init__(self, config: SSLAMConfig) -> None:
         super().__init__(config)
         self.sslam = SSLAMModel(config)
@@ -494,6 +555,21 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         super().train(mode)
         self.teacher.eval()
         return self
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the objective in place: all of `forward` but drawing and checking, whose values no graph can hold.
+
+        Args:
+            *args: Arguments of `torch.compile`. `fullgraph=True` holds, and shapes do not vary between batches.
+            **kwargs: Arguments of `torch.compile`.
+        """
+        self._compiled_objective = torch.compile(SSLAMForPreTraining._objective, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As with any compiled module, copies and pickles are not compiled.
+        state = super().__getstate__()
+        state.pop("_compiled_objective", None)
+        return state
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "SSLAMForPreTraining":
         # `to`, `half` and the like call this. In half precision an average with these decays would never move.
@@ -565,81 +641,93 @@ class SSLAMForPreTraining(SSLAMPreTrainedModel):
         batch_size, time_patches = len(clips), clips.shape[1] // config.patch_size
         if attention_mask is not None:
             check_not_padded(attention_mask, clips, config)
-        # Draw and check on the CPU: a check on an accelerator would wait for it.
-        if bool_masked_pos is None:
-            bool_masked_pos = inverse_block_masks(batch_size, time_patches, config, generator)
-        visible, masked = split_by_mask(bool_masked_pos, batch_size, time_patches * config.num_mel_patches)
-        is_unmixed = torch.ones(time_patches, dtype=torch.bool)
-        if "pma" in BATCHES[config.pretraining_objective]:
-            check_can_be_mixed(batch_size, time_patches, config)
-            if unmixed_starts is None:
-                unmixed_starts = draw_unmixed_starts(time_patches, config, generator)
-            is_unmixed = unmixed_time_patches(unmixed_starts, time_patches, config)
+        draws = self._draw(batch_size, time_patches, bool_masked_pos, unmixed_starts, generator)
         if output_attentions is None:
             output_attentions = config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
-        return self._objective(
+        objective = self._compiled_objective or SSLAMForPreTraining._objective
+        terms, moments, encoded = objective(
+            self,
             clips,
-            visible,
-            masked,
-            is_unmixed,
+            draws.to(clips.device),
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             **kwargs,
         )
+        pred_var, target_var = mean_deviations(*moments)
+        num_masked = draws.masked.shape[2]
+        return SSLAMForPreTrainingOutput(
+            **terms,
+            pred_var=pred_var,
+            target_var=target_var,
+            masked_fraction=torch.tensor(num_masked / (num_masked + draws.visible.shape[2])),
+            num_masked_tokens=torch.tensor(len(BATCHES[config.pretraining_objective]) * draws.masked.numel()),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+    def _draw(
+        self,
+        batch_size: int,
+        time_patches: int,
+        bool_masked_pos: torch.Tensor | None,
+        unmixed_starts: tuple[int, int] | None,
+        generator: torch.Generator | None,
+    ) -> Draws:
+        """Draw masks and windows that are not given, and check those that are. See [`forward`]."""
+        config = self.config
+        # Draw and check on the CPU: a check on an accelerator would wait for it.
+        if bool_masked_pos is None:
+            bool_masked_pos = inverse_block_masks(batch_size, time_patches, config, generator)
+        visible, masked = split_by_mask(bool_masked_pos, batch_size, time_patches * config.num_mel_patches)
+        if "pma" not in BATCHES[config.pretraining_objective]:
+            return Draws(visible, masked, None, None)
+        check_can_be_mixed(batch_size, time_patches, config)
+        if unmixed_starts is None:
+            unmixed_starts = draw_unmixed_starts(time_patches, config, generator)
+        is_unmixed = unmixed_time_patches(unmixed_starts, time_patches, config)
+        mixed = (~is_unmixed).repeat_interleave(config.num_mel_patches).nonzero().squeeze(1)
+        return Draws(visible, masked, is_unmixed.repeat_interleave(config.patch_size), mixed)
 
     def _objective(
-        self,
-        clips: torch.Tensor,
-        visible: torch.Tensor,
-        masked: torch.Tensor,
-        is_unmixed: torch.Tensor,
-        **encoder_options: Any,
-    ) -> SSLAMForPreTrainingOutput:
-        """Compute the loss for given masks and windows.
+        self, clips: torch.Tensor, draws: Draws, **encoder_options: Any
+    ) -> tuple[dict[str, torch.Tensor], tuple[Moments, Moments], SSLAMEncoderOutput]:
+        """Compute the loss for given masks and windows. All shapes follow from those of the arguments.
 
         Args:
             clips: Log-mel frames `(batch_size, T, num_mel_bins)`.
-            visible: int64 `(batch_size, num_clones, num_visible)`, the visible patches.
-            masked: int64 `(batch_size, num_clones, num_masked)`, the masked patches.
-            is_unmixed: bool `(time_patches,)` on the CPU, True in the unmixed windows.
+            draws: Masks and windows, on the clips' device.
             **encoder_options: Further arguments of the student's encoder.
+
+        Returns:
+            The loss and its terms, the moments of predictions and of targets, and the student's output.
         """
-        config, batch_size, device = self.config, len(clips), clips.device
+        config, batch_size = self.config, len(clips)
         batches = BATCHES[config.pretraining_objective]
-        visible, masked = visible.to(device), masked.to(device)
         inputs = clips
-        if "pma" in batches:
-            mixtures = mix_clips(clips, is_unmixed.repeat_interleave(config.patch_size).to(device))
+        if draws.is_unmixed is not None:
+            mixtures = mix_clips(clips, draws.is_unmixed)
             inputs = torch.cat((clips, mixtures)) if "ua" in batches else mixtures
         # A mixture has the masks of its own clip.
-        all_visible, all_masked = (index.repeat(len(batches), 1, 1) for index in (visible, masked))
+        visible, masked = (index.repeat(len(batches), 1, 1) for index in (draws.visible, draws.masked))
 
         with torch.no_grad():
             teacher_patches = self.teacher.patch_embeddings(inputs)
             targets = self._targets(teacher_patches)
             retention_targets = None
-            if config.pretraining_objective == "sslam":
+            if config.pretraining_objective == "sslam" and draws.mixed is not None:
                 # Compute these before the student's pass, whose intermediate values stay in memory.
-                mixed = (~is_unmixed).repeat_interleave(config.num_mel_patches).nonzero().squeeze(1).to(device)
                 retention_targets = self._retention_targets(
-                    teacher_patches[:batch_size], targets.local[:batch_size], mixed
+                    teacher_patches[:batch_size], targets.local[:batch_size], draws.mixed
                 )
-        encoded = self._encode_visible(inputs, all_visible, **encoder_options)
-        predictions = self._predict(encoded.last_hidden_state, all_visible, all_masked)
-        losses = pretraining_losses(predictions, targets, retention_targets, masked, config)
-
-        return SSLAMForPreTrainingOutput(
-            loss=reduce(torch.add, losses.values()),
-            **losses,
-            pred_var=prediction_deviation(predictions.local),
-            target_var=target_deviation(targets.local, all_masked),
-            masked_fraction=torch.tensor(masked.shape[2] / targets.local.shape[1]),
-            num_masked_tokens=torch.tensor(all_masked.numel()),
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-        )
+        encoded = self._encode_visible(inputs, visible, **encoder_options)
+        predictions = self._predict(encoded.last_hidden_state, visible, masked)
+        num_parts = masked.shape[1] if saves_memory(self.decoder.memory, clips.device) else 1
+        losses = pretraining_losses(predictions, targets, retention_targets, draws.masked, config, num_parts)
+        terms = {"loss": reduce(torch.add, losses.values()), **losses}
+        moments = prediction_moments(predictions.local, num_parts), target_moments(targets.local, masked)
+        return terms, moments, encoded
 
     def _ffn_outputs(self, patches: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Compute the outputs of the teacher's MLPs, block by block, without the CLS token."""

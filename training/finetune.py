@@ -354,6 +354,7 @@ def prepare_classifier(
         )
     if config.freeze_encoder:
         model.sslam.requires_grad_(False)
+    model.set_memory(config.memory)
     if config.gradient_checkpointing:
         # The method's name in transformers 5, and in transformers 4.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -25,13 +25,16 @@ for the Hub (`python -m training.report RUN_DIR` makes these two at any time).
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from typing import Any, Literal
 
 import torch
+from accelerate import DistributedType
 from torch import nn
 
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraining
 from modeling_sslam.common.signals import StopRequest
 from modeling_sslam.feature_extraction_sslam import DATASET_PRESETS
+from modeling_sslam.modeling_sslam import saves_memory
 from training.arguments import changed_default, with_optional_fields
 from training.data.loader import make_loader
 from training.data.sources import open_source
@@ -39,7 +42,7 @@ from training.report import write_report
 from training.run.accumulation import accumulate_gradients
 from training.run.config import RunConfig, TrainingError, WatchConfig
 from training.run.progress import Progress
-from training.run.run import open_run, run_program, stoppable
+from training.run.run import Run, open_run, run_program, stoppable
 from training.run.trainer import Trainer
 
 LOSS_TERMS = ("ua_local_loss", "ua_global_loss", "pma_local_loss", "pma_global_loss", "srl_loss")
@@ -96,6 +99,30 @@ class PretrainConfig(RunConfig):
         default=12,
         metadata={"help": "Clips per device and forward pass. It changes the objective: see the top of this help."},
     )
+    compile: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile the objective with torch.compile as one graph; where activations are recomputed (memory) "
+            "or parameters are sharded (FSDP), compile block by block."
+        },
+    )
+    compile_mode: Literal["default", "cuda_graphs"] = field(
+        default="default",
+        metadata={
+            "help": "cuda_graphs: replay the compiled objective as CUDA graphs, which takes less of the host's time "
+            "and more memory. Needs one process, gradient_accumulation_steps 1 and activations that are kept (memory)."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compile_mode == "cuda_graphs" and not self.compile:
+            raise ValueError("compile_mode=cuda_graphs needs --compile true")
+        if self.compile_mode == "cuda_graphs" and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"compile_mode=cuda_graphs with gradient_accumulation_steps={self.gradient_accumulation_steps}: a "
+                "graph's next pass overwrites the gradients of the one before. Use compile_mode=default."
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -130,8 +157,9 @@ def pretrain(config: PretrainConfig, stop: StopRequest) -> None:
             f"batch_size={config.batch_size}: the objective {model_config.pretraining_objective!r} mixes the clips "
             "of a device with one another and needs at least 2."
         )
+    model.set_memory(config.memory)
     if config.compile:
-        compile_blocks(model)
+        compile_model(model, config, run)
 
     # --- Data
     feature_extractor = SSLAMFeatureExtractor(
@@ -167,6 +195,9 @@ def pretrain(config: PretrainConfig, stop: StopRequest) -> None:
     compute_losses = partial(pretraining_losses, trainer.model, generator)
     for batches in trainer.updates():
         inputs = [loader.input_values(batch, run.accelerator.device) for batch in batches]
+        if config.compile_mode == "cuda_graphs":
+            # From here on, the graphs reuse the memory of the update before.
+            torch.compiler.cudagraph_mark_step_begin()
         outputs = accumulate_gradients(run.accelerator, trainer.model, inputs, compute_losses)
         values = trainer.step(outputs, batches)
         if values is None:
@@ -181,11 +212,40 @@ def pretrain(config: PretrainConfig, stop: StopRequest) -> None:
         write_report(run.folder)
 
 
-def compile_blocks(model: SSLAMForPreTraining) -> None:
-    """Compile the blocks of student, teacher and decoder. Each stack compiles once, since its blocks are alike."""
+def compile_model(model: SSLAMForPreTraining, config: PretrainConfig, run: Run) -> None:
+    """Compile the objective as one graph, or block by block where one graph does not serve.
+
+    Where activations are recomputed, the graph would repeat the decoder for each part, which takes minutes to compile,
+    and DistributedDataParallel could not split it by its buckets. FSDP gathers the weights between blocks.
+
+    Raises:
+        TrainingError: If CUDA graphs are asked for and not possible.
+    """
+    is_sharded = run.accelerator.distributed_type == DistributedType.FSDP
+    is_whole = not saves_memory(config.memory, run.accelerator.device) and not is_sharded
+    if config.compile_mode == "cuda_graphs" and (run.world_size > 1 or not is_whole):
+        raise TrainingError(
+            f"compile_mode=cuda_graphs with {run.world_size} process(es) and memory={config.memory} on "
+            f"{run.accelerator.device.type}: CUDA graphs need one process that keeps its activations. Use "
+            "compile_mode=default, or one process with --memory fast."
+        )
+    if is_whole:
+        mode = "reduce-overhead" if config.compile_mode == "cuda_graphs" else "default"
+        model.compile(fullgraph=True, dynamic=False, mode=mode)
+    else:
+        compile_blocks(model)
+
+
+def compile_blocks(model: SSLAMForPreTraining, **options: Any) -> None:
+    """Compile the blocks of student, teacher and decoder. Each stack compiles once, since its blocks are alike.
+
+    Args:
+        model: The model, which is changed in place.
+        **options: Arguments of `torch.compile`.
+    """
     for layers in (model.sslam.encoder.layers, model.teacher.encoder.layers, model.decoder.layers):
         for layer in layers:
-            layer.compile()
+            layer.compile(**options)
 
 
 def pretraining_losses(

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from modeling_sslam import SSLAMForPreTraining
+from modeling_sslam.cuda_sslam import use_cuda
 from training.pretrain import compile_blocks
 
 
@@ -26,11 +27,16 @@ class Variant(NamedTuple):
 
 def fast_model(model: SSLAMForPreTraining, variant: Variant) -> None:
     """Change a model on its device into a variant of it."""
-    # TODO(integrator): `set_memory` is unconditional, `use_cuda(model)` and the trainer's own compile function follow.
-    if hasattr(model, "set_memory"):
-        model.set_memory(variant.memory)
-    if variant.mode != "eager":
+    model.set_memory(variant.memory)
+    use_cuda(model)
+    if variant.mode == "eager":
+        return
+    # As `training.pretrain` compiles: the whole objective, unless activations are recomputed.
+    if variant.memory == "small":
         compile_blocks(model)
+    else:
+        mode = "reduce-overhead" if variant.mode == "CUDA graphs" else "default"
+        model.compile(fullgraph=True, dynamic=False, mode=mode)
 
 
 def start_compile_workers(device: torch.device) -> None:

@@ -21,8 +21,9 @@ from modeling_sslam.layouts import FAIRSEQ_PRETRAINING, to_theirs
 from modeling_sslam.modeling_sslam_pretraining import (
     draw_unmixed_starts,
     inverse_block_masks,
-    prediction_deviation,
-    target_deviation,
+    mean_deviations,
+    prediction_moments,
+    target_moments,
     unmixed_window_width,
 )
 
@@ -333,14 +334,15 @@ def test_deviations_cover_all_masked_tokens(make_model):
     assert output.masked_fraction == masks.float().mean()
 
 
+@pytest.mark.parametrize("num_parts", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_deviations_of_a_collapsed_model_are_numbers(dtype):
+def test_deviations_of_a_collapsed_model_are_numbers(dtype, num_parts):
     # All tokens are alike and far from 0. From sums of squares around 0 the variance could be negative, its root NaN.
     value = torch.linspace(-300.0, 300.0, 8)
     predictions = value.to(dtype).expand(3, 2, 50, 8)
     masked = torch.arange(50).expand(3, 2, 50)
-    assert prediction_deviation(predictions).item() == pytest.approx(1e-3, rel=0.2)
-    assert target_deviation(value.expand(3, 64, 8), masked).item() == pytest.approx(1e-3, rel=0.2)
+    moments = prediction_moments(predictions, num_parts), target_moments(value.expand(3, 64, 8), masked)
+    assert [deviation.item() for deviation in mean_deviations(*moments)] == pytest.approx([1e-3, 1e-3], rel=0.2)
 
 
 def test_masks_and_windows_are_drawn_from_the_generator(make_model):

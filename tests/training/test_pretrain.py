@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import asdict
@@ -299,6 +300,44 @@ def test_a_run_that_is_asked_to_stop_saves_and_resumes_exactly(number, arguments
     assert_same_run(tmp_path / "stopped", tmp_path / "calm")
 
 
+@pytest.mark.slow
+def test_a_run_of_one_graph_resumes_exactly(train, monkeypatch):
+    """The backend runs torch's own operators and compiles in seconds, so the run equals one that is not compiled."""
+    options = []
+
+    def compile_fast(self, mode, **arguments):
+        options.append({"mode": mode, **arguments})
+        honest(self, backend="aot_eager", **arguments)
+
+    honest = SSLAMForPreTraining.compile
+    plain = train("plain", max_updates=4, memory="fast")
+    monkeypatch.setattr(SSLAMForPreTraining, "compile", compile_fast)
+    settings = {"compile": "true", "compile_mode": "cuda_graphs", "memory": "fast"}
+    train("resumed", max_updates=2, **settings)
+    resumed = train("resumed", max_updates=4, resume="auto", allow_changed_config="true", **settings)
+    straight = train("straight", max_updates=4, compile="true", memory="fast")
+    assert [option.pop("mode") for option in options] == ["reduce-overhead", "reduce-overhead", "default"]
+    assert all(option == {"fullgraph": True, "dynamic": False} for option in options)
+
+    weights, resumed_weights, plain_weights = (
+        load_file(path / "model" / "model.safetensors") for path in (straight, resumed, plain)
+    )
+    for name, value in weights.items():
+        torch.testing.assert_close(value, plain_weights[name], rtol=1e-3, atol=1e-4)
+    # The schedules of 2 and of 4 updates agree during warm-up.
+    assert_identical(resumed_weights, weights)
+
+
+def test_memory_may_change_when_a_run_is_resumed(train, tmp_path):
+    small = train("small", max_updates=4, memory="small")
+    train("changed", max_updates=4, memory="fast")
+    shutil.rmtree(list_checkpoints(tmp_path / "changed")[-1])
+    changed = train("changed", max_updates=4, resume="auto", memory="small")
+    weights, expected = (load_file(path / "model" / "model.safetensors") for path in (changed, small))
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
+
+
 def test_damaged_checkpoint_falls_back_to_the_one_before(train, caplog):
     straight, run = train("straight"), train()
     last = list_checkpoints(run)[-1]
@@ -481,6 +520,13 @@ def test_impossible_runs_are_refused(train):
         train(mixed_precision="fp16")
     with pytest.raises(SystemExit, match=r"batch_size=1.*needs at least 2"):
         train(batch_size=1)
+    with pytest.raises(SystemExit, match="compile_mode=cuda_graphs needs --compile true"):
+        train(compile_mode="cuda_graphs")
+    graphs = {"compile": "true", "compile_mode": "cuda_graphs"}
+    with pytest.raises(SystemExit, match="compile_mode=cuda_graphs with gradient_accumulation_steps=2"):
+        train(gradient_accumulation_steps=2, **graphs)
+    with pytest.raises(SystemExit, match=r"1 process\(es\) and memory=auto on cpu: CUDA graphs need"):
+        train(**graphs)
     with pytest.raises(SystemExit, match=r"watch\.tracker='comet_ml' is not installed"):
         train(**{"watch.tracker": "comet_ml"})
 

@@ -68,6 +68,18 @@ def test_processes_accumulation_and_sharding_give_the_published_gradient(launch,
         assert len(set(results[kind]["pred_var"].tolist())) == 1
 
 
+@pytest.mark.parametrize("kind", ["objective", "blocks"])
+def test_compiled_processes_accumulate_the_published_gradient(kind, launch, script, tmp_path):
+    """Two processes with two passes each give the gradient of one process with four, which is not compiled."""
+    launch(SCRIPT, tmp_path, 2, kind)
+    found = torch.load(tmp_path / f"{kind}.pt", weights_only=True)
+    script.update(tmp_path, "ddp", num_micro_batches=4)
+    expected = torch.load(tmp_path / "ddp.pt", weights_only=True)
+    scale = max(gradient.abs().max() for gradient in expected["gradients"].values()).item()
+    assert_all_close(found["gradients"], expected["gradients"], rtol=1e-4, atol=1e-6 * scale)
+    torch.testing.assert_close(found["losses"].flatten(), expected["losses"].flatten())
+
+
 def test_a_larger_batch_needs_a_smaller_weight_of_the_global_loss(make_config):
     """Two devices with two clips each equal one device with four only if the global loss has half the weight."""
     model = SSLAMForPreTraining(make_config(pretraining_objective="ua", mask_noise_std=0.0)).train()

@@ -67,6 +67,7 @@ class LinearEvalConfig:
     seed: int = same_field(FinetuneConfig, "seed")
     batch_size: int = field(default=48, metadata={"help": "Clips per device and forward pass of the encoder."})
     mixed_precision: Literal["no", "fp16", "bf16"] | None = same_field(FinetuneConfig, "mixed_precision")
+    memory: Literal["auto", "fast", "small"] = same_field(FinetuneConfig, "memory")
     compile: bool = same_field(FinetuneConfig, "compile")
     random_weights: bool = field(
         default=False, metadata={"help": "Evaluate the model's architecture with new weights, for comparison."}

@@ -9,9 +9,9 @@ from training.arguments import flatten
 from training.data.config import DataConfig
 from training.run.optimization import OptimizerConfig
 
-# Settings that may change when a run is resumed: they do not alter its result.
+# Settings that may change when a run is resumed: they do not alter its result, `memory` by no more than rounding.
 NEUTRAL_SETTINGS = {
-    *("output_dir", "resume", "allow_changed_config", "checkpoint.every", "checkpoint.keep"),
+    *("output_dir", "resume", "allow_changed_config", "checkpoint.every", "checkpoint.keep", "memory", "compile_mode"),
     *("data.max_skipped_fraction", "data.max_retries", "data.read_timeout"),
     *("watch.every", "watch.tracker", "watch.max_dropped"),
 }
@@ -77,6 +77,13 @@ class RunConfig:
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forward passes per update."})
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
         default=None, metadata={"help": "Overrides the precision that accelerate was launched with."}
+    )
+    memory: Literal["auto", "fast", "small"] = field(
+        default="auto",
+        metadata={
+            "help": "fast: keep what the backward pass needs. small: recompute activations, and in pre-training the "
+            "decoder. auto: small on CPUs, fast on other devices."
+        },
     )
     compile: bool = field(default=False, metadata={"help": "Compile the transformer blocks with torch.compile."})
 

@@ -17,7 +17,7 @@ import logging
 import math
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Generic
@@ -25,7 +25,7 @@ from typing import Any, Generic
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import DistributedType, gather_object, set_seed
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -168,9 +168,17 @@ class Trainer(Generic[ProgressT]):
         grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), config.optimizer.max_grad_norm)
         tensors = {name: torch.stack([output[name] for output in outputs]).mean() for name in outputs[0]}
         tensors["grad_norm"] = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
-        tensors["stop"] = torch.tensor(float(self.run.stop.requested))
+        # Filled on the device: a copy from the host would wait for the device.
+        tensors["stop"] = torch.full((), float(self.run.stop.requested), device=accelerator.device)
         # A single exchange per update, so that all processes take the same decisions and wait for the device once.
-        values = mean_over_processes(accelerator, tensors)
+        means = mean_over_processes(accelerator, tensors)
+        read_means = start_reading(torch.stack(list(means.values())))
+        if self._skips_on_device:
+            # Queue the step before waiting for the loss, so that the device has work while the host decides.
+            is_finite = means["loss"].isfinite() & means["grad_norm"].isfinite()
+            self.optimizer.optimizer.found_inf = (~is_finite).float()
+            self._step_optimizer()
+        values = dict(zip(means, read_means(), strict=True))
         self.must_stop = values.pop("stop") > 0
 
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
@@ -179,16 +187,31 @@ class Trainer(Generic[ProgressT]):
                 accelerator.scaler.update()
             drop_update(progress, config.watch, values, ids_of_bad_batches(accelerator, batches, outputs))
             return None
+        if not self._skips_on_device:
+            self._step_optimizer()
         progress.count_update(values)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * group["lr_scale"]
-        self.optimizer.step()
         self.timer.count_update()
         self._bar.update()
         losses = {k.removesuffix("_loss"): v for k, v in values.items() if k == "loss" or k.endswith("_loss")}
         losses_text = " ".join(f"{k}={v:.3g}" for k, v in losses.items())
         self._bar.set_postfix_str(f"{losses_text}, {self.clips_per_second:.1f} clips/s")
         return values
+
+    @property
+    def _skips_on_device(self) -> bool:
+        """Whether the optimiser can be told by a tensor on the device to skip its step.
+
+        Fused AdamW can, as loss scaling has it do. With fp16 the scaler gives it that tensor. With sharded parameters
+        it does not take a tensor that is not sharded.
+        """
+        is_sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        return bool(self.optimizer.defaults["fused"]) and self.accelerator.scaler is None and not is_sharded
+
+    def _step_optimizer(self) -> None:
+        rate = learning_rate(self.progress.update + 1, self.config.optimizer, self.config.num_updates)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        self.optimizer.step()
 
     @property
     def clips_per_second(self) -> float:
@@ -334,10 +357,30 @@ class Trainer(Generic[ProgressT]):
             (folder / "trainer.json").write_text(json.dumps(state, indent=1))
 
 
-def mean_over_processes(accelerator: Accelerator, values: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Return the mean of each scalar over all processes."""
+def mean_over_processes(accelerator: Accelerator, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the mean of each scalar over all processes, in float32 on the device."""
     stacked = torch.stack([value.to(accelerator.device, torch.float32) for value in values.values()])
-    return dict(zip(values, accelerator.reduce(stacked, "mean").tolist(), strict=True))
+    return dict(zip(values, accelerator.reduce(stacked, "mean").unbind(), strict=True))
+
+
+def start_reading(values: torch.Tensor) -> Callable[[], list[float]]:
+    """Start to copy a vector to the host.
+
+    Returns:
+        A function that waits for the copy and returns the values. It does not wait for what the device is given to do
+        after this call.
+    """
+    if values.device.type != "cuda":
+        return values.tolist
+    on_host = values.to("cpu", non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return on_host.tolist()
+
+    return read
 
 
 def ids_of_bad_batches(

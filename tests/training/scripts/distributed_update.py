@@ -1,9 +1,10 @@
-"""Compute one update of a small model, whole in each process (DDP) and sharded (FSDP).
+"""Compute one update of a small model, whole in each process (DDP), also compiled, and sharded (FSDP).
 
-    distributed_update.py FOLDER
+    distributed_update.py FOLDER [NUM_MICRO_BATCHES [KIND ...]]
 
-test_pretrain_distributed.py starts this in several processes. The main process writes the results to FOLDER/ddp.pt and
-FOLDER/fsdp.pt.
+test_pretrain_distributed.py starts this in several processes. The main process writes the results to FOLDER/KIND.pt
+for each kind: ddp and fsdp; objective, whose objective is one compiled graph; blocks, whose blocks are compiled and
+recompute activations.
 """
 
 import os
@@ -14,11 +15,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedDataParallelKwargs
 from torch.distributed.fsdp import fully_shard
 
 from modeling_sslam import SSLAMConfig, SSLAMForPreTraining
 from modeling_sslam.modeling_sslam_pretraining import draw_unmixed_starts, inverse_block_masks
-from training.pretrain import pretraining_losses
+from training.pretrain import compile_blocks, pretraining_losses
 from training.run.accumulation import accumulate_gradients
 from training.run.checkpointing import load_optimizer, save_optimizer
 from training.run.optimization import OptimizerConfig, make_optimizer
@@ -29,10 +31,10 @@ BATCH_SIZE = 3
 def make_model() -> SSLAMForPreTraining:
     torch.manual_seed(0)
     config = SSLAMConfig(
-        hidden_size=32,
+        hidden_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
-        intermediate_size=64,
+        intermediate_size=512,
         num_mel_bins=32,
         max_length=64,
         max_position_embeddings=8,
@@ -59,8 +61,16 @@ def mask_generator(index: int) -> torch.Generator:
 
 
 def update(folder: Path, kind: str, num_micro_batches: int) -> None:
-    accelerator = Accelerator(gradient_accumulation_steps=num_micro_batches)
+    # The model fills several buckets, between which DDP divides the graph.
+    buckets = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=1)
+    accelerator = Accelerator(gradient_accumulation_steps=num_micro_batches, kwargs_handlers=[buckets])
     model = make_model()
+    # The backend runs torch's own operators, and compiles in seconds.
+    if kind == "objective":
+        model.set_memory("fast")
+        model.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    elif kind == "blocks":
+        compile_blocks(model, backend="aot_eager")
     if kind == "fsdp":
         for layer in (*model.sslam.encoder.layers, *model.teacher.encoder.layers):
             fully_shard(layer)
@@ -113,8 +123,10 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    for kind in ("ddp", "fsdp"):
-        update(Path(sys.argv[1]), kind, num_micro_batches=1)
+    folder, num_micro_batches, *kinds = *sys.argv[1:], *(["1"] if len(sys.argv) == 2 else [])
+    for kind in kinds or ("ddp", "fsdp"):
+        torch.compiler.reset()
+        update(Path(folder), kind, int(num_micro_batches))
     Accelerator().end_training()
     # Skip the interpreter's shutdown. It sometimes aborts ("terminate called without an active exception"), because
     # threads of torch's process groups outlive their owners. All results are written by now.
