@@ -258,10 +258,14 @@ class SSLAMDecoderLayer(nn.Conv2d):
 
     def forward(self, grid: torch.Tensor) -> torch.Tensor:
         """Map a grid `(batch_size, time_patches, mel_patches, hidden_size)` to one of the same shape."""
-        # Channels stay innermost in memory, so the convolution gets a channels-last tensor.
-        update = super().forward(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        update = self.convolve(grid)
         update = nn.functional.layer_norm(update, update.shape[-1:], eps=NORM_EPS)
         return grid + nn.functional.gelu(update)
+
+    def convolve(self, grid: torch.Tensor) -> torch.Tensor:
+        """Compute the convolution alone, for a grid of that shape."""
+        # Channels stay innermost in memory, so the convolution gets a channels-last tensor.
+        return super().forward(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class SSLAMDecoder(nn.Module):

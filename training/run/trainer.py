@@ -31,6 +31,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMPreTrainedModel
 from modeling_sslam.common.files import write_text
+from modeling_sslam.cuda_sslam import use_cuda
 from modeling_sslam.onednn_sslam import use_onednn
 from training.arguments import flatten, to_yaml
 from training.data.loader import AudioLoader
@@ -86,7 +87,7 @@ class Trainer(Generic[ProgressT]):
         self.run, self.config, self.accelerator = run, run.config, run.accelerator
         self.loader, self.feature_extractor, self.progress = loader, feature_extractor, progress
         self.generators = dict(generators or {})
-        use_onednn(model.to(self.accelerator.device))
+        use_cuda(use_onednn(model.to(self.accelerator.device)))
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model, self.config.optimizer))
         self.plain_model = self.accelerator.unwrap_model(self.model)
         self.metrics_path = run.folder / "metrics.jsonl"
