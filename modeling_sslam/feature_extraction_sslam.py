@@ -1,7 +1,7 @@
 """The feature extractor of SSLAM: waveforms to normalised log-mel spectrograms, in torch alone."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from os import PathLike
 from typing import Any
@@ -14,10 +14,14 @@ from transformers.utils import PaddingStrategy, TensorType, logging, to_numpy
 from .configuration_sslam import published_layout
 from .filter_bank_sslam import (
     FRAME_LENGTH_MS,
+    FRAMES_AT_A_TIME_ON_CPU,
+    DeviceConstants,
     LogMelFilterBank,
     allocate,
+    device_constants,
     frame_sizes,
-    frames_per_block,
+    is_host,
+    log_mel_in_parts,
     log_mel_spectrogram,
     mel_filters,
 )
@@ -213,9 +217,11 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
             length = math.ceil(longest / self.patch_size) * self.patch_size
 
         device = clips[0].device if device is None else torch.device(device)
-        clips = [clip.to(device) for clip in clips]
-        features = allocate((len(clips), length, self.num_mel_bins), device)
-        self._extract(clips, frame_counts, features)
+        if is_host(device):
+            features = allocate((len(clips), length, self.num_mel_bins))
+            self._extract([clip.to(device) for clip in clips], frame_counts, features)
+        else:
+            features = self.extract_rows(_as_rows(clips, device), [len(clip) for clip in clips], length, device)
 
         outputs = {"input_values": features}
         if return_attention_mask is None:
@@ -223,8 +229,8 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         if return_attention_mask is None:
             return_attention_mask = padding != "max_length"
         if return_attention_mask:
-            frames, num_frames = torch.arange(length, device=device), torch.tensor(frame_counts, device=device)
-            outputs["attention_mask"] = (frames < num_frames[:, None]).long()
+            num_frames = send(torch.tensor(frame_counts, device="cpu"), device)
+            outputs["attention_mask"] = (torch.arange(length, device=device) < num_frames[:, None]).long()
         if return_tensors is None:
             return BatchFeature({name: list(value.cpu().numpy()) for name, value in outputs.items()})
         if TensorType(return_tensors) is TensorType.NUMPY:
@@ -309,7 +315,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
                 f"A clip has {len(frames)} frames, more than max_length={max_length}. Use truncation=True to cut it, "
                 'padding="longest", or a larger max_length.'
             )
-        padded["input_values"] = np.pad(frames, ((0, missing), (0, 0)), constant_values=self._padding())
+        padded["input_values"] = np.pad(frames, ((0, missing), (0, 0)), constant_values=self.padding_in_result())
         if return_attention_mask:
             padded["attention_mask"] = np.pad(padded["attention_mask"], (0, missing))
         return padded
@@ -330,14 +336,14 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         """Return the value to subtract from log-mel values, and the value to divide by afterwards."""
         return (self.mean, 2 * self.std) if self.do_normalize else (0.0, 1.0)
 
-    def _padding(self) -> float:
+    def padding_in_result(self) -> float:
         """Return the value of padding in the result, rounded to float32 as the clips' frames are."""
         mean, scale = self._normalisation()
         return torch.tensor(self.padding_value, dtype=torch.float32, device="cpu").sub_(mean).div_(scale).item()
 
     @torch.inference_mode()
     def _extract(self, clips: list[torch.Tensor], frame_counts: list[int], features: torch.Tensor) -> None:
-        """Fill `features` with the first frames of the clips and with padding.
+        """Fill `features` on a CPU with the first frames of the clips and with padding.
 
         The samples are checked on the way, because reading a large batch a second time takes time.
 
@@ -347,10 +353,10 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
             features: float32 of shape `(len(clips), T, num_mel_bins)`.
         """
         longest = max(frame_counts)
-        max_frames = min(len(clips) * longest, frames_per_block(features.device))
+        max_frames = min(len(clips) * longest, FRAMES_AT_A_TIME_ON_CPU)
         mean, scale = self._normalisation()
-        padding = self._padding()
-        filter_bank = LogMelFilterBank(self.num_mel_bins, self.sampling_rate, max_frames, features.device, mean, scale)
+        padding = self.padding_in_result()
+        filter_bank = LogMelFilterBank(self.num_mel_bins, self.sampling_rate, max_frames, mean, scale)
         clips_per_part = max(1, max_frames // longest)
         shape = (min(len(clips), clips_per_part), self.num_samples(longest))
         buffer = torch.empty(shape, dtype=torch.float32, device=features.device)
@@ -377,7 +383,64 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
         for clip_features, count in zip(features[:, :longest], frame_counts, strict=True):
             if count < longest:
                 clip_features[count:].fill_(padding)
-        _check_peaks(torch.stack(bounds).view(-1, 2).abs().amax(1).tolist())
+        check_peaks(torch.stack(bounds).view(-1, 2).abs().amax(1).tolist())
+
+    @torch.inference_mode()
+    def extract_rows(
+        self, waveforms: torch.Tensor, num_samples: Sequence[int], length: int, device: torch.device
+    ) -> torch.Tensor:
+        """Compute the features of a batch on a device that is not a CPU.
+
+        Every step computes all clips together, because starting a kernel for each clip takes longer than the kernels.
+        Nothing waits for the device, except that clips which lie there are checked there.
+
+        Args:
+            waveforms: float32 of shape `(batch_size, max(num_samples))` on any device, zero-padded.
+            num_samples: Samples of each clip, at least `frame_length`.
+            length: Frames T to pad and cut to.
+            device: Device to compute on.
+
+        Returns:
+            float32 of shape `(batch_size, T, num_mel_bins)` on the device.
+
+        Raises:
+            ValueError: If a clip has NaN or infinite samples or lies far beyond full scale.
+        """
+        read_peaks = read_later(torch.linalg.vector_norm(waveforms, torch.inf, -1))
+        waveforms = send(waveforms, device)
+        if min(num_samples) == waveforms.shape[1]:
+            waveforms = waveforms - waveforms.mean(-1, keepdim=True)
+        else:
+            counts = send(torch.tensor(num_samples, device="cpu"), device)
+            waveforms = waveforms - (waveforms.sum(-1) / counts)[:, None]  # frames of padding are overwritten below
+        frame_counts = [min(self.num_frames(count), length) for count in num_samples]
+        longest, padding = max(frame_counts), self.padding_in_result()
+        constants = device_constants(self.num_mel_bins, self.sampling_rate, device)
+        features = self.features_of_centered(waveforms[:, : self.num_samples(longest)], length, padding, constants)
+        if min(frame_counts) < longest:
+            counts = send(torch.tensor(frame_counts, device="cpu"), device)
+            is_padding = torch.arange(length, device=device) >= counts[:, None]
+            features.masked_fill_(is_padding[..., None], padding)
+        check_peaks(read_peaks().tolist())
+        return features
+
+    def features_of_centered(
+        self, waveforms: torch.Tensor, length: int, padding: float, constants: DeviceConstants
+    ) -> torch.Tensor:
+        """Compute the normalised features of zero-mean clips of equal length by operators that torch.compile takes.
+
+        Args:
+            waveforms: float32 of shape `(batch_size, num_samples)`, of at most `length` frames.
+            length: Frames T to pad to.
+            padding: The value of padding in the result.
+            constants: The filter bank's constants on the waveforms' device.
+
+        Returns:
+            float32 of shape `(batch_size, T, num_mel_bins)`.
+        """
+        mean, scale = self._normalisation()
+        values = log_mel_in_parts(waveforms, constants).sub_(mean).div_(scale)
+        return torch.nn.functional.pad(values, (0, 0, 0, length - values.shape[1]), value=padding)
 
     def _check_sampling_rate(self, sampling_rate: int | None) -> None:
         if sampling_rate is None:
@@ -456,7 +519,49 @@ def _check_max_length(max_length: int, patch_size: int) -> None:
         raise ValueError(f"max_length={max_length} must be a positive multiple of patch_size={patch_size}.")
 
 
-def _check_peaks(peaks: list[float]) -> None:
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor to a device. Neither the CPU nor kernels of other streams wait for a copy to a GPU."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def read_later(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Start to copy a tensor to the CPU. Call the result to wait for the copy and get it.
+
+    On a GPU the call waits for the kernels before the copy alone. Later kernels may overwrite the tensor.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.cpu
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    is_copied = torch.cuda.Event()
+    is_copied.record(torch.cuda.current_stream(tensor.device))
+
+    def wait() -> torch.Tensor:
+        is_copied.synchronize()
+        return copy
+
+    return wait
+
+
+def _as_rows(clips: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Return a tensor with a clip in each row, zero-padded. Clips that lie on several devices move to `device`."""
+    if len({clip.device for clip in clips}) > 1:
+        clips = [clip.to(device) for clip in clips]
+    if len(clips) == 1:
+        return clips[0][None]
+    if min(map(len, clips)) == max(map(len, clips)):
+        return torch.stack(clips)
+    return torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
+
+
+def check_peaks(peaks: list[float]) -> None:
+    """Check the largest absolute sample of each clip.
+
+    Raises:
+        ValueError: If it is NaN or infinite or far beyond full scale.
+    """
     for index, peak in enumerate(peaks):
         if not math.isfinite(peak):
             raise ValueError(f"Clip {index} has NaN or infinite samples; repair or drop it.")

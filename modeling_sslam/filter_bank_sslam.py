@@ -1,8 +1,9 @@
-"""Kaldi's log-mel filter bank in torch alone: a plain reference, and a fast version for batches of clips.
+"""Kaldi's log-mel filter bank in torch alone: a plain reference, and fast versions for CPUs and for other devices.
 
 [`reference_log_mel`] is the definition (as in `torchaudio.compliance.kaldi.fbank`). [`LogMelFilterBank`] computes the
-same values in float32 on any device. It keeps the order of the published operations, because the logarithm magnifies
-rounding differences wherever a mel bin holds little energy.
+same values in float32 on CPUs. It keeps the order of the published operations, because the logarithm magnifies
+rounding differences wherever a mel bin holds little energy. [`transform_frames`] needs few kernels on a GPU, and
+torch.compile fuses them further. Its FFT rounds in another order (benchmarks/NOTES.md has the errors).
 """
 
 import math
@@ -18,6 +19,10 @@ LOWEST_FREQUENCY = 20.0
 LOG_FLOOR = torch.finfo(torch.float32).eps
 MEL_BINS_PER_BAND = 16
 HUGE_PAGE_BYTES = 1 << 21
+# Frames that a CPU transforms at a time: intermediate results fit its cache, and several threads are busy.
+FRAMES_AT_A_TIME_ON_CPU = 1024
+# Frames that another device transforms at a time: few kernels, and each intermediate result takes 32 MB at most.
+FRAMES_AT_A_TIME_ON_DEVICE = 1 << 14
 
 
 def frame_sizes(sampling_rate: int) -> tuple[int, int, int]:
@@ -85,35 +90,112 @@ def log_mel_spectrogram(waveforms: torch.Tensor, num_mel_bins: int = 128, sampli
     Returns:
         float32 of shape `(batch_size, num_frames, num_mel_bins)`: natural logarithm of the power, at least ln(eps).
     """
+    if not is_host(waveforms.device):
+        return log_mel_in_parts(waveforms, device_constants(num_mel_bins, sampling_rate, waveforms.device))
     frame_length, frame_shift, _ = frame_sizes(sampling_rate)
     frames = waveforms.unfold(-1, frame_length, frame_shift)
     batch_size, num_frames, _ = frames.shape
-    max_frames = min(batch_size * num_frames, frames_per_block(waveforms.device))
-    log_mel = torch.empty(batch_size, num_frames, num_mel_bins, dtype=torch.float32, device=waveforms.device)
-    filter_bank = LogMelFilterBank(num_mel_bins, sampling_rate, max_frames, waveforms.device)
+    max_frames = min(batch_size * num_frames, FRAMES_AT_A_TIME_ON_CPU)
+    log_mel = torch.empty(batch_size, num_frames, num_mel_bins, dtype=torch.float32, device="cpu")
+    filter_bank = LogMelFilterBank(num_mel_bins, sampling_rate, max_frames)
     clips_per_part = max(1, max_frames // num_frames)
     for part, result in zip(frames.split(clips_per_part), log_mel.split(clips_per_part), strict=True):
         filter_bank(part, result)
     return log_mel
 
 
-def frames_per_block(device: torch.device) -> int:
-    """Return the number of frames to transform at a time.
+def is_host(device: torch.device) -> bool:
+    """Whether a device is the CPU, which has a filter bank of its own."""
+    return device.type == "cpu"
 
-    On a CPU the intermediate results of a block should fit its cache, and a block should keep several threads busy.
-    On other devices a block should need few kernels and still little memory.
+
+class DeviceConstants(NamedTuple):
+    """Constants of the filter bank on a device.
+
+    Attributes:
+        window: The Hann window without its first sample, which is 0; float32 of shape `(frame_length - 1,)`.
+        filters: The mel filters, each row twice, of shape `(fft_length, num_mel_bins)`.
+        sizes: See [`frame_sizes`].
     """
-    return 1024 if device.type == "cpu" else 1 << 14
+
+    window: torch.Tensor
+    filters: torch.Tensor
+    sizes: tuple[int, int, int]
 
 
-def allocate(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Allocate float32 memory, without setting its values; on a CPU it lies on huge pages if it is large.
+def device_constants(num_mel_bins: int, sampling_rate: int, device: torch.device) -> DeviceConstants:
+    """Return the constants of a device.
+
+    Where TF32 is allowed, a GPU would round float32 factors to 10 bits. The filters are then in float64.
+    """
+    may_round = device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return _device_constants(num_mel_bins, sampling_rate, device, torch.float64 if may_round else torch.float32)
+
+
+@lru_cache
+@torch.inference_mode(False)
+def _device_constants(
+    num_mel_bins: int, sampling_rate: int, device: torch.device, dtype: torch.dtype
+) -> DeviceConstants:
+    frame_length, _, fft_length = sizes = frame_sizes(sampling_rate)
+    window = torch.hann_window(frame_length, periodic=False, dtype=torch.float32, device="cpu")[1:]
+    filters = mel_filters(num_mel_bins, sampling_rate, fft_length).repeat_interleave(2, 0)
+    return DeviceConstants(window.to(device), filters.to(device, dtype), sizes)
+
+
+def transform_frames(frames: torch.Tensor, constants: DeviceConstants) -> torch.Tensor:
+    """Compute the log-mel values of frames in few kernels; torch.compile fuses all but the FFT and the product.
+
+    Args:
+        frames: float32 of shape `(..., frame_length)`.
+        constants: See [`device_constants`].
+
+    Returns:
+        float32 of shape `(..., num_mel_bins)`.
+    """
+    centered = frames - frames.mean(-1, keepdim=True)
+    # The window is 0 at a frame's first sample. Without that sample the FFT has another phase and the same power.
+    windowed = torch.sub(centered[..., 1:], centered[..., :-1], alpha=PREEMPHASIS).mul_(constants.window)
+    spectrum = torch.fft.rfft(windowed, constants.sizes[2])
+    # Real and imaginary parts have the same weight, so the product also adds their squares up to the power.
+    squares = torch.view_as_real(spectrum)[..., :-1, :].flatten(-2).square()
+    with torch.autocast(frames.device.type, enabled=False):
+        mel_energies = (squares.to(constants.filters.dtype) @ constants.filters).float()
+    return mel_energies.clamp_(min=LOG_FLOOR).log_()
+
+
+def log_mel_in_parts(waveforms: torch.Tensor, constants: DeviceConstants) -> torch.Tensor:
+    """Apply [`transform_frames`] to waveforms, in parts that bound the memory of intermediate results.
+
+    A compiled graph computes all frames together, because it has fewer and smaller intermediate results.
+
+    Args:
+        waveforms: float32 of shape `(batch_size, num_samples)`.
+        constants: See [`device_constants`].
+
+    Returns:
+        float32 of shape `(batch_size, num_frames, num_mel_bins)`.
+    """
+    frame_length, frame_shift, _ = constants.sizes
+    frames = waveforms.unfold(-1, frame_length, frame_shift)
+    batch_size, num_frames, _ = frames.shape
+    if torch.compiler.is_compiling() or batch_size * num_frames <= FRAMES_AT_A_TIME_ON_DEVICE:
+        return transform_frames(frames, constants)
+    log_mel = waveforms.new_empty(batch_size, num_frames, constants.filters.shape[1])
+    clips = max(1, FRAMES_AT_A_TIME_ON_DEVICE // num_frames)
+    for some_frames, results in zip(frames.split(clips), log_mel.split(clips), strict=True):
+        blocks = some_frames.split(FRAMES_AT_A_TIME_ON_DEVICE, 1)
+        for block, result in zip(blocks, results.split(FRAMES_AT_A_TIME_ON_DEVICE, 1), strict=True):
+            result.copy_(transform_frames(block, constants))
+    return log_mel
+
+
+def allocate(shape: tuple[int, ...]) -> torch.Tensor:
+    """Allocate float32 memory on the CPU, without setting its values, on huge pages if it is large.
 
     numpy asks Linux for huge pages, torch does not. The system zeroes each page on first touch, which with small pages
     takes a sixth of the front end's time.
     """
-    if device.type != "cpu":
-        return torch.empty(shape, dtype=torch.float32, device=device)
     memory = np.empty(shape, dtype=np.float32)
     # Touch each huge page once from one thread. Otherwise several threads fault on one page and each zeroes a copy.
     memory.reshape(-1)[:: HUGE_PAGE_BYTES // memory.itemsize] = 0
@@ -129,7 +211,7 @@ class _Band(NamedTuple):
 
 
 @lru_cache
-def _filter_bands(num_mel_bins: int, sampling_rate: int, fft_length: int, device: torch.device) -> list[_Band]:
+def _filter_bands(num_mel_bins: int, sampling_rate: int, fft_length: int) -> list[_Band]:
     """Split the filters into bands of neighbouring mel bins.
 
     A band reads a narrow range of the spectrum; most of the whole matrix is zeros that need no multiplication. An FFT
@@ -137,15 +219,13 @@ def _filter_bands(num_mel_bins: int, sampling_rate: int, fft_length: int, device
     the weights also adds the squares up to the power.
     """
     filters = mel_filters(num_mel_bins, sampling_rate, fft_length)
-    # Where TF32 is allowed, a GPU would round float32 factors to 10 bits.
-    dtype = torch.float64 if device.type == "cuda" else torch.float32
     bands = []
     for start in range(0, num_mel_bins, MEL_BINS_PER_BAND):
         mel_bins = slice(start, start + MEL_BINS_PER_BAND)
         passed = filters[:, mel_bins].any(1).nonzero().flatten().tolist() or [0]
         first, last = passed[0], passed[-1] + 1
         weights = filters[first:last, mel_bins].repeat_interleave(2, 0)
-        bands.append(_Band(slice(2 * first, 2 * last), mel_bins, weights.to(device, dtype)))
+        bands.append(_Band(slice(2 * first, 2 * last), mel_bins, weights))
     return bands
 
 
@@ -163,30 +243,23 @@ class _BlockViews(NamedTuple):
 
 
 class LogMelFilterBank:
-    """The filter bank with its constants and the scratch memory that all blocks of frames share.
+    """The filter bank on CPUs, with its constants and the scratch memory that all blocks of frames share.
 
-    On a CPU the scratch memory is small enough to stay in cache.
+    The scratch memory is small enough to stay in cache.
 
     Args:
         num_mel_bins: Mel bins F.
         sampling_rate: Sampling rate in Hz.
         max_frames: Frames of a block, counted over clips.
-        device: Device of the frames and of the results.
         mean: Subtracted from the logarithm.
         scale: Divides the difference. Normalising here saves a pass over the results after they have left the cache.
     """
 
     def __init__(
-        self,
-        num_mel_bins: int,
-        sampling_rate: int,
-        max_frames: int,
-        device: torch.device,
-        mean: float = 0.0,
-        scale: float = 1.0,
+        self, num_mel_bins: int, sampling_rate: int, max_frames: int, mean: float = 0.0, scale: float = 1.0
     ) -> None:
         frame_length, _, fft_length = frame_sizes(sampling_rate)
-        factory: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        factory: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
         self.max_frames = max_frames
         self._frame_length = frame_length
         self._window = torch.hann_window(frame_length, periodic=False, **factory)
@@ -194,9 +267,9 @@ class LogMelFilterBank:
         self._preemphasis = torch.tensor(PREEMPHASIS, **factory)
         self._offset = torch.tensor(-mean / scale, **factory)
         self._inverse_scale = 1 / scale
-        self._bands = _filter_bands(num_mel_bins, sampling_rate, fft_length, device)
+        self._bands = _filter_bands(num_mel_bins, sampling_rate, fft_length)
         widths = (frame_length, frame_length, fft_length, num_mel_bins)
-        scratch = allocate((max_frames * sum(widths),), device)  # in one piece, which is large enough for huge pages
+        scratch = allocate((max_frames * sum(widths),))  # in one piece, which is large enough for huge pages
         self._centered, self._scaled, self._padded, self._mel = (
             part.view(max_frames, width)
             for part, width in zip(scratch.split([max_frames * width for width in widths]), widths, strict=True)
@@ -230,10 +303,7 @@ class LogMelFilterBank:
         torch.mul(views.centered, self._window, out=views.windowed)
         squares = torch.view_as_real(torch.fft.rfft(views.padded)).flatten(1).square_()
         for columns, weights, filtered in views.products:
-            if weights.dtype == filtered.dtype:
-                torch.mm(squares[:, columns], weights, out=filtered)  # autocast does not apply to products with `out`
-            else:
-                filtered.copy_(torch.mm(squares[:, columns].to(weights.dtype), weights))
+            torch.mm(squares[:, columns], weights, out=filtered)  # autocast does not apply to products with `out`
         torch.add(self._offset, views.mel.clamp_(min=LOG_FLOOR).log_(), alpha=self._inverse_scale, out=output)
 
     def _make_views(self, batch_size: int, num_frames: int) -> _BlockViews:

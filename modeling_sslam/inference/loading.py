@@ -141,7 +141,7 @@ def _missing_weights(
     return sorted(name for name in expected if core(name) not in shapes)
 
 
-def speed_up(model: Model, dtype: str | torch.dtype) -> Model:
+def speed_up(model: Model, dtype: str | torch.dtype, compile: bool = False) -> Model:
     """Optimise a loaded model by [`optimize_for_cpu`], if it is on a CPU that has kernels for its precision.
 
     With `SSLAM_ONEDNN=0` in the environment only "int8", which is asked for by name, is optimised.
@@ -149,10 +149,15 @@ def speed_up(model: Model, dtype: str | torch.dtype) -> Model:
     Args:
         model: Encoder or classifier.
         dtype: The dtype given to [`load_pretrained`].
+        compile: Whether the model will be compiled. It then stays as it is.
 
     Raises:
-        InferenceError: If "int8" is asked for, and the device or the processor cannot do it.
+        InferenceError: If "int8" is asked for, and the device or the processor cannot do it, or `compile` is set.
     """
+    if compile:
+        if dtype == "int8":
+            raise InferenceError("int8 cannot be compiled: take another dtype, or leave out compile.")
+        return model
     precision = "int8" if dtype == "int8" else str(model.dtype).removeprefix("torch.")
     on_cpu = model.device.type == "cpu"
     if precision == "int8" and not on_cpu:

@@ -22,7 +22,13 @@ def scores_from_logits(logits: torch.Tensor, config: SSLAMConfig) -> torch.Tenso
         InferenceError: If a logit is NaN or infinite.
     """
     check_finite(torch.isfinite(logits).all(), "scores")
-    return logits.sigmoid() if is_multi_label(config) else logits.softmax(-1)
+    return unchecked_scores(logits, config)
+
+
+def unchecked_scores(logits: torch.Tensor, config: SSLAMConfig) -> torch.Tensor:
+    """Return the scores of logits without waiting for the device; NaN where a logit is NaN or infinite."""
+    scores = logits.sigmoid() if is_multi_label(config) else logits.softmax(-1)
+    return scores.masked_fill(~torch.isfinite(logits), torch.nan)
 
 
 def check_finite(is_finite: torch.Tensor | np.bool_, values: str) -> None:

@@ -1,7 +1,8 @@
 """Classification of recordings of any length: the Python interface behind `sslam tag` and `sslam timeline`."""
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -12,12 +13,13 @@ import torch
 from ..common.audio import CountedBlocks, waveform_blocks
 from ..common.errors import ClipError, InferenceError
 from ..common.glibc import MemoryTrimmer
-from ..feature_extraction_sslam import SSLAMFeatureExtractor
+from ..feature_extraction_sslam import SSLAMFeatureExtractor, read_later, send
 from ..modeling_sslam import SSLAMForAudioClassification
+from .compilation import check_compilable, compile_function, fill_batch
 from .devices import choose_batch_size, compute_in_parts
 from .loading import load_pretrained, speed_up
-from .prefetch import prefetch
-from .scores import is_multi_label, pool_windows, rank, scores_from_logits
+from .scores import check_finite, is_multi_label, pool_windows, rank, unchecked_scores
+from .streams import prefetch_beside
 from .timeline.events import EventSettings
 from .timeline.timeline import Timeline, TimelineBuilder
 from .windows import cut_windows, model_inputs, stream_log_mel
@@ -41,9 +43,11 @@ class SSLAMTagger:
         feature_extractor: The model's feature extractor.
         batch_size: Windows in a batch. "auto" chooses by the device's memory and halves the batch when the memory does
             not suffice.
+        compile: Whether to compile the model, with CUDA graphs on a GPU. The last windows are then filled up to a
+            batch of `batch_size`, and "auto" does not halve the batch. Always call such a tagger from the same thread.
 
     Raises:
-        InferenceError: If the model is a regression model.
+        InferenceError: If the model is a regression model, or if it is to be compiled and has packed blocks.
 
     Example:
     ```python
@@ -64,6 +68,7 @@ class SSLAMTagger:
         model: SSLAMForAudioClassification,
         feature_extractor: SSLAMFeatureExtractor,
         batch_size: int | str = "auto",
+        compile: bool = False,
     ) -> None:
         if model.config.problem_type == "regression":
             raise InferenceError(
@@ -72,6 +77,11 @@ class SSLAMTagger:
         self.model = model.eval()
         self.feature_extractor = feature_extractor
         self.batch_size = batch_size
+        self.is_compiled = compile
+        self._scores_of: Callable[..., torch.Tensor] = self._compute_scores
+        if compile:
+            check_compilable(model)
+            self._scores_of = compile_function(self._compute_scores, model.device)
 
     @classmethod
     def from_pretrained(
@@ -81,6 +91,7 @@ class SSLAMTagger:
         dtype: str | torch.dtype = "auto",
         batch_size: int | str = "auto",
         revision: str | None = None,
+        compile: bool = False,
     ) -> "SSLAMTagger":
         """Load a model that `save_pretrained` or `python -m conversion` wrote. No code from its folder is run.
 
@@ -91,13 +102,14 @@ class SSLAMTagger:
                 approximates float32 on CPUs.
             batch_size: See the class.
             revision: Branch, tag or commit on the Hub.
+            compile: See the class. On a CPU compiled blocks replace the packed ones. "int8" cannot be compiled.
 
         Raises:
             InferenceError: If there is no SSLAM classifier, or if the device or precision is not available.
         """
         remedy = " It is an encoder without classifier: fine-tune it, or convert a fine-tuned checkpoint."
         classifier, extractor = load_pretrained(SSLAMForAudioClassification, model, device, dtype, revision, remedy)
-        return cls(speed_up(classifier, dtype), extractor, batch_size)
+        return cls(speed_up(classifier, dtype, compile), extractor, batch_size, compile)
 
     @property
     def labels(self) -> list[str]:
@@ -159,7 +171,7 @@ class SSLAMTagger:
 
         See [`stream_log_mel`].
         """
-        return stream_log_mel((block.to(self.model.device) for block in blocks), self.feature_extractor)
+        return stream_log_mel((send(block, self.model.device) for block in blocks), self.feature_extractor)
 
     def model_inputs(self, windows: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Pad and normalise windows of log-mel frames as the feature extractor does for clips.
@@ -187,6 +199,8 @@ class SSLAMTagger:
     def score(self, windows: Iterable[tuple[Key, torch.Tensor | None]]) -> Iterator[tuple[Key, np.ndarray | None]]:
         """Compute the scores of windows of one or several recordings in batches.
 
+        On a GPU the scores of a batch are read after the next batch has been started.
+
         Args:
             windows: Pairs of a key and log-mel frames `(num_frames, num_mel_bins)`. The key can be anything. A pair
                 with `None` in place of the frames is passed on in its turn.
@@ -200,6 +214,8 @@ class SSLAMTagger:
         # The batch size is 0 until the first window, whose length decides the size "auto".
         size = self.batch_size if isinstance(self.batch_size, int) else 0
         waiting: list[tuple[Key, torch.Tensor | None]] = []
+        started: deque[Iterator[tuple[Key, np.ndarray | None]]] = deque()
+        batches_ahead = 1 if self.model.device.type == "cuda" else 0
         num_windows, trim = 0, MemoryTrimmer()
         for key, frames in windows:
             waiting.append((key, frames))
@@ -207,41 +223,66 @@ class SSLAMTagger:
                 num_windows += 1
                 size = size or self._choose_batch_size(frames)
             if num_windows in (0, size):
-                size = yield from self._score_batch(waiting, size)
+                results, size = self._start_batch(waiting, size)
+                started.append(results)
                 waiting, num_windows = [], 0
+                if len(started) > batches_ahead:
+                    yield from started.popleft()
                 trim()
-        yield from self._score_batch(waiting, size)
+        started.append(self._start_batch(waiting, size)[0])
+        for results in started:
+            yield from results
 
     def _choose_batch_size(self, frames: torch.Tensor) -> int:
         model = self.model
         return choose_batch_size(model.config, self._padded_length(frames), model.device, model.dtype)
 
-    def _score_batch(
+    def _start_batch(
         self, pairs: list[tuple[Key, torch.Tensor | None]], size: int
-    ) -> Generator[tuple[Key, np.ndarray | None], None, int]:
-        """Yield the keys and scores of a batch; return the batch size that fitted into the memory."""
+    ) -> tuple[Iterator[tuple[Key, np.ndarray | None]], int]:
+        """Start to compute a batch. Return its keys and scores, and the batch size that fitted into the memory."""
         windows = [frames for _, frames in pairs if frames is not None]
-        scores: Iterator[np.ndarray] = iter(())
-        if windows and self.batch_size == "auto":
-            parts, size = compute_in_parts(self._classify, windows, size)
-            scores = iter(torch.cat(parts).numpy())
+        parts: list[Callable[[], torch.Tensor]] = []
+        if windows and self.batch_size == "auto" and not self.is_compiled:
+            parts, size = compute_in_parts(lambda some: read_later(self._classify(some)), windows, size)
         elif windows:
             try:
-                scores = iter(self._classify(windows).numpy())
+                parts = [read_later(self._classify(fill_batch(windows, size) if self.is_compiled else windows))]
             except torch.OutOfMemoryError as error:
                 raise InferenceError(
                     f"The device has not enough memory for {len(windows)} windows at a time; take a smaller batch "
                     'size, or "auto".'
                 ) from error
+        return self._results(pairs, parts), size
+
+    def _results(
+        self, pairs: list[tuple[Key, torch.Tensor | None]], parts: list[Callable[[], torch.Tensor]]
+    ) -> Iterator[tuple[Key, np.ndarray | None]]:
+        """Wait for the scores of a batch, and yield its keys and scores.
+
+        Raises:
+            InferenceError: If a score is NaN.
+        """
+        scores: Iterator[np.ndarray] = iter(())
+        if parts:
+            array = torch.cat([wait() for wait in parts]).numpy()
+            check_finite(np.isfinite(array).all(), "scores")
+            scores = iter(array)
         for key, frames in pairs:
             yield key, None if frames is None else next(scores)
-        return size
 
     @torch.inference_mode()
     def _classify(self, windows: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the scores of one batch: float32 of shape `(len(windows), num_labels)`, on the CPU."""
-        logits = self.model(**self.model_inputs(windows)).logits
-        return scores_from_logits(logits.float(), self.model.config).cpu()
+        """Return the scores of one batch: float32 of shape `(len(windows), num_labels)`, on the model's device.
+
+        They are NaN where the model's logits are NaN or infinite.
+        """
+        inputs = self.model_inputs(windows)
+        return self._scores_of(inputs["input_values"], inputs.get("attention_mask"))
+
+    def _compute_scores(self, input_values: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        logits = self.model(input_values, attention_mask).logits
+        return unchecked_scores(logits.float(), self.model.config)
 
     def tag(self, audio: Audio, top_k: int | None = 10, threshold: float = 0.0) -> list[dict[str, Any]]:
         """Rank the classes of a whole recording.
@@ -297,8 +338,12 @@ class SSLAMTagger:
                 error = raised
             yield (error, blocks.num_samples / sampling_rate), None
 
+        def frames_of(window: tuple[Any, torch.Tensor | None]) -> list[torch.Tensor]:
+            return [] if window[1] is None else [window[1]]
+
         in_recording: list[np.ndarray] = []
-        with closing(prefetch(recordings, windows, RECORDINGS_AHEAD)) as all_windows:
+        produced = prefetch_beside(recordings, windows, RECORDINGS_AHEAD, self.model.device, frames_of)
+        with closing(produced) as all_windows:
             for (error, seconds), scores in self.score(all_windows):
                 if scores is not None:
                     in_recording.append(scores)
@@ -353,7 +398,8 @@ class SSLAMTagger:
                     on_frames(frames)
                 yield frames
 
-        with closing(prefetch([blocks], self.log_mel, items_ahead=1)) as all_frames:
+        produced = prefetch_beside([blocks], self.log_mel, 1, self.model.device, tensors_of=lambda frames: [frames])
+        with closing(produced) as all_frames:
             for first, scores in self.score(cut_windows(observed(all_frames), num_window, num_hop)):
                 start = first * self.frame_seconds
                 builder.add(start, scores)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from ..common.errors import ClipError
-from ..feature_extraction_sslam import SSLAMFeatureExtractor, log_mel_spectrogram
+from ..feature_extraction_sslam import SSLAMFeatureExtractor, log_mel_spectrogram, send
 
 
 def stream_log_mel(blocks: Iterable[torch.Tensor], extractor: SSLAMFeatureExtractor) -> Iterator[torch.Tensor]:
@@ -41,7 +41,7 @@ def stream_log_mel(blocks: Iterable[torch.Tensor], extractor: SSLAMFeatureExtrac
     """
     pending, num_frames = torch.empty(0), 0
     for block in blocks:
-        pending = torch.cat((pending.to(block.device), block))
+        pending = torch.cat((pending, block)) if len(pending) else block
         if len(pending) < extractor.frame_length:
             continue
         frames = log_mel_spectrogram(pending[None], extractor.num_mel_bins, extractor.sampling_rate)[0]
@@ -115,8 +115,12 @@ def stand_for(starts: np.ndarray, window: float, duration: float) -> np.ndarray:
 def pad_and_normalize(windows: Sequence[torch.Tensor], length: int, extractor: SSLAMFeatureExtractor) -> torch.Tensor:
     """Pad and normalise log-mel windows as the extractor does, to `(len(windows), length, num_mel_bins)`."""
     features = windows[0].new_full((len(windows), length, extractor.num_mel_bins), extractor.padding_value)
-    for row, window in zip(features, windows, strict=True):
-        row[: len(window)] = window
+    num_frames = set(map(len, windows))
+    if len(num_frames) == 1:
+        torch.stack(tuple(windows), out=features[:, : num_frames.pop()])  # one kernel instead of one for each window
+    else:
+        for row, window in zip(features, windows, strict=True):
+            row[: len(window)] = window
     if extractor.do_normalize:
         features.sub_(extractor.mean).div_(2 * extractor.std)
     return features
@@ -138,6 +142,6 @@ def model_inputs(
     """
     inputs = {"input_values": pad_and_normalize(windows, length, extractor)}
     if extractor.return_attention_mask:
-        counts = torch.tensor([len(frames) for frames in windows], device=windows[0].device)
+        counts = send(torch.tensor([len(frames) for frames in windows]), windows[0].device)
         inputs["attention_mask"] = (torch.arange(length, device=counts.device) < counts[:, None]).long()
     return inputs

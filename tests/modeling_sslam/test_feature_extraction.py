@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from modeling_sslam import DATASET_PRESETS, SSLAMFeatureExtractor
+from modeling_sslam import DATASET_PRESETS, SSLAMFeatureExtractor, feature_extraction_sslam
 from modeling_sslam.feature_extraction_sslam import log_mel_spectrogram, mel_filters
+from modeling_sslam.filter_bank_sslam import reference_log_mel
 
 RATE = 16_000
 # Value of padding frames after normalisation with the statistics of AudioSet.
@@ -523,3 +524,64 @@ print(extractor(np.zeros(16_000, np.float32), sampling_rate=16_000, return_tenso
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "torch.Size([1, 1024, 128])"
+
+
+class TestDevices:
+    """The computation for devices other than CPUs, run on the CPU."""
+
+    @pytest.fixture
+    @staticmethod
+    def on_device(monkeypatch):
+        """Let the CPU count as another device."""
+
+        def compute(extractor: SSLAMFeatureExtractor, *args, **kwargs):
+            with monkeypatch.context() as patch:
+                patch.setattr(feature_extraction_sslam, "is_host", lambda device: False)
+                patch.setattr(extractor, "_extract", None)
+                return extractor(*args, sampling_rate=RATE, return_tensors="pt", **kwargs)
+
+        return compute
+
+    @pytest.mark.parametrize("padding", ["longest", "max_length"])
+    @pytest.mark.parametrize("lengths", [(RATE,), (RATE, RATE), (400, 16_000, 70_003, 512), (200_000, 16_000)])
+    def test_batches_equal_those_of_the_cpu(self, on_device, extractor, lengths, padding):
+        clips = [torch.from_numpy(noise(n, seed=n) + 0.05) for n in lengths]
+        before = [clip.clone() for clip in clips]
+        actual = on_device(extractor, clips, padding=padding, return_attention_mask=True)
+        expected = extractor(
+            clips, sampling_rate=RATE, padding=padding, return_attention_mask=True, return_tensors="pt"
+        )
+        # The logarithm magnifies rounding where a bin is nearly empty; the next tests have the exact limits.
+        torch.testing.assert_close(actual["input_values"], expected["input_values"], atol=1e-3, rtol=0)
+        assert torch.equal(actual["attention_mask"], expected["attention_mask"])
+        assert all(map(torch.equal, clips, before))
+        padding_frames = expected["attention_mask"] == 0
+        assert torch.equal(actual["input_values"][padding_frames], expected["input_values"][padding_frames])
+
+    @pytest.mark.parametrize("name", ["0_16000", "1_16000", "2_44100", "3_32000", "4_48000", "5_8000", "6_16000"])
+    def test_parity(self, on_device, extractor, golden_dir, parity, name):
+        golden = load_file(golden_dir / "frontend.safetensors")
+        waveform = golden.get(f"resampled_{name}", golden[f"wave_{name}"].float() / 32768)
+        max_length = 1024 if name == "0_16000" else 128
+        actual = on_device(extractor, waveform, max_length=max_length)["input_values"][0]
+        error = (actual - golden[f"input_values_{name}_{max_length}"]).abs().max()
+        parity(f"front end of devices {name}: input_values", error, 2e-4)
+
+    @pytest.mark.parametrize("name", hard_clips())
+    def test_is_as_exact_as_the_published_code(self, on_device, extractor, parity, name):
+        """Tones leave bins so empty that float32 determines their logarithm no better in the published code."""
+        waveform = hard_clips()[name]
+        actual = on_device(extractor, waveform, padding="longest", truncation=False)["input_values"][0]
+        exact = reference_log_mel((waveform - waveform.mean())[None].double())[0]
+        published_error = (torchaudio_fbank(waveform) - exact).abs().max().item() / (2 * extractor.std)
+        error = (actual[: len(exact)].double() * 2 * extractor.std + extractor.mean - exact).abs().max()
+        parity(f"front end of devices: {name}", error / (2 * extractor.std), max(2e-4, 2 * published_error))
+
+    @pytest.mark.parametrize(
+        ("value", "message"), [(math.nan, "Clip 1 has NaN"), (math.inf, "Clip 1 has NaN or inf"), (300.0, "peaks at")]
+    )
+    def test_unusable_samples_are_refused(self, on_device, extractor, value, message):
+        clips = [torch.from_numpy(noise(n)) for n in (RATE, RATE, 8000)]
+        clips[1][-1] = value
+        with pytest.raises(ValueError, match=message):
+            on_device(extractor, clips)

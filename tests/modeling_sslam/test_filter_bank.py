@@ -5,9 +5,12 @@ import math
 import pytest
 import torch
 
+from modeling_sslam import filter_bank_sslam
 from modeling_sslam.filter_bank_sslam import (
     LogMelFilterBank,
+    device_constants,
     frame_sizes,
+    log_mel_in_parts,
     log_mel_spectrogram,
     mel_filters,
     reference_log_mel,
@@ -47,6 +50,12 @@ def assert_as_exact_as_float32_allows(actual: torch.Tensor, exact: torch.Tensor,
     assert ((actual - exact).abs() <= tolerance).all()
 
 
+def on_device(waveforms: torch.Tensor, num_mel_bins: int = 128, sampling_rate: int = RATE) -> torch.Tensor:
+    """Compute the filter bank of devices, on the CPU."""
+    return log_mel_in_parts(waveforms, device_constants(num_mel_bins, sampling_rate, waveforms.device))
+
+
+@pytest.mark.parametrize("compute", [log_mel_spectrogram, on_device])
 @pytest.mark.parametrize(
     ("num_mel_bins", "sampling_rate"),
     [(128, 16_000), (64, 16_000), (400, 16_000), (80, 8_000), (33, 32_000), (40, 44_100), (1, 16_000)],
@@ -60,9 +69,9 @@ def assert_as_exact_as_float32_allows(actual: torch.Tensor, exact: torch.Tensor,
         pytest.param((2, 700_000), id="clips of several blocks each"),
     ],
 )
-def test_agrees_with_the_reference(num_mel_bins, sampling_rate, shape):
+def test_agrees_with_the_reference(compute, num_mel_bins, sampling_rate, shape):
     waveforms = noise(*shape)
-    actual = log_mel_spectrogram(waveforms, num_mel_bins, sampling_rate)
+    actual = compute(waveforms, num_mel_bins, sampling_rate)
     exact, tolerance = exact_and_tolerance(waveforms, num_mel_bins, sampling_rate)
     assert tolerance.median() < 2e-5  # tight enough to tell a wrong computation
     assert_as_exact_as_float32_allows(actual, exact, tolerance)
@@ -80,21 +89,58 @@ def signals() -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.parametrize("compute", [log_mel_spectrogram, on_device])
 @pytest.mark.parametrize("name", signals())
-def test_agrees_with_the_reference_on_signals_of_high_dynamic_range(name):
+def test_agrees_with_the_reference_on_signals_of_high_dynamic_range(compute, name):
     waveforms = signals()[name]
-    assert_as_exact_as_float32_allows(log_mel_spectrogram(waveforms), *exact_and_tolerance(waveforms))
+    assert_as_exact_as_float32_allows(compute(waveforms), *exact_and_tolerance(waveforms))
+
+
+def test_parts_on_a_device_equal_the_whole(monkeypatch):
+    waveforms = noise(5, 8000)
+    whole = on_device(waveforms)
+    for frames_at_a_time in (7, 48, 100, 10_000):
+        monkeypatch.setattr(filter_bank_sslam, "FRAMES_AT_A_TIME_ON_DEVICE", frames_at_a_time)
+        torch.testing.assert_close(on_device(waveforms), whole, atol=1e-6, rtol=0)
+
+
+def test_a_device_keeps_float32_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = on_device(noise(2, 8000))
+    torch.testing.assert_close(actual, on_device(noise(2, 8000)), atol=1e-6, rtol=0)
+
+
+def test_filters_of_a_gpu_are_in_float64_where_tf32_is_allowed(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, dtype=None: tensor.type(dtype or tensor.dtype))
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for precision, dtype in (("ieee", torch.float32), ("tf32", torch.float64)):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            assert device_constants(128, RATE, torch.device("cuda", 7)).filters.dtype == dtype
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_the_form_for_devices_compiles_as_a_whole_and_once():
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    constants = device_constants(128, RATE, torch.device("cpu"))
+    compiled = torch.compile(log_mel_in_parts, fullgraph=True, dynamic=False)
+    for seed in range(3):
+        waveforms = noise(3, 8000) * (1 + seed)
+        assert_as_exact_as_float32_allows(compiled(waveforms, constants), *exact_and_tolerance(waveforms))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_normalises():
     frames = noise(2, RATE).unfold(-1, 400, 160)
     outputs = torch.empty(2, 98, 128)
-    LogMelFilterBank(128, RATE, 200, torch.device("cpu"), mean=-4.0, scale=9.0)(frames, outputs)
+    LogMelFilterBank(128, RATE, 200, mean=-4.0, scale=9.0)(frames, outputs)
     torch.testing.assert_close(outputs, (log_mel_spectrogram(noise(2, RATE)) + 4.0) / 9.0, atol=2e-6, rtol=0)
 
 
 def test_scratch_memory_carries_nothing_from_block_to_block():
-    filter_bank = LogMelFilterBank(128, RATE, 200, torch.device("cpu"))
+    filter_bank = LogMelFilterBank(128, RATE, 200)
     quiet, loud = noise(1, RATE), 100 * noise(2, RATE)
     alone, after = torch.empty(1, 98, 128), torch.empty(1, 98, 128)
     filter_bank(quiet.unfold(-1, 400, 160), alone)

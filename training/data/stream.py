@@ -27,6 +27,7 @@ from torch.utils.data import get_worker_info
 from modeling_sslam import SSLAMFeatureExtractor
 from modeling_sslam.common.audio import read_waveform
 from modeling_sslam.common.errors import ClipError
+from modeling_sslam.filter_bank_sslam import is_host
 from training.data.seeding import generator_for
 from training.data.selection import Selection
 from training.data.sources import Source, http_options
@@ -363,7 +364,11 @@ def input_values_of(
         batch: `waveforms` `(B, samples)`, zero-padded, and `num_samples` `(B,)`.
         device: The device; by default that of the waveforms.
     """
-    waveforms = batch["waveforms"].to(device, non_blocking=True)
-    clips = [waveform[:n] for waveform, n in zip(waveforms, batch["num_samples"].tolist(), strict=True)]
+    waveforms, num_samples = batch["waveforms"], batch["num_samples"].tolist()
+    device = waveforms.device if device is None else torch.device(device)
+    if not is_host(device):
+        # The loader has pinned the waveforms, so nothing waits for this copy or for the device.
+        return feature_extractor.extract_rows(waveforms, num_samples, feature_extractor.max_length, device)
+    clips = [waveform[:n] for waveform, n in zip(waveforms.to(device), num_samples, strict=True)]
     features = feature_extractor(clips, sampling_rate=feature_extractor.sampling_rate, return_tensors="pt")
     return features["input_values"]

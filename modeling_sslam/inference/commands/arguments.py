@@ -69,3 +69,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="windows in a batch; auto: chosen by the device's memory, and halved when a GPU runs out of it "
         "(default: auto)",
     )
+
+
+def add_compile_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --compile."""
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the model by torch.compile, with CUDA graphs on a GPU: faster for many batches, after a minute "
+        "or so of compiling; not with int8",
+    )

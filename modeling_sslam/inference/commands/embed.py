@@ -7,7 +7,7 @@ import sys
 from ...common.signals import INTERRUPTED, StopRequest
 from ...common.text import escape_controls
 from ..embedding import EMBEDDING_POOLINGS
-from .arguments import add_model_arguments, positive_int, positive_seconds
+from .arguments import add_compile_argument, add_model_arguments, positive_int, positive_seconds
 
 SUMMARY = "Write embeddings of sound files, or of a data set with an audio column, to a folder of Parquet files."
 DETAILS = """\
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "shards, or a folder that save_to_disk wrote",
     )
     add_model_arguments(parser)
+    add_compile_argument(parser)
     embeddings = parser.add_argument_group("embeddings")
     embeddings.add_argument(
         "--pooling",
@@ -125,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
         window=args.window,
         hop=args.hop,
         batch_size=args.batch_size,
+        compile=args.compile,
     )
     with StopRequest(abort=lambda: os._exit(INTERRUPTED)) as stop:
         summary = embed_to_folder(

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from ...common.errors import ClipError
 from ...common.text import csv_row, escape_controls, escape_undecodable
-from .arguments import add_model_arguments, positive_int, score
+from .arguments import add_compile_argument, add_model_arguments, positive_int, score
 from .output import results_stream
 
 SUMMARY = "Print the labels of sound files, the most probable first."
@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "paths on standard input",
     )
     add_model_arguments(parser)
+    add_compile_argument(parser)
     results = parser.add_argument_group("results")
     results.add_argument(
         "--top-k", type=positive_int, default=10, metavar="K", help="print at most K labels of a file (default: 10)"
@@ -68,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
     from ..tagger import SSLAMTagger
 
     recordings = find_recordings(args.sources)
-    tagger = SSLAMTagger.from_pretrained(args.model, args.device, args.dtype, args.batch_size, args.revision)
+    tagger = SSLAMTagger.from_pretrained(
+        args.model, args.device, args.dtype, args.batch_size, args.revision, args.compile
+    )
     num_failed = 0
     with (
         results_stream(is_json=args.format.startswith("json")) as stream,

@@ -12,7 +12,14 @@ from ...common.files import replacing
 from ...common.text import csv_row
 from ..timeline.events import EventSettings
 from ..timeline.formats import FORMATS, SUFFIXES, format_of
-from .arguments import add_model_arguments, non_negative_seconds, positive_int, positive_seconds, score
+from .arguments import (
+    add_compile_argument,
+    add_model_arguments,
+    non_negative_seconds,
+    positive_int,
+    positive_seconds,
+    score,
+)
 from .output import results_stream
 
 if TYPE_CHECKING:
@@ -45,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = EventSettings()
     parser.add_argument("recording", metavar="FILE", help="a sound file of any length")
     add_model_arguments(parser)
+    add_compile_argument(parser)
     windows = parser.add_argument_group("windows")
     windows.add_argument(
         "--window", type=positive_seconds, default=2.0, metavar="S", help="length of a window in seconds (default: 2)"
@@ -125,7 +133,9 @@ def run(args: argparse.Namespace) -> int:
         check_picture_format(args.plot)
     from ..tagger import SSLAMTagger
 
-    tagger = SSLAMTagger.from_pretrained(args.model, args.device, args.dtype, args.batch_size, args.revision)
+    tagger = SSLAMTagger.from_pretrained(
+        args.model, args.device, args.dtype, args.batch_size, args.revision, args.compile
+    )
     write_timeline(tagger, args, settings, formats)
     return 0
 

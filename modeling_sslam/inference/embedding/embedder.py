@@ -22,13 +22,15 @@ import torch
 from ...common.audio import waveform_blocks
 from ...common.errors import ClipError, InferenceError
 from ...common.glibc import MemoryTrimmer
-from ...feature_extraction_sslam import SSLAMFeatureExtractor
+from ...feature_extraction_sslam import SSLAMFeatureExtractor, check_peaks, read_later, send
+from ...filter_bank_sslam import DeviceConstants, device_constants
 from ...modeling_sslam import SSLAMModel
+from ..compilation import check_compilable, compile_function, fill_batch
 from ..devices import choose_batch_size, compute_in_parts
 from ..loading import load_pretrained, speed_up
 from ..packed_blocks import precision_of
-from ..prefetch import prefetch
 from ..scores import check_finite
+from ..streams import prefetch_beside
 from ..windows import cut_windows, model_inputs, stream_log_mel
 from . import EMBEDDING_POOLINGS
 from .sounds import Sound
@@ -88,9 +90,12 @@ class Embedder:
         window: Length of a window in seconds; by default the feature extractor's `max_length` (10.24 s).
         hop: Step from one window to the next in seconds; by default `window`. The last window ends with the recording.
         batch_size: Windows per batch. "auto" chooses it by the device's free memory and halves it if that runs out.
+        compile: Whether to compile the model, with CUDA graphs on a GPU. The last windows are then filled up to a
+            whole batch, and "auto" does not halve the batch. Always call such an embedder from the same thread.
 
     Raises:
-        InferenceError: If there is no such pooling, or if the model has no such layer or takes no such window.
+        InferenceError: If there is no such pooling, if the model has no such layer or takes no such window, or if it
+            is to be compiled and has packed blocks.
     """
 
     def __init__(
@@ -102,6 +107,7 @@ class Embedder:
         window: float | None = None,
         hop: float | None = None,
         batch_size: int | str = "auto",
+        compile: bool = False,
     ) -> None:
         config, extractor = model.config, feature_extractor
         if pooling not in EMBEDDING_POOLINGS:
@@ -132,6 +138,13 @@ class Embedder:
         self.pooling = pooling
         self.layer = layer
         self.batch_size = batch_size
+        self.is_compiled = compile
+        self._states_of: Callable[..., torch.Tensor] = self._compute_states
+        self._states_of_waveforms: Callable[..., torch.Tensor] | None = None
+        if compile:
+            check_compilable(model)
+            self._states_of = compile_function(self._compute_states, model.device)
+            self._states_of_waveforms = compile_function(self._compute_states_of_waveforms, model.device)
 
     @classmethod
     def from_pretrained(
@@ -147,7 +160,8 @@ class Embedder:
         Args:
             model: Folder or Hub repository (OWNER/NAME) that `save_pretrained` or `python -m conversion` wrote.
             device: "auto" takes the accelerator of this machine, or else the CPU.
-            dtype: "auto" takes the precision of the saved weights; "int8", on a CPU, approximates float32.
+            dtype: "auto" takes the precision of the saved weights; "int8", on a CPU, approximates float32 and cannot
+                be compiled.
             revision: Branch, tag or commit on the Hub.
             settings: Other arguments of the class.
 
@@ -157,7 +171,7 @@ class Embedder:
         encoder, extractor = load_pretrained(SSLAMModel, model, device, dtype, revision)
         embedder = cls(encoder, extractor, **settings)
         embedder.weights_crc32  # noqa: B018 - computed and kept now, because packing changes the weights
-        embedder.model = speed_up(encoder, dtype)
+        embedder.model = speed_up(encoder, dtype, embedder.is_compiled)
         return embedder
 
     @property
@@ -197,7 +211,7 @@ class Embedder:
     def windows(self, sound: Sound) -> Iterator[Window | Failure]:
         """Read the windows of a sound in bounded memory, and its failure at the end if it cannot be used."""
         blocks = waveform_blocks(sound.audio, self.feature_extractor.sampling_rate)
-        on_device = (block.to(self.model.device) for block in blocks)
+        on_device = (send(block, self.model.device) for block in blocks)
         previous = None
         try:
             pieces = cut_windows(stream_log_mel(on_device, self.feature_extractor), self.window, self.hop)
@@ -217,7 +231,76 @@ class Embedder:
     def states(self, windows: Sequence[Window]) -> torch.Tensor:
         """Compute the pooled states `(num_windows, ..., hidden_size)` on the model's device, padding included."""
         inputs = model_inputs([window.frames for window in windows], self.padded_length, self.feature_extractor)
-        outputs = self.model(**inputs, output_hidden_states=self.layer != "last")
+        counts = torch.tensor([self.num_time_patches(len(window.frames)) for window in windows])
+        return self._states_of(inputs["input_values"], inputs.get("attention_mask"), send(counts, self.model.device))
+
+    @torch.inference_mode()
+    def embed_waveforms(self, waveforms: torch.Tensor) -> torch.Tensor:
+        """Embed clips of one length that lie in memory, each as one window, in the least time.
+
+        The clips of each call are one batch. A compiled embedder computes everything from the samples to the
+        embeddings in one graph, and compiles anew for each shape. Nothing waits for the device if the samples lie in
+        the CPU's memory: they are copied from pinned memory.
+
+        Args:
+            waveforms: Samples in [-1, 1] at the model's rate, of shape `(batch_size, num_samples)`, on any device.
+
+        Returns:
+            As [`states`]: pooled states on the model's device, padding included. Reading them waits for the device.
+
+        Raises:
+            ValueError: If the clips are shorter than one frame or longer than the window, or have unusable samples.
+        """
+        extractor, device = self.feature_extractor, self.model.device
+        num_samples = waveforms.shape[-1]
+        if waveforms.ndim != 2 or num_samples < extractor.frame_length:
+            raise ValueError(
+                f"Waveforms of shape {tuple(waveforms.shape)}; pass (batch_size, num_samples) with at least "
+                f"{extractor.frame_length} samples."
+            )
+        num_frames = extractor.num_frames(num_samples)
+        if num_frames > self.padded_length:
+            raise ValueError(
+                f"Clips of {num_frames} frames are longer than {self.padded_length}; cut them, or use `embed`, which "
+                "makes windows."
+            )
+        counts = send(torch.full((len(waveforms),), self.num_time_patches(num_frames)), device)
+        if self._states_of_waveforms is None:
+            inputs = extractor(
+                waveforms,
+                extractor.sampling_rate,
+                "max_length",
+                self.padded_length,
+                return_tensors="pt",
+                device=device,
+            )
+            return self._states_of(inputs["input_values"], inputs.get("attention_mask"), counts)
+        read_peaks = read_later(torch.linalg.vector_norm(waveforms, torch.inf, -1))
+        constants = device_constants(extractor.num_mel_bins, extractor.sampling_rate, device)
+        padding = extractor.padding_in_result()
+        states = self._states_of_waveforms(send(waveforms, device), counts, padding, constants)
+        check_peaks(read_peaks().tolist())
+        return states
+
+    def _compute_states_of_waveforms(
+        self, waveforms: torch.Tensor, counts: torch.Tensor, padding: float, constants: DeviceConstants
+    ) -> torch.Tensor:
+        extractor = self.feature_extractor
+        centered = waveforms - waveforms.mean(-1, keepdim=True)
+        input_values = extractor.features_of_centered(centered, self.padded_length, padding, constants)
+        mask = None
+        if extractor.return_attention_mask:
+            is_frame = torch.arange(self.padded_length, device=waveforms.device) < extractor.num_frames(
+                waveforms.shape[-1]
+            )
+            mask = is_frame.long().expand(len(waveforms), -1)
+        return self._compute_states(input_values, mask, counts)
+
+    def _compute_states(
+        self, input_values: torch.Tensor, attention_mask: torch.Tensor | None, counts: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute pooled states of clips; `counts` holds the time steps of patches of each, `(batch_size,)`."""
+        outputs = self.model(input_values, attention_mask, output_hidden_states=self.layer != "last")
         if self.layer == "last":
             states = outputs.last_hidden_state
         elif self.layer == "all":
@@ -235,9 +318,8 @@ class Embedder:
         if self.pooling == "frame":
             return steps
         # All patches of a time step hold some of the clip, or none does. So the mean over steps is over patches too.
-        counts = torch.tensor([self.num_time_patches(len(window.frames)) for window in windows], device=steps.device)
         weights = (torch.arange(steps.shape[-2], device=counts.device) < counts[:, None]) / counts[:, None]
-        return (steps * weights.reshape(len(windows), *[1] * (steps.ndim - 3), -1, 1)).sum(-2)
+        return (steps * weights.reshape(len(counts), *[1] * (steps.ndim - 3), -1, 1)).sum(-2)
 
     def clips(self, windows: Sequence[Window], states: list[torch.Tensor]) -> list[ClipEmbedding]:
         """Return the embeddings of windows.
@@ -281,18 +363,27 @@ class Embedder:
                 else:
                     yield window
 
+        def frames_of(window: Window | Failure) -> list[torch.Tensor]:
+            return [window.frames] if isinstance(window, Window) else []
+
+        def read(batch: list[Window], parts: list[Callable[[], torch.Tensor]]) -> list[ClipEmbedding]:
+            return self.clips(batch, [torch.cat([wait() for wait in parts])[: len(batch)]])
+
         previous, trim = None, MemoryTrimmer()
-        with closing(prefetch(sounds, self.windows, items_ahead=2 * size)) as produced:
+        all_windows = prefetch_beside(sounds, self.windows, 2 * size, self.model.device, frames_of)
+        with closing(all_windows) as produced:
             windows = usable(produced)
             while batch := list(islice(windows, size)):
-                if self.batch_size == "auto":
-                    states, size = compute_in_parts(self.states, batch, size)
+                if self.is_compiled:
+                    parts = [read_later(self.states(fill_batch(batch, size)))]
+                elif self.batch_size == "auto":
+                    parts, size = compute_in_parts(lambda some: read_later(self.states(some)), batch, size)
                 else:
-                    states = [self.states(batch)]
+                    parts = [read_later(self.states(batch))]
                 # A GPU starts on the next batch before this thread waits for the result of the previous one.
                 if previous is not None:
                     yield previous()
-                previous = partial(self.clips, batch, states)
+                previous = partial(read, batch, parts)
                 trim()
             if previous is not None:
                 yield previous()
