@@ -16,6 +16,7 @@ from benchmarks.inference import SECONDS, make_ast
 from benchmarks.measurement import Measurement, ratio, read_peak, reset_peak, scaled
 from benchmarks.report import Row, base_config
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMModel
+from modeling_sslam.inference import Embedder
 
 DTYPE = torch.bfloat16
 
@@ -70,45 +71,42 @@ class Encoder:
     """Our encoder on the device, with the waveforms and the features that it is timed on.
 
     Attributes:
-        features: Computes `input_values` of the waveforms on the device.
-        input_values: These, ready.
-        latency: Computes the embedding of one clip, from a waveform on the host to a vector on the host.
-        run: The encoder.
+        model: The plain model.
+        run: The encoder, compiled or not.
+        embedder: The same with its filter bank, as users run it.
+        input_values: Features of a batch, on the device.
+        waveforms: Samples of the batch, on the device.
+        waveform: Samples of one clip `(1, num_samples)`, on the host.
     """
 
-    features: Callable[[], torch.Tensor]
-    input_values: torch.Tensor
-    latency: Callable[[], object]
+    model: SSLAMModel
     run: Callable[[torch.Tensor], Any]
+    embedder: Embedder
+    input_values: torch.Tensor
+    waveforms: torch.Tensor
+    waveform: torch.Tensor
 
     def contestants(self) -> dict[str, Callable[[], object]]:
         runs = {
             "encoder": lambda: self.run(self.input_values),
-            "from waveforms": lambda: self.run(self.features()),
+            "from waveforms": lambda: self.embedder.embed_waveforms(self.waveforms),
         }
         return {name: torch.inference_mode()(run) for name, run in runs.items()}
 
+    def latency(self) -> torch.Tensor:
+        """Embed one clip, from a waveform on the host to a vector on the host."""
+        return self.embedder.embed_waveforms(self.waveform).cpu()
 
-def make_encoder(bench: Bench, compiled: bool) -> tuple[Encoder, SSLAMModel]:
-    """Make an encoder of the base size in bfloat16. Return it also as a plain model."""
+
+def make_encoder(bench: Bench, compiled: bool) -> Encoder:
+    """Make an encoder of the base size in bfloat16."""
     extractor, device = SSLAMFeatureExtractor(), bench.device
-    num_samples = round(SECONDS * extractor.sampling_rate)
-    on_host = torch.randn(num_samples) / 10
-    waveforms = list(torch.randn(bench.sizes.clips, num_samples, device=device) / 10)
-
-    def features(clips: Any) -> torch.Tensor:
-        return extractor(clips, extractor.sampling_rate, return_tensors="pt", device=device)["input_values"]
-
+    waveforms = torch.randn(bench.sizes.clips, round(SECONDS * extractor.sampling_rate), device=device) / 10
     model = SSLAMModel(base_config(bench.sizes.layers)).eval().to(device, DTYPE)
-    # One compiled function each, because a function that meets two shapes compiles for all of them.
-    run, run_one = (compile_encoder(model), compile_encoder(model)) if compiled else (model, model)
-
-    @torch.inference_mode()
-    def latency() -> torch.Tensor:
-        return run_one(features([on_host])).pooler_output.cpu()
-
-    of_all = partial(features, waveforms)
-    return Encoder(of_all, of_all(), latency, run), model
+    input_values = extractor(waveforms, extractor.sampling_rate, return_tensors="pt")["input_values"]
+    embedder = Embedder(model, extractor, compile=compiled)
+    run = compile_encoder(model) if compiled else model
+    return Encoder(model, run, embedder, input_values, waveforms, waveforms[:1].cpu())
 
 
 def inference_rows(sizes: Sizes, where: str, variant: str) -> dict[str, Row]:
@@ -131,8 +129,8 @@ def eager_stage(sizes: Sizes, where: str) -> Stage:
 
 
 def measure_eager(bench: Bench) -> Iterator[Figure]:
-    encoder, model = make_encoder(bench, compiled=False)
-    yield from inference_figures(bench, encoder, model, bench.time(encoder.contestants()))
+    encoder = make_encoder(bench, compiled=False)
+    yield from inference_figures(bench, encoder, bench.time(encoder.contestants()))
 
 
 def compiled_stage(sizes: Sizes, where: str) -> Stage:
@@ -145,9 +143,9 @@ def compiled_stage(sizes: Sizes, where: str) -> Stage:
 
 
 def measure_compiled(bench: Bench) -> Iterator[Figure]:
-    encoder, model = make_encoder(bench, compiled=True)
+    encoder = make_encoder(bench, compiled=True)
     contestants = encoder.contestants()
-    yield from inference_figures(bench, encoder, model, bench.time(contestants))
+    yield from inference_figures(bench, encoder, bench.time(contestants))
     found = trace(
         contestants["from waveforms"], bench.sizes.traced_calls, bench.device, bench.beside("inference_trace.json.gz")
     )
@@ -159,12 +157,10 @@ def measure_compiled(bench: Bench) -> Iterator[Figure]:
     yield Figure("AST", ratio(seconds["AST"], seconds["ours"]), note)
 
 
-def inference_figures(
-    bench: Bench, encoder: Encoder, model: SSLAMModel, seconds: dict[str, Measurement]
-) -> Iterator[Figure]:
+def inference_figures(bench: Bench, encoder: Encoder, seconds: dict[str, Measurement]) -> Iterator[Figure]:
     """Yield the figures that eager and compiled inference share."""
     with torch.inference_mode():
-        flops = total_flops(matrix_products(lambda: model(encoder.input_values)))
+        flops = total_flops(matrix_products(lambda: encoder.model(encoder.input_values)))
     for name, measurement in seconds.items():
         yield Figure(name, per_second(bench.sizes.clips, measurement), f"{1000 * measurement.median:.4g} ms")
         yield from bench.share_of_limit(f"{name} limit", flops, measurement)
