@@ -26,7 +26,7 @@ class Variant(NamedTuple):
 
 def fast_model(model: SSLAMForPreTraining, variant: Variant) -> None:
     """Change a model on its device into a variant of it."""
-    # TODO(integrator): `set_memory` is unconditional, `use_cuda(model)` and the trainer's own compile function follow.
+    # Branch bench-merged has this function for the merged tree: set_memory, use_cuda, the objective as one graph.
     if hasattr(model, "set_memory"):
         model.set_memory(variant.memory)
     if variant.mode != "eager":
