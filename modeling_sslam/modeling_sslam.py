@@ -217,17 +217,22 @@ def checkpoint_activations(function: Callable[..., torch.Tensor], *inputs: torch
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-class SSLAMMLP(nn.Module):
-    """Linear layer, activation, linear layer.
-
-    To save memory, the backward pass recomputes the activation from its input: one tensor of `intermediate_size` less
-    for each token and block.
+class RecomputingModule(nn.Module):
+    """A module that can recompute values in the backward pass to save memory.
 
     Attributes:
         memory: One of `MEMORY_CHOICES`.
     """
 
     memory: str = "auto"
+
+
+class SSLAMMLP(RecomputingModule):
+    """Linear layer, activation, linear layer.
+
+    To save memory, the backward pass recomputes the activation from its input: one tensor of `intermediate_size` less
+    for each token and block.
+    """
 
     def __init__(self, config: SSLAMConfig) -> None:
         super().__init__()
@@ -433,7 +438,7 @@ class SSLAMPreTrainedModel(PreTrainedModel):
         if memory not in MEMORY_CHOICES:
             raise ValueError(f"memory={memory!r} is not one of {', '.join(MEMORY_CHOICES)}.")
         for module in self.modules():
-            if hasattr(module, "memory"):
+            if isinstance(module, RecomputingModule):
                 module.memory = memory
 
     @classmethod

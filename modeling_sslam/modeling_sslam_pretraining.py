@@ -19,6 +19,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_sslam import SSLAMConfig
 from .modeling_sslam import (
+    RecomputingModule,
     SSLAMEncoderOutput,
     SSLAMModel,
     SSLAMPreTrainedModel,
@@ -131,8 +132,11 @@ def split_by_mask(
             f"bool_masked_pos masks {int(counts.min())} to {int(counts.max())} of {num_patches} patches; every "
             "row must mask the same number, neither none nor all."
         )
-    rows = bool_masked_pos.shape[:2]
-    visible, masked = (is_chosen.nonzero()[:, 2].view(*rows, -1) for is_chosen in (~bool_masked_pos, bool_masked_pos))
+    is_masked = bool_masked_pos.bool()
+    visible, masked = (
+        is_chosen.nonzero()[:, 2].view(batch_size, -1, count)
+        for is_chosen, count in ((~is_masked, num_patches - num_masked), (is_masked, num_masked))
+    )
     return visible, masked
 
 
@@ -234,7 +238,10 @@ class Draws(NamedTuple):
 
     def to(self, device: torch.device) -> "Draws":
         """Copy to a device. The host does not wait for a GPU."""
-        return Draws(*(None if tensor is None else _copy_ahead(tensor, device) for tensor in self))
+        visible, masked = _copy_ahead(self.visible, device), _copy_ahead(self.masked, device)
+        if self.is_unmixed is None or self.mixed is None:
+            return Draws(visible, masked, None, None)
+        return Draws(visible, masked, _copy_ahead(self.is_unmixed, device), _copy_ahead(self.mixed, device))
 
 
 def _copy_ahead(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -268,14 +275,8 @@ class SSLAMDecoderLayer(nn.Conv2d):
         return super().forward(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-class SSLAMDecoder(nn.Module):
-    """Prediction of the teacher's targets at masked patches: convolutional layers, then a linear one.
-
-    Attributes:
-        memory: One of `MEMORY_CHOICES` of the encoder's file.
-    """
-
-    memory: str = "auto"
+class SSLAMDecoder(RecomputingModule):
+    """Prediction of the teacher's targets at masked patches: convolutional layers, then a linear one."""
 
     def __init__(self, config: SSLAMConfig) -> None:
         super().__init__()
@@ -419,14 +420,14 @@ class Moments(NamedTuple):
     """Sums over a rank's tokens, for the deviation over the tokens of all ranks.
 
     Attributes:
-        count: Number of tokens.
+        num_tokens: Number of tokens.
         mean: Their mean, float32 `(hidden_size,)`.
         squares: Sum of their squared distances from the mean, float32 `(hidden_size,)`. From squared distances to 0
             the variance would be a difference of two large sums. If all tokens are alike, the case to detect, that
             difference is mere rounding of either sign.
     """
 
-    count: int
+    num_tokens: int
     mean: torch.Tensor
     squares: torch.Tensor
 

@@ -28,7 +28,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from accelerate import DistributedType
+from accelerate.utils import DistributedType
 from torch import nn
 
 from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraining

@@ -23,6 +23,7 @@ from modeling_sslam.modeling_sslam_pretraining import (
     inverse_block_masks,
     mean_deviations,
     prediction_moments,
+    split_by_mask,
     target_moments,
     unmixed_window_width,
 )
@@ -112,6 +113,16 @@ def test_masks_have_the_published_distribution(config):
 def test_number_of_visible_patches_is_rounded_down(make_config, time_patches, mask_prob, num_visible):
     masks = inverse_block_masks(3, time_patches, make_config(mask_prob=mask_prob))
     assert ((~masks).sum(-1) == num_visible).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_masks_become_ascending_indices(tiny_config, dtype):
+    masks = inverse_block_masks(3, 8, tiny_config, torch.Generator().manual_seed(0))
+    visible, masked = split_by_mask(masks.to(dtype), 3, masks.shape[2])
+    for clip, clone in ((i, j) for i in range(3) for j in range(tiny_config.num_clones)):
+        mask = masks[clip, clone].tolist()
+        assert masked[clip, clone].tolist() == [i for i, is_masked in enumerate(mask) if is_masked]
+        assert visible[clip, clone].tolist() == [i for i, is_masked in enumerate(mask) if not is_masked]
 
 
 def test_masks_come_from_the_generator_and_differ_between_clips_and_clones(tiny_config):
