@@ -1,9 +1,11 @@
 """Run the benchmarks one after another and write their results as one page.
 
     python -m benchmarks [PROGRAM ...] [--results benchmarks/RESULTS.md]
+    python -m benchmarks gpu [--minutes 4] [--device cpu --layers 2]
 
 Each program runs in its own process, prints its table and writes JSON to outputs/benchmarks/. The page shows all JSON
-in that folder, including that of earlier runs. All programs take half an hour on two cores.
+in that folder, including that of earlier runs. All programs take half an hour on two cores. `gpu` measures everything
+that needs a GPU; named alone it runs in this process and takes its own options (`python -m benchmarks gpu --help`).
 """
 
 import argparse
@@ -11,15 +13,15 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import OUTPUT_DIR, table_of
+from benchmarks.gpu.__main__ import main as gpu_main
+from benchmarks.gpu.stages import planned_rows
+from benchmarks.report import OUTPUT_DIR, PICTURE, section_of, table_of
 
-PROGRAMS = ("startup", "front_end", "inference", "onnx_inference", "pretraining_step", "data", "scaling")
-
-# The picture that `scaling` draws; it is copied beside the page.
-PICTURE = OUTPUT_DIR / "scaling.png"
+PROGRAMS = ("startup", "front_end", "inference", "onnx_inference", "pretraining_step", "data", "scaling", "gpu")
 
 
 def page_of(reports: list[dict[str, Any]]) -> str:
@@ -29,37 +31,27 @@ def page_of(reports: list[dict[str, Any]]) -> str:
         "",
         "`make bench` measured these figures. [README.md](README.md) explains them; [NOTES.md](NOTES.md) lists the "
         "decisions that follow from them. Ratios are medians over rounds in which the contestants took turns, with "
-        'the quartiles in brackets. "Not measured" means that the machine had no such device.',
+        'the quartiles in brackets. "Not measured" comes with the reason.',
     ]
     for report in reports:
-        machine, versions = report["machine"], report["versions"]
-        found = ", ".join(f"{name} {version}" for name, version in versions.items())
+        lines += ["", *section_of(report)]
+    if all(report["program"] != "gpu" for report in reports):
+        rows = [replace(row, if_missing="not measured at this state") for row in planned_rows()]
         lines += [
             "",
-            f"## {report['program']}",
+            "## gpu",
             "",
-            f"`{report['command']}`, {report['date'][:16].replace('T', ' ')} UTC, {machine['processor']}, "
-            f"{machine['cores']} cores, {machine['memory_gib']} GiB, {machine['gpu'] or 'no GPU'}; {found}.",
+            "No GPU was available. `python -m benchmarks gpu` measures these rows where there is one.",
+            "",
+            table_of([row.as_dict() for row in rows]),
         ]
-        if report["rows"]:
-            lines += ["", table_of(report["rows"])]
-        if report["program"] == "scaling":
-            lines += ["", f"![How cost grows]({PICTURE.name})"]
-        lines += ["", "<details><summary>Figures behind it</summary>", "", "```"]
-        lines += [f"{name}: {_short(value)}" for name, value in report["measurements"].items()]
-        lines += ["```", "", "</details>"]
     return "\n".join(lines) + "\n"
 
 
-def _short(value: Any) -> str:
-    if isinstance(value, dict) and "median" in value:
-        return f"{value['median']:.4g} ({value['lower']:.4g} to {value['upper']:.4g}, {len(value['repeats'])} rounds)"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_short(part)}" for key, part in value.items()) + "}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["gpu"]:
+        return gpu_main(argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("programs", nargs="*", metavar="PROGRAM", help=f"any of {', '.join(PROGRAMS)} (default: all)")
     parser.add_argument("--results", type=Path, default=OUTPUT_DIR / "RESULTS.md", help="page to write (%(default)s)")

@@ -14,8 +14,7 @@ memory, and clip by clip soundfile.read, torchaudio's resample and kaldi.fbank, 
 Each stage is also timed alone, over the same clips, in this process on one thread. "The rest" is the time of a pass
 without workers that no stage accounts for: collating, checking, shuffling.
 
-On a GPU, pre-training steps (base, B 12, C 8, bfloat16, compiled) run in turn on clips from the loader and on one
-ready batch. Before each turn of the loader, the batches that its workers prepared during the other turn are discarded.
+`python -m benchmarks gpu` measures the pipeline beside the steps that it feeds.
 """
 
 import io
@@ -40,9 +39,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.front_end import published
 from benchmarks.measurement import Measurement, ratio, scaled, synchronize, time_in_turn
-from benchmarks.pretraining_step import make_update
-from benchmarks.report import Report, Row, base_config, make_parser
-from modeling_sslam import SSLAMFeatureExtractor, SSLAMForPreTraining
+from benchmarks.report import Report, Row, make_parser
+from modeling_sslam import SSLAMFeatureExtractor
 from modeling_sslam.common.audio import read_waveform
 from modeling_sslam.common.resampling import resample
 from training.data.config import DataConfig
@@ -50,7 +48,6 @@ from training.data.loader import AudioLoader, make_loader
 from training.data.seeding import generator_for
 from training.data.sources import open_source
 from training.preparation.shards import card_header, write_shards
-from training.pretrain import compile_blocks
 from training.soundscapes.scene import soundscape
 
 SECONDS, RATE, SUBTYPE = 10.0, 48_000, "PCM_24"
@@ -107,10 +104,15 @@ class PlainClips(Dataset):
 
 
 def own_loader(
-    folder: Path, extractor: SSLAMFeatureExtractor, workers: int, front_end: str, endless: bool = False
+    folder: Path,
+    extractor: SSLAMFeatureExtractor,
+    workers: int,
+    front_end: str,
+    endless: bool = False,
+    batch_size: int = BATCH_SIZE,
 ) -> AudioLoader:
     config = DataConfig(str(folder), num_workers=workers, front_end=front_end, shuffle_buffer=BATCH_SIZE)
-    return make_loader(open_source(config), extractor, batch_size=BATCH_SIZE, seed=0, repeat=endless)
+    return make_loader(open_source(config), extractor, batch_size=batch_size, seed=0, repeat=endless)
 
 
 def own_batches(
@@ -207,15 +209,13 @@ def main(argv: list[str] | None = None) -> None:
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="worker processes (default: one a core)"
     )
     parser.add_argument("--clips-per-worker", type=int, default=128, help="clips of a pass, per worker (%(default)s)")
-    parser.add_argument("--steps", type=int, default=100, help="steps of a turn on a GPU (%(default)s)")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cpu")
     workers, num_clips = arguments.workers, arguments.workers * arguments.clips_per_worker
-    names = ("rounds", "layers", "workers", "clips_per_worker", "steps")
+    names = ("rounds", "layers", "workers", "clips_per_worker")
     report = Report("data", {name: getattr(arguments, name) for name in names})
     extractor = SSLAMFeatureExtractor()
-    config = base_config(arguments.layers, num_clones=NUM_CLONES, pretraining_objective="sslam")
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -261,26 +261,6 @@ def main(argv: list[str] | None = None) -> None:
                 )
         known = sum(measurement.median for name, measurement in parts.items() if name != "all")
         report.add(Row("the rest", "CPU, 1 thread", "of the whole", 1 - known / parts["all"].median))
-
-        fed = None
-        if device.type == "cuda":
-            model = SSLAMForPreTraining(config).to(device).train()
-            compile_blocks(model)
-            step = make_update(model, half_precision=True)
-            loader = own_loader(folder, extractor, workers, "worker", endless=True)
-            seconds = time_steps(step, loader, workers, arguments.steps, arguments.rounds, device)
-            for name, measurement in seconds.items():
-                report.record(f"seconds of {arguments.steps} steps: {name}", measurement)
-            fed = ratio(seconds["ready batch"], seconds["loader"])
-        report.add(
-            Row(
-                f"pre-training step base, B {BATCH_SIZE}, C {NUM_CLONES}, bf16, compiled, from the loader",
-                f"one GPU, {workers} workers",
-                "steps/s of those on a ready batch",
-                fed,
-                at_least=0.98,
-            )
-        )
     report.write(arguments.out)
 
 

@@ -5,6 +5,8 @@
 The rival is the published computation. It takes one clip at a time: subtract the mean, torchaudio's `kaldi.fbank`,
 pad, normalise; then it stacks the clips. Both start from the same list of waveforms and take turns. Peak memory is the
 memory of a run in a new process beyond the waveforms, divided by the bytes of the waveforms.
+
+`python -m benchmarks gpu` measures the filter bank on a GPU.
 """
 
 import math
@@ -120,17 +122,6 @@ def main() -> None:
         measure_speed(report, args.clips, args.seconds, args.rounds, cpu, where)
     measure_memory(report, args.clips, args.seconds, cpu, where)
     measure_lengths(report, args.lengths, args.clips * args.seconds, args.rounds, cpu)
-    if torch.cuda.is_available():
-        gpu = torch.device("cuda")
-        measure_speed(report, args.clips, args.seconds, args.rounds, gpu, "GPU")
-        measure_memory(report, args.clips, args.seconds, gpu, "GPU")
-        measure_lengths(report, args.lengths, args.clips * args.seconds, args.rounds, gpu)
-    else:
-        what = f"front end, {args.clips} clips of {args.seconds:g} s"
-        report.add(
-            *(Row(what, "GPU", figure, None) for figure in ("x kaldi.fbank clip by clip", "clips/s")),
-            Row(what, "GPU", "peak memory, x the input", None, at_most=4.0),
-        )
     report.write(args.out)
 
 

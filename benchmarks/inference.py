@@ -10,7 +10,7 @@ cuts a clip into overlapping patches, 1214 tokens where SSLAM has 513; and a pla
 attention. Fidelity is the least cosine over clips between CLS embeddings and those of the model as loaded, on
 soundscapes and with random weights.
 
-On a GPU the program measures waveforms on the device to CLS embeddings, in bfloat16, compiled, filter bank included.
+`python -m benchmarks gpu` measures inference on a GPU.
 """
 
 import copy
@@ -23,9 +23,9 @@ from transformers import ASTConfig, ASTForAudioClassification
 
 from benchmarks import plain
 from benchmarks.gemm import gemm_runner, matrix_products, total_flops
-from benchmarks.measurement import Measurement, ratio, scaled, time_in_turn
+from benchmarks.measurement import ratio, scaled, time_in_turn
 from benchmarks.report import Report, Row, base_config, make_parser
-from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMModel
+from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClassification
 from modeling_sslam.inference.packed_blocks import can_optimize, optimize_for_cpu
 from modeling_sslam.onednn_sslam import use_onednn
 from training.data.seeding import generator_for
@@ -126,62 +126,15 @@ def cpu_rows(report: Report, config: SSLAMConfig, batch_size: int, rounds: int) 
         )
 
 
-@torch.inference_mode()
-def time_from_waveforms(
-    config: SSLAMConfig, batch_size: int, rounds: int, device: torch.device
-) -> tuple[dict[str, Measurement], int]:
-    """Measure seconds of a batch from waveforms on the device to embeddings, in bfloat16 and compiled.
-
-    Returns:
-        The seconds of this and of its rivals, and the FLOPs of its matrix products.
-    """
-    extractor = SSLAMFeatureExtractor()
-    num_samples = round(SECONDS * extractor.sampling_rate)
-    waveforms = list(torch.randn(batch_size, num_samples, device=device) / 10)
-    features = partial(extractor, waveforms, extractor.sampling_rate, return_tensors="pt")
-    input_values = features()["input_values"]
-    model = SSLAMModel(config).eval().to(device, torch.bfloat16)
-    ast = torch.compile(make_ast(config).to(device, torch.bfloat16))
-    products = matrix_products(lambda: model(input_values))
-    compiled = torch.compile(model)
-    contestants: dict[str, Callable[[], object]] = {
-        "ours": lambda: compiled(features()["input_values"]),
-        "ours, without the filter bank": lambda: compiled(input_values),
-        "AST, without the filter bank": lambda: ast(input_values.to(torch.bfloat16)),
-        "matrix products": gemm_runner(products, device),
-    }
-    return time_in_turn(contestants, rounds, device), total_flops(products)
-
-
-def gpu_rows(report: Report, config: SSLAMConfig, batch_size: int, rounds: int) -> None:
-    what = f"inference base from waveforms, bf16, batch {batch_size}, compiled"
-    where, share, times_ast, note = "GPU", None, None, ""
-    if torch.cuda.is_available():
-        where = torch.cuda.get_device_name()
-        seconds, flops = time_from_waveforms(config, batch_size, rounds, torch.device("cuda"))
-        for name, measurement in seconds.items():
-            report.record(f"{where}: clips/s, {name}", scaled(measurement, lambda value: batch_size / value))
-        share = ratio(seconds["matrix products"], seconds["ours"])
-        times_ast = ratio(seconds["AST, without the filter bank"], seconds["ours, without the filter bank"])
-        rate = flops / seconds["matrix products"].median / 1e12
-        note = f"{batch_size / seconds['ours'].median:.0f} clips/s; limit {rate:.0f} TFLOP/s"
-    report.add(
-        Row(what, where, "of the bf16 GEMM limit", share, at_least=0.5, note=note),
-        Row(what, where, "times AST's clips/s", times_ast),
-    )
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser("inference", __doc__, rounds=5)
-    parser.add_argument("--batch-size", type=int, default=8, help="clips in a batch, on the CPU (%(default)s)")
-    parser.add_argument("--gpu-batch-size", type=int, default=256, help="clips in a batch, on a GPU (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="clips in a batch (%(default)s)")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     report = Report("inference", {name: value for name, value in vars(args).items() if name != "out"})
     config = base_config(args.layers)
     cpu_rows(report, config, args.batch_size, args.rounds)
-    gpu_rows(report, config, args.gpu_batch_size, args.rounds)
     report.write(args.out)
 
 

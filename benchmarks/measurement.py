@@ -1,6 +1,7 @@
 """Measurement of times in turn, of ratios round by round, and of peak memory in a separate process."""
 
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -38,25 +39,42 @@ def synchronize(device: torch.device) -> None:
 
 
 def time_in_turn(
-    contestants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warmup_rounds: int = 1
+    contestants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    warmup_rounds: int = 1,
+    turn_seconds: float = 0.0,
 ) -> dict[str, Measurement]:
-    """Time one call of each contestant per round, in the order A B A B.
+    """Time the contestants round by round, in the order A B A B.
 
     Other load on the machine then affects all contestants alike. Warm-up rounds come first and do not count: they
     include one-time work such as compiling and filling caches.
+
+    Args:
+        contestants: Functions to time, by name.
+        rounds: Measured rounds.
+        device: Device that the functions use. Each turn ends when its work is finished.
+        warmup_rounds: Rounds before the measured ones.
+        turn_seconds: Length of a turn. A contestant is called as often as fits, but at least once, by its time in the
+            latest warm-up round. A GPU then has work in its queue, as in a program that does not wait for each call.
 
     Returns:
         Seconds of a call, by contestant.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    calls = dict.fromkeys(contestants, 1)
     for index in range(warmup_rounds + rounds):
         for name, run in contestants.items():
             synchronize(device)
             start = time.perf_counter()
-            run()
+            for _ in range(calls[name]):
+                run()
             synchronize(device)
+            of_a_call = (time.perf_counter() - start) / calls[name]
             if index >= warmup_rounds:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(of_a_call)
+            else:
+                calls[name] = max(1, int(turn_seconds / of_a_call))
     return {name: Measurement.of(values) for name, values in seconds.items()}
 
 
@@ -138,16 +156,31 @@ def _measure_peak(set_up: Callable[[], Callable[[], object]], num_threads: int, 
     torch.set_num_threads(num_threads)
     bare = _status_bytes("VmRSS")
     run = set_up()
-    before = _status_bytes("VmRSS")
     uses_cuda = torch.cuda.is_available() and torch.cuda.memory_allocated() > 0
     if uses_cuda:
-        bare, before = 0, torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's peak of this process
+        bare = 0
+    device = torch.device("cuda" if uses_cuda else "cpu")
+    before = reset_peak(device)
     run()
-    peak = torch.cuda.max_memory_allocated() if uses_cuda else _status_bytes("VmHWM")
+    peak = read_peak(device)
     sender.send((peak - before, peak - bare))
+
+
+def reset_peak(device: torch.device) -> int:
+    """Reset the peak of this process's memory on a device and return the bytes in use: allocated or resident ones."""
+    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    before = _status_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's peak of this process
+    return before
+
+
+def read_peak(device: torch.device) -> int:
+    """Return the largest number of bytes in use on a device since [`reset_peak`]."""
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status_bytes("VmHWM")
 
 
 def _status_bytes(field: str) -> int:
@@ -157,3 +190,11 @@ def _status_bytes(field: str) -> int:
         if name == field:
             return int(value.split()[0]) * 1024
     raise RuntimeError(f"/proc/self/status has no {field}; memory is measured on Linux.")
+
+
+def process_age() -> float:
+    """Return the seconds since this process started, imports included, from the Linux kernel."""
+    # The program's name, in parentheses, may contain spaces. The start time is field 22.
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    return uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK")

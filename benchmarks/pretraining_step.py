@@ -2,11 +2,10 @@
 
     python -m benchmarks.pretraining_step
 
-A step of the second stage (objective "sslam") at the base size: forward, backward, clipping, AdamW, the teacher's
-update. Ours runs as `training.pretrain` runs it: on the CPU in float32 with `use_onednn`, on a GPU (if there is one)
-in bfloat16 by autocast with its blocks compiled. The transcription runs on the CPU in float32, on a GPU in float16 by
-autocast with scaled gradients, as published. The benchmark leaves out the training programs' settings of glibc's heap:
-they hold for a whole process, so the transcription would run with them, too.
+A step of the second stage (objective "sslam") at the base size on the CPU in float32: forward, backward, clipping,
+AdamW, the teacher's update. Ours runs as `training.pretrain` runs it, with `use_onednn`. The benchmark leaves out the
+training programs' settings of glibc's heap: they hold for a whole process, so the transcription would run with them,
+too. `python -m benchmarks gpu` measures the steps of both stages on a GPU.
 
 Peak memory is measured in a second step in a process of its own, with weights, gradients and the optimiser's state.
 """
@@ -23,7 +22,7 @@ from benchmarks.gemm import MatrixProduct, gemm_runner, matrix_products, total_f
 from benchmarks.measurement import Measurement, PeakMemory, peak_memory, ratio, scaled, time_in_turn
 from benchmarks.plain import PlainPreTraining
 from benchmarks.report import Report, Row, base_config, make_parser
-from modeling_sslam import SSLAMForPreTraining
+from modeling_sslam import SSLAMConfig, SSLAMForPreTraining
 from modeling_sslam.onednn_sslam import use_onednn
 from training.pretrain import compile_blocks
 from training.run.optimization import OptimizerConfig, make_optimizer
@@ -42,7 +41,9 @@ class Setting:
         frames: Frames of a clip, 10 ms each.
         layers: Blocks of the encoder.
         device: Name of the device.
-        half_precision: Whether to compute by autocast in half precision with our blocks compiled. Otherwise float32.
+        half_precision: Whether to compute by autocast in half precision, ours in bfloat16 and the transcription in
+            float16 with scaled gradients, as published. Otherwise float32.
+        objective: "ua" for the first stage, "sslam" for the second.
     """
 
     batch: int
@@ -51,9 +52,14 @@ class Setting:
     layers: int = 12
     device: str = "cpu"
     half_precision: bool = False
+    objective: str = "sslam"
+
+    @property
+    def config(self) -> SSLAMConfig:
+        return base_config(self.layers, num_clones=self.clones, pretraining_objective=self.objective)
 
     def make_batch(self) -> torch.Tensor:
-        return torch.randn(self.batch, self.frames, base_config(self.layers).num_mel_bins, device=self.device)
+        return torch.randn(self.batch, self.frames, self.config.num_mel_bins, device=self.device)
 
 
 def make_update(model: SSLAMForPreTraining, half_precision: bool) -> Callable[[torch.Tensor], None]:
@@ -62,6 +68,9 @@ def make_update(model: SSLAMForPreTraining, half_precision: bool) -> Callable[[t
     optimizer = make_optimizer(model, OPTIMIZER)
 
     def update(input_values: torch.Tensor) -> None:
+        if model.device.type == "cuda":
+            # CUDA graphs, if the model is compiled to some, may reuse the memory of the step before.
+            torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(model.device.type, torch.bfloat16, enabled=half_precision):
             loss = model(input_values).loss
         loss.backward()
@@ -73,25 +82,34 @@ def make_update(model: SSLAMForPreTraining, half_precision: bool) -> Callable[[t
     return update
 
 
-def make_step(setting: Setting, compiled: bool = True, memory: str = "auto") -> Callable[[], None]:
-    """Return a function that makes our step on a ready batch."""
-    model = SSLAMForPreTraining(base_config(setting.layers, num_clones=setting.clones)).train()
-    use_onednn(model.to(setting.device))
-    model.set_memory(memory)
-    if setting.half_precision and compiled:
+def prepare_as_trainer(model: SSLAMForPreTraining) -> None:
+    """Prepare a model as `training.pretrain` does: by `use_onednn` on a CPU, with compiled blocks on a GPU."""
+    if model.device.type == "cpu":
+        use_onednn(model)
+    else:
         compile_blocks(model)
+
+
+def make_step(
+    setting: Setting, prepare: Callable[[SSLAMForPreTraining], object] = prepare_as_trainer
+) -> partial[None]:
+    """Return our step on a ready batch, with a model that `prepare` has changed. `func` takes other batches."""
+    with torch.device(setting.device):
+        model = SSLAMForPreTraining(setting.config).train()
+    prepare(model)
     return partial(make_update(model, setting.half_precision), setting.make_batch())
 
 
 def products_of_step(setting: Setting) -> Counter[MatrixProduct]:
     """Record the products of our step, without those that it recomputes to save memory."""
-    return matrix_products(make_step(setting, compiled=False, memory="fast"))
+    return matrix_products(make_step(setting, prepare=lambda model: model.set_memory("fast")))
 
 
 def make_plain_step(setting: Setting) -> Callable[[], None]:
     """Return a function that makes the transcription's step on a ready batch."""
-    config = base_config(setting.layers, num_clones=setting.clones)
-    model = PlainPreTraining(config).train().to(setting.device)
+    config = setting.config
+    with torch.device(setting.device):
+        model = PlainPreTraining(config).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=OPTIMIZER.learning_rate, betas=OPTIMIZER.betas, weight_decay=OPTIMIZER.weight_decay
@@ -169,36 +187,15 @@ def cpu_rows(report: Report, setting: Setting, rounds: int) -> list[Row]:
     ]
 
 
-def gpu_rows(report: Report, setting: Setting, rounds: int) -> list[Row]:
-    what = f"pre-training step base, B {setting.batch}, C {setting.clones}, bf16, compiled"
-    share = speed = memory = None
-    where, note = "GPU", ""
-    if torch.cuda.is_available():
-        where = torch.cuda.get_device_name()
-        seconds, peaks = measure(report, setting, rounds)
-        share, speed = ratio(seconds["limit"], seconds["ours"]), ratio(seconds["plain"], seconds["ours"])
-        memory = peaks["ours"].in_all / GB
-        note = f"{seconds['ours'].median:.3f} s; plain {seconds['plain'].median:.3f} s"
-    return [
-        Row(what, where, "of the bf16 GEMM limit", share, at_least=0.4, note=note),
-        Row(what, where, "times the plain speed, fp16", speed, at_least=2.0),
-        Row(what, where, "GB at its peak", memory, at_most=24.0),
-    ]
-
-
 def main() -> None:
     parser = make_parser("pretraining_step", __doc__, rounds=5)
-    parser.add_argument("--batch", type=int, default=2, help="clips of a step on the CPU (%(default)s)")
-    parser.add_argument("--clones", type=int, default=4, help="clones of each clip on the CPU (%(default)s)")
-    parser.add_argument("--gpu-batch", type=int, default=12, help="clips of a step on a GPU (%(default)s)")
-    parser.add_argument("--gpu-clones", type=int, default=8, help="clones of each clip on a GPU (%(default)s)")
+    parser.add_argument("--batch", type=int, default=2, help="clips of a step (%(default)s)")
+    parser.add_argument("--clones", type=int, default=4, help="clones of each clip (%(default)s)")
     parser.add_argument("--frames", type=int, default=1024, help="frames of a clip (%(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     report = Report("pretraining_step", {name: value for name, value in vars(args).items() if name != "out"})
     report.add(*cpu_rows(report, Setting(args.batch, args.clones, args.frames, args.layers), args.rounds))
-    on_gpu = Setting(args.gpu_batch, args.gpu_clones, args.frames, args.layers, "cuda", half_precision=True)
-    report.add(*gpu_rows(report, on_gpu, args.rounds))
     report.write(args.out)
 
 

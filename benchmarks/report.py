@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from benchmarks.measurement import Measurement
 from modeling_sslam import SSLAMConfig
 
 OUTPUT_DIR = Path("outputs/benchmarks")
+# The picture that `scaling` draws; it is copied beside the page.
+PICTURE = OUTPUT_DIR / "scaling.png"
 PACKAGES = (
     "torch",
     "torchaudio",
@@ -43,6 +46,7 @@ class Row:
         at_least: The target's lower bound; None for no bound.
         at_most: The target's upper bound; None for no bound.
         note: Further conditions of the figure.
+        if_missing: Text in place of the value where there is none, with the reason.
     """
 
     what: str
@@ -52,6 +56,7 @@ class Row:
     at_least: float | None = None
     at_most: float | None = None
     note: str = ""
+    if_missing: str = "not measured"
 
     @property
     def is_reached(self) -> bool | None:
@@ -72,6 +77,7 @@ class Row:
             "at_most": self.at_most,
             "reached": self.is_reached,
             "note": self.note,
+            "if_missing": self.if_missing,
         }
 
 
@@ -94,11 +100,12 @@ class Report:
         """Keep a figure that no row shows, such as the seconds behind a ratio."""
         self.measurements[name] = value.as_dict() if isinstance(value, Measurement) else value
 
-    def write(self, path: Path) -> None:
-        """Print the table and write the JSON."""
-        content = {
+    def as_dict(self) -> dict[str, Any]:
+        # `python -m benchmarks gpu` has the program's name among its arguments.
+        arguments = sys.argv[2:] if sys.argv[1:2] == [self.program] else sys.argv[1:]
+        return {
             "program": self.program,
-            "command": " ".join(["python", "-m", f"benchmarks.{self.program}", *sys.argv[1:]]),
+            "command": " ".join(["python", "-m", f"benchmarks.{self.program}", *arguments]),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
             "machine": machine(),
             "versions": versions(),
@@ -106,18 +113,25 @@ class Report:
             "rows": [row.as_dict() for row in self.rows],
             "measurements": self.measurements,
         }
+
+    def save(self, path: Path) -> None:
+        """Write the JSON under a temporary name and rename it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
         partial.replace(path)
-        print(f"\n{table_of(content['rows'])}\n\nWritten to {path}")
+
+    def write(self, path: Path) -> None:
+        """Write the JSON and print the table."""
+        self.save(path)
+        print(f"\n{table_of([row.as_dict() for row in self.rows])}\n\nWritten to {path}")
 
 
 def cells_of(row: dict[str, Any]) -> list[str]:
     """Format a row of the JSON as the cells of a table."""
     value = row["value"]
     if value is None:
-        measured = "not measured"
+        measured = row.get("if_missing", "not measured")  # results written before this key existed lack it
     elif isinstance(value, dict):
         measured = f"{value['median']:.3g} ({value['lower']:.3g} to {value['upper']:.3g})"
     else:
@@ -138,6 +152,34 @@ def table_of(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def section_of(report: dict[str, Any]) -> list[str]:
+    """Format the results of a program as the lines of a Markdown section."""
+    machine, versions = report["machine"], report["versions"]
+    found = ", ".join(f"{name} {version}" for name, version in versions.items())
+    lines = [
+        f"## {report['program']}",
+        "",
+        f"`{report['command']}`, {report['date'][:16].replace('T', ' ')} UTC, {machine['processor']}, "
+        f"{machine['cores']} cores, {machine['memory_gib']} GiB, {machine['gpu'] or 'no GPU'}; {found}.",
+    ]
+    if report["rows"]:
+        lines += ["", table_of(report["rows"])]
+    if report["program"] == "scaling":
+        lines += ["", f"![How cost grows]({PICTURE.name})"]
+    lines += ["", "<details><summary>Figures behind it</summary>", "", "```"]
+    lines += [f"{name}: {_short(value)}" for name, value in report["measurements"].items()]
+    return [*lines, "```", "", "</details>"]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict) and "median" in value:
+        return f"{value['median']:.4g} ({value['lower']:.4g} to {value['upper']:.4g}, {len(value['repeats'])} rounds)"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_short(part)}" for key, part in value.items()) + "}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@cache
 def machine() -> dict[str, Any]:
     """Describe the machine."""
     cpu_info = Path("/proc/cpuinfo").read_text().splitlines()
@@ -152,6 +194,7 @@ def machine() -> dict[str, Any]:
     }
 
 
+@cache
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages among `PACKAGES`."""
     found = {"python": platform.python_version()}

@@ -66,11 +66,11 @@ def sum_of(tensors: Iterable[torch.Tensor]) -> float:
     return sum(float(tensor.detach().sum()) for tensor in tensors)
 
 
-def make_loaders(folder: Path, device: torch.device) -> dict[str, Callable[[], object]]:
+def make_loaders(folder: Path) -> dict[str, Callable[[], object]]:
     """Return the contestants. Those "and used" touch every weight."""
     path = folder / "model.safetensors"
     load: Callable[[], torch.nn.Module] = partial(SSLAMForAudioClassification.from_pretrained, folder)
-    contestants: dict[str, Callable[[], object]] = {
+    return {
         "read": path.read_bytes,
         "load_file": partial(load_file, path),
         "classifier": load,
@@ -78,16 +78,12 @@ def make_loaders(folder: Path, device: torch.device) -> dict[str, Callable[[], o
         "read and used": lambda: sum_of(load_tensors(path.read_bytes()).values()),
         "classifier and used": lambda: sum_of(load().parameters()),
     }
-    if device.type == "cuda":
-        contestants["classifier on the GPU"] = lambda: load().to(device)
-    return contestants
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = make_parser("startup", __doc__, rounds=7).parse_args(argv)
     torch.set_num_threads(arguments.threads)
     transformers.logging.disable_progress_bar()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = Report("startup", {name: getattr(arguments, name) for name in ("rounds", "threads", "layers")})
 
     if missing := [name for name in FORBIDDEN if importlib.util.find_spec(name) is None]:
@@ -110,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         SSLAMForAudioClassification(base_config(arguments.layers)).save_pretrained(folder)
         report.record("bytes of the file", (Path(folder) / "model.safetensors").stat().st_size)
-        seconds = time_in_turn(make_loaders(Path(folder), device), arguments.rounds, device)
+        seconds = time_in_turn(make_loaders(Path(folder)), arguments.rounds, torch.device("cpu"))
     for name, measurement in seconds.items():
         report.record(f"seconds of loading: {name}", measurement)
     where = f"CPU, {arguments.threads} threads"
@@ -125,12 +121,6 @@ def main(argv: list[str] | None = None) -> None:
             "of reading the file and summing all weights",
             ratio(seconds["classifier and used"], seconds["read and used"]),
             note="the file is mapped: loading alone leaves the weights to be fetched",
-        ),
-        Row(
-            "load classifier to the device",
-            "GPU",
-            "of reading the file",
-            ratio(seconds["classifier on the GPU"], seconds["read"]) if device.type == "cuda" else None,
         ),
     )
     report.write(arguments.out)

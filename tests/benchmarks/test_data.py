@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks import data
+from benchmarks.pretraining_step import make_update
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForPreTraining
 
 pytestmark = pytest.mark.slow
@@ -28,14 +29,13 @@ def test_rival_gives_the_same_clips(folder):
     torch.testing.assert_close(batch["input_values"], expected, atol=2e-3, rtol=0)
 
 
-def test_steps_on_the_loader_and_on_a_ready_batch(folder, make_config, monkeypatch):
-    monkeypatch.setattr(data, "BATCH_SIZE", 2)
+def test_steps_on_the_loader_and_on_a_ready_batch(folder, make_config):
     extractor = SSLAMFeatureExtractor(max_length=64, num_mel_bins=32)
     model = SSLAMForPreTraining(make_config()).train()
     before = model.sslam.encoder.cls_token.detach().clone()
     teacher = model.teacher.encoder.cls_token.detach().clone()
-    loader = data.own_loader(folder, extractor, 0, "worker", endless=True)
-    step = data.make_update(model, half_precision=False)
+    loader = data.own_loader(folder, extractor, 0, "worker", endless=True, batch_size=2)
+    step = make_update(model, half_precision=False)
     seconds = data.time_steps(step, loader, 0, num_steps=2, rounds=3, device=CPU)
     assert {name: len(measurement.repeats) for name, measurement in seconds.items()} == {"ready batch": 3, "loader": 3}
     assert loader.num_clips == 2 * (1 + 3 * 2)

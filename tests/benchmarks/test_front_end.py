@@ -36,7 +36,6 @@ def test_writes_all_figures(tmp_path, monkeypatch):
     assert report["settings"]["clips"] == 2
     rows = {(row["where"], row["figure"]): row for row in report["rows"]}
     ratio, clips, memory = "x kaldi.fbank clip by clip", "clips/s", "peak memory, x the input"
-    assert {figure for where, figure in rows if where == "GPU"} == {ratio, clips, memory}
     for key in [("CPU, 1 thread", ratio), ("CPU, 2 threads", ratio), ("CPU, 2 threads", clips)]:
         assert rows[key]["value"]["median"] > 0
     assert rows["CPU, 2 threads", ratio]["at_least"] == 3

@@ -3,10 +3,8 @@
 import json
 
 import pytest
-import torch
 
 from benchmarks import inference, scaling
-from benchmarks.report import base_config
 
 pytestmark = pytest.mark.slow
 
@@ -20,22 +18,11 @@ def test_inference(tmp_path):
     assert ours["value"]["median"] > 0
     assert ours["at_least"] == 0.85
     assert rows["inference base, int8, batch 1", "cosine of embeddings"]["value"] > 0.998
-    gpu = rows["inference base from waveforms, bf16, batch 256, compiled", "of the bf16 GEMM limit"]
-    assert (gpu["value"], gpu["reached"], gpu["at_least"]) == (None, None, 0.5)
     seconds = report["measurements"]["seconds, as loaded"]
     assert len(seconds["repeats"]) == 1
     assert report["settings"]["layers"] == 1
     assert report["machine"]["cores"] >= 1
     assert report["versions"]["torch"].startswith("2.")
-
-
-def test_what_runs_on_gpus_runs():
-    """The code for GPUs runs here on the CPU, with one block."""
-    seconds, flops = inference.time_from_waveforms(base_config(1), batch_size=2, rounds=1, device=torch.device("cpu"))
-    assert set(seconds) == {"ours", "ours, without the filter bank", "AST, without the filter bank", "matrix products"}
-    assert all(measurement.median > 0 for measurement in seconds.values())
-    # The patch embedding and one block of 513 tokens, without attention.
-    assert flops > 2 * 2 * 513 * 12 * 768**2
 
 
 def test_scaling(tmp_path):

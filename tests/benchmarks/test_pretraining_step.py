@@ -8,8 +8,8 @@ import torch
 
 from benchmarks import pretraining_step
 from benchmarks.gemm import matrix_products, total_flops
-from benchmarks.pretraining_step import Setting, cost_of_step, make_plain_step, make_step, measure, products_of_step
-from benchmarks.report import Report, base_config
+from benchmarks.pretraining_step import Setting, cost_of_step, make_plain_step, make_step, products_of_step
+from benchmarks.report import base_config
 from training.pretrain import compile_blocks
 
 pytestmark = pytest.mark.slow
@@ -18,26 +18,24 @@ TINY = ["--layers", "1", "--batch", "2", "--clones", "1", "--frames", "64", "--r
 
 
 def test_program_writes_its_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     path = tmp_path / "step.json"
     monkeypatch.setattr(sys, "argv", ["pretraining_step", *TINY, "--out", str(path)])
     pretraining_step.main()
     written = json.loads(path.read_text())
 
-    on_cpu, on_gpu = written["rows"][:3], written["rows"][3:]
-    assert [row["figure"] for row in on_cpu] == [
+    rows = written["rows"]
+    assert [row["figure"] for row in rows] == [
         "of the GEMM limit",
         "times the plain speed",
         "of the plain peak memory",
     ]
-    assert all(len(row["value"]["repeats"]) == 2 for row in on_cpu[:2])
-    assert on_cpu[2]["value"] > 0
-    assert [(row["value"], row["reached"]) for row in on_gpu] == [(None, None)] * 3
+    assert all(len(row["value"]["repeats"]) == 2 for row in rows[:2])
+    assert rows[2]["value"] > 0
 
     # The row's ratio is that of the two measured times.
     measured = written["measurements"]
     limit, ours = (measured[f"cpu: seconds, {name}"]["repeats"] for name in ("limit", "ours"))
-    assert on_cpu[0]["value"]["repeats"] == [first / second for first, second in zip(limit, ours, strict=True)]
+    assert rows[0]["value"]["repeats"] == [first / second for first, second in zip(limit, ours, strict=True)]
     assert written["settings"]["frames"] == 64
 
 
@@ -70,19 +68,12 @@ def test_the_limit_counts_each_product_once():
     assert plain - ours == projection - deviation
 
 
-def test_what_runs_on_gpus_runs(monkeypatch):
-    """Half precision and compiled blocks, which are for GPUs, run here on the CPU with one block."""
-    compiled = []
-    monkeypatch.setattr(pretraining_step, "compile_blocks", lambda model: compiled.append(compile_blocks(model)))
-    report = Report("pretraining_step", {})
-    seconds, peaks = measure(report, Setting(2, 2, 64, layers=1, half_precision=True), rounds=1)
-    assert len(compiled) == 1  # the process that measures memory compiles a copy of its own
-    assert all(seconds[name].median > 0 for name in ("ours", "plain", "limit"))
-    assert all(peak.of_run > 0 for peak in peaks.values())
+def test_a_step_of_compiled_blocks():
+    make_step(Setting(2, 2, 64, layers=1, half_precision=True), prepare=compile_blocks)()
 
 
 def test_half_precision_is_what_it_says():
     setting = Setting(2, 2, 64, layers=1, half_precision=True)
-    ours, plain = (matrix_products(step) for step in (make_step(setting, compiled=False), make_plain_step(setting)))
+    ours, plain = (matrix_products(make(setting)) for make in (make_step, make_plain_step))
     assert {product.dtype for product in ours} == {torch.bfloat16}
     assert {product.dtype for product in plain} == {torch.float16}
