@@ -53,7 +53,9 @@ class NeighbourConfig:
 class FewShotConfig:
     """Few-shot evaluation: the nearest mean of a few training clips of each class, drawn many times."""
 
-    shots: int = field(default=0, metadata={"help": "Training clips of each class in a draw. 0: no few-shot evaluation."})
+    shots: int = field(
+        default=0, metadata={"help": "Training clips of each class in a draw. 0: no few-shot evaluation."}
+    )
     draws: int = field(default=50, metadata={"help": "Number of draws. `seed` determines them."})
 
     def __post_init__(self) -> None:
