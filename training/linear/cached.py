@@ -451,7 +451,8 @@ def summary_of(
     lines = table_of(rows, metric_name, marked)
     if own.by_round:
         lines += [f"  {sentence}"]
-        lines += [f"    {test}: {head}, test {value:.4f}" for test, head, value in zip(tests, best.heads, best.tests)]
+        folds = zip(tests, best.heads, best.tests, strict=True)
+        lines += [f"    {test}: {head}, test {value:.4f}" for test, head, value in folds]
     if len(entrants) > 1 or len(own.kinds) > 1:
         lines.append(f"  best by validation{'':<34}{'validation':>10}  {'test ' + metric_name:>13}")
         for entrant in entrants:

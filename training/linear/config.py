@@ -156,8 +156,8 @@ class LinearEvalConfig:
             or self.head.weight_decays
         ):
             raise ValueError(
-                "mode=published fits one linear head; head.kinds, head.learning_rates, head.weight_decays, compare and "
-                "few_shot are for mode=cached"
+                "mode=published fits one linear head; head.kinds, head.learning_rates, head.weight_decays, compare "
+                "and few_shot are for mode=cached"
             )
         if self.random_weights and "new_weights" in self.compare:
             raise ValueError("random_weights evaluates new weights already; leave new_weights out of compare")

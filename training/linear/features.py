@@ -215,8 +215,8 @@ def check_room(num_clips: int, shape: Sequence[int], cache_dir: Path, max_bytes:
     what = f"The patch tokens of {num_clips} clips ({shape[0]} layers, {shape[1]} patches, width {shape[2]})"
     if size > max_bytes:
         raise ValueError(
-            f"{what} take {size / 2**30:.2f} GiB, more than token_cache_gib={max_bytes / 2**30:g}. Raise it, name fewer "
-            "layers, or leave attentive and prototypes out of head.kinds."
+            f"{what} take {size / 2**30:.2f} GiB, more than token_cache_gib={max_bytes / 2**30:g}. Raise it, name "
+            "fewer layers, or leave attentive and prototypes out of head.kinds."
         )
     place = next(path for path in (cache_dir.absolute(), *cache_dir.absolute().parents) if path.exists())
     # The processes' parts and the merged file exist at the same time.

@@ -35,8 +35,8 @@ class HeadConfig:
     kinds: list[str] = field(
         default_factory=lambda: ["linear"],
         metadata={
-            "help": "Kinds of heads to fit in the fast mode. linear: on pooled features. layers: linear, on a weighted "
-            "sum of all layers' pooled features. attentive: learned queries over patch tokens. prototypes: greatest "
+            "help": "Kinds of heads to fit in the fast mode. linear: on pooled features. layers: linear, on a "
+            "weighted sum of all layers' pooled features. attentive: learned queries over patch tokens. prototypes: greatest "
             "similarity of learned prototypes to a patch token. knn: nearest neighbours by pooled features.",
             "default": "linear",
         },
@@ -352,7 +352,7 @@ def fit_heads(
         seed: Determines the initial weights and the order of the clips.
         description: Label of the progress bar.
     """
-    num_heads, num_clips, width = features.shape
+    num_heads, _, width = features.shape
     # Weights and order are drawn on the CPU, so that they are the same on every device.
     generator = torch.Generator().manual_seed(seed)
     heads = LinearHeads(num_heads, width, targets.shape[1], eps, std, generator).to(features.device)
