@@ -18,9 +18,9 @@ from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClas
 from training import linear_eval
 from training.arguments import parse, settings
 from training.finetune import FinetuneConfig
-from training.linear import cached
 from training.linear import features as features_module
-from training.linear.config import LinearEvalConfig
+from training.linear import kinds
+from training.linear.config import ALL_POOLINGS, LinearEvalConfig
 from training.linear.features import FEATURE_POOLINGS, read_features
 from training.soundscapes import __main__ as soundscapes
 
@@ -150,9 +150,9 @@ def test_a_head_becomes_a_model_that_the_pipeline_runs(run, scapes, capsys, laye
 def test_a_sweep_over_layers_and_poolings(run, monkeypatch):
     out, results = run(layers="all", poolings="all")
     rows = list(csv.DictReader((out / "sweep.csv").open()))
-    assert len(rows) == (NUM_LAYERS + 1) * (len(FEATURE_POOLINGS) + 1)
+    assert len(rows) == (NUM_LAYERS + 1) * len(ALL_POOLINGS)
     assert {row["layer"] for row in rows} == {"0", "1", "2"}
-    assert {row["pooling"] for row in rows} == {*FEATURE_POOLINGS, "cls+mean"}
+    assert {row["pooling"] for row in rows} == {*FEATURE_POOLINGS, "cls+mean", "max+std"}
     assert (out / "sweep.png").stat().st_size > 10_000
     best = max(rows, key=lambda row: float(row["validation_map"]))
     assert results["best_head"]["layer"] == int(best["layer"])
@@ -169,7 +169,7 @@ def test_a_sweep_over_layers_and_poolings(run, monkeypatch):
 
 def test_a_sweep_in_parts_gives_the_same_heads(run, monkeypatch):
     _, whole = run("whole", layers="0,1", poolings="cls,mean", **{"head.epochs": 2})
-    monkeypatch.setattr(cached, "MAX_BYTES_IN_MEMORY", 1)
+    monkeypatch.setattr(kinds, "MAX_BYTES_IN_MEMORY", 1)
     _, parts = run("parts", layers="0,1", poolings="cls,mean", **{"head.epochs": 2})
     for one, other in zip(whole["heads"], parts["heads"], strict=True):
         assert one["test_map"] == pytest.approx(other["test_map"], abs=1e-4)

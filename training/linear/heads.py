@@ -36,8 +36,8 @@ class HeadConfig:
         default_factory=lambda: ["linear"],
         metadata={
             "help": "Kinds of heads to fit in the fast mode. linear: on pooled features. layers: linear, on a "
-            "weighted sum of all layers' pooled features. attentive: learned queries over patch tokens. prototypes: greatest "
-            "similarity of learned prototypes to a patch token. knn: nearest neighbours by pooled features.",
+            "weighted sum of all layers' pooled features. attentive: learned queries over patch tokens. prototypes: "
+            "greatest similarity of learned prototypes to a patch token. knn: nearest neighbours by pooled features.",
             "default": "linear",
         },
     )

@@ -307,7 +307,8 @@ def fit_attentive(heads: Sequence[Head], parts: Parts, setup: Setup, description
 def fit_prototypes(heads: Sequence[Head], parts: Parts, setup: Setup, description: str) -> list[HeadResult]:
     """Fit heads with prototypes for patch tokens."""
     own, num_classes = setup.config.prototypes, len(setup.labels)
-    num_prototypes = own.per_class * num_classes
+    # A table of classes can name classes of which there is no clip.
+    num_prototypes = own.per_class * int(parts.targets[0].any(0).sum())
 
     def make(layers: list[int], inputs: TokenInputs, generator: torch.Generator) -> nn.Module:
         module = PrototypeHeads(
@@ -556,10 +557,8 @@ def fit_forests(heads: Sequence[Head], parts: Parts, setup: Setup, description: 
         logits = torch.from_numpy(forest_scores(forest, part, num_classes))[None].to(setup.device)
         return METRICS[setup.problem_type](logits, targets)[0].item()
 
-    validation, *tests = [
-        score(part, targets) if len(part) else None
-        for part, targets in zip(features[1:], parts.targets[1:], strict=True)
-    ]
+    others = zip(features[1:], parts.targets[1:], strict=True)
+    validation, *tests = [score(part, targets) if len(part) else None for part, targets in others]
     nodes, comparisons = forest_size(forest)
     cost = Cost(nodes, comparisons, features[0].shape[1] * 4, time.perf_counter() - started)
 

@@ -22,7 +22,11 @@ class PrototypeConfig:
     """Prototypical probing: the greatest cosine similarity of each prototype to a patch token, and a linear layer."""
 
     per_class: int = field(
-        default=5, metadata={"help": "Number of prototypes divided by the number of classes. All classes share them."}
+        default=5,
+        metadata={
+            "help": "Number of prototypes divided by that of classes with a training clip. All classes share "
+            "the prototypes."
+        },
     )
     binary: bool = field(
         default=True, metadata={"help": "Whether a prototype's components are -1 and 1, so that each takes one bit."}
