@@ -43,8 +43,9 @@ def cepstral_extractor(coefficients: int) -> Extractor:
 
 def fit_forest(features: np.ndarray, targets: np.ndarray, trees: int, seed: int) -> RandomForestClassifier:
     """Fit a random forest to features `(N, width)` and targets `(N, K)`, 0 or 1."""
-    is_single = bool((targets.sum(1) == 1).all())
-    return RandomForestClassifier(trees, random_state=seed).fit(features, targets.argmax(1) if is_single else targets)
+    is_single = targets.shape[1] > 1 and bool((targets.sum(1) == 1).all())
+    labels = targets.argmax(1) if is_single else targets.astype(int).squeeze(1) if targets.shape[1] == 1 else targets
+    return RandomForestClassifier(trees, random_state=seed).fit(features, labels)
 
 
 def forest_scores(forest: RandomForestClassifier, features: np.ndarray, num_classes: int) -> np.ndarray:
@@ -58,6 +59,9 @@ def forest_scores(forest: RandomForestClassifier, features: np.ndarray, num_clas
         for column, (table, values) in enumerate(zip(probabilities, forest.classes_, strict=True)):
             if 1 in values:
                 scores[:, column] = table[:, list(values).index(1)]
+    elif num_classes == 1:
+        # The values 0 and 1 of the only class.
+        scores[:, 0] = probabilities @ forest.classes_
     else:
         scores[:, forest.classes_] = probabilities
     return scores
