@@ -260,7 +260,7 @@ def test_all_kinds_of_heads_beside_new_weights_and_a_forest(run, sounds, capsys)
 
 
 def test_all_kinds_of_heads_with_validation_clips_and_several_labels(run):
-    out, results = run(**ALL_KINDS, poolings="std", compare="mfcc_forest", **{"head.epochs": 2})
+    _, results = run(**ALL_KINDS, poolings="std", compare="mfcc_forest", **{"head.epochs": 2})
     assert {row["kind"] for row in results["heads"]} == {*ALL_KINDS["head.kinds"].split(","), "few_shot"}
     assert results["chosen_by"] == "The mean metric on the validation clips chooses the head."
     best = max((row for row in results["heads"] if row["kind"] != "few_shot"), key=lambda row: row["validation_map"])
@@ -275,7 +275,7 @@ def test_all_kinds_of_heads_with_validation_clips_and_several_labels(run):
 @pytest.mark.parametrize("kind", ["layers", "attentive", "prototypes", "knn"])
 def test_the_files_of_a_single_head_are_those_of_its_kind(run, kind):
     """The predictions are computed anew from the fitted head, for each kind."""
-    out, results = run(poolings="std", **ALL_KINDS | {"head.kinds": kind, "few_shot.shots": 0, "knn.neighbours": 3})
+    _, results = run(poolings="std", **ALL_KINDS | {"head.kinds": kind, "few_shot.shots": 0, "knn.neighbours": 3})
     assert results["best_head"]["kind"] == kind
     assert results["metrics"]["map"] == pytest.approx(results["best_head"]["test_map"], abs=1e-5)
     assert f"not {kind}" in results["best_head_model"]

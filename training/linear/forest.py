@@ -43,8 +43,11 @@ def cepstral_extractor(coefficients: int) -> Extractor:
 
 def fit_forest(features: np.ndarray, targets: np.ndarray, trees: int, seed: int) -> RandomForestClassifier:
     """Fit a random forest to features `(N, width)` and targets `(N, K)`, 0 or 1."""
-    is_single = targets.shape[1] > 1 and bool((targets.sum(1) == 1).all())
-    labels = targets.argmax(1) if is_single else targets.astype(int).squeeze(1) if targets.shape[1] == 1 else targets
+    labels = targets.astype(int)
+    if targets.shape[1] == 1:
+        labels = labels[:, 0]
+    elif (targets.sum(1) == 1).all():
+        labels = labels.argmax(1)
     return RandomForestClassifier(trees, random_state=seed).fit(features, labels)
 
 
