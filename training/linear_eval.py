@@ -19,8 +19,8 @@ Kinds of heads in the fast mode, named by `head.kinds`: `linear`; `layers`, line
 `attentive`, learned queries over patch tokens; `prototypes`, the greatest similarity of learned (binary) prototypes to
 a patch token; `knn`, nearest neighbours. `few_shot.shots` adds nearest class means of a few clips, drawn many times.
 `attentive` and `prototypes` read patch tokens, which are cached as float16 for the chosen layers alone. Several heads
-need a choice: by the validation clips, by clips held out, or with `folds` by inner folds. For each test fold, the other
-folds then choose layer, pooling, kind and settings by cross-validation, and the mean over test folds is of these
+need a choice: by the validation clips, by clips held out, or with `folds` by inner folds. The other folds then choose
+layer, pooling, kind and settings for each test fold by cross-validation, and the mean over test folds is of these
 choices. `compare` adds new weights of the same architecture, and MFCCs with a random forest, to the same tables.
 
 Accepts `training.finetune` configurations. Only classes, splits, clip length and architecture are used; published mode
