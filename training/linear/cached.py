@@ -371,7 +371,7 @@ def fit_and_report(
         "best_head_model": no_model or "model/",
         "heads": [row.as_full_row(metric) for row in own.table()],
         "best_heads": [
-            {"encoder": entrant.name} | entrant.chosen(kind).as_full_row(metric)
+            {"encoder": entrant.name, "among": kind or "all kinds"} | entrant.chosen(kind).as_full_row(metric)
             for entrant in entrants
             for kind in (None, *entrant.kinds)
         ],

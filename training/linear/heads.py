@@ -99,7 +99,9 @@ class Head(NamedTuple):
 
     @property
     def columns(self) -> list[int]:
-        """Indices of the poolings along the pooling axis of cached features."""
+        """Indices of the poolings along the pooling axis of cached features. Cepstral statistics are the only one."""
+        if self.kind == "forest":
+            return [0]
         return [FEATURE_POOLINGS.index(name) for name in self.pooling.split("+")]
 
     @property
@@ -189,6 +191,9 @@ class LayerSumHeads(nn.Module):
         std: Standard deviation of the initial weights.
         generator: Random generator for the initial weights.
     """
+
+    mean: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(
         self, features: torch.Tensor, num_classes: int, eps: float, std: float, generator: torch.Generator
