@@ -26,7 +26,7 @@ def cepstral_statistics(frames: torch.Tensor, coefficients: int) -> torch.Tensor
     matrix = create_dct(coefficients, frames.shape[-1], norm="ortho").to(frames.device)
     with torch.autocast(frames.device.type, enabled=False):
         cepstra = (frames.float() @ matrix).transpose(1, 2)
-    changes = compute_deltas(cepstra)
+        changes = compute_deltas(cepstra)
     statistics = [moment for part in (cepstra, changes) for moment in (part.mean(-1), part.std(-1, correction=0))]
     return torch.cat(statistics, dim=1)[:, None, None]
 

@@ -22,12 +22,16 @@ WIDTH, PATCHES, CLASSES = 12, 9, 3
 
 
 def needles(num_clips, seed):
-    """Return tokens `(1, N, PATCHES, WIDTH)` and targets. One patch of a clip has the direction of its class."""
+    """Return tokens `(1, N, PATCHES, WIDTH)` and targets. One patch of a clip has the direction of its class.
+
+    Directions are vectors of signs: a binary prototype is never near to an axis.
+    """
+    directions = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, -1.0, 1.0, -1.0], [1.0, 1.0, -1.0, -1.0]]).repeat(1, 3)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(num_clips, PATCHES, WIDTH, generator=generator)
     classes = torch.arange(num_clips) % CLASSES
     places = torch.randint(PATCHES, (num_clips,), generator=generator)
-    tokens[torch.arange(num_clips), places] += 6 * torch.eye(WIDTH)[classes]
+    tokens[torch.arange(num_clips), places] += 2 * directions[classes]
     return tokens[None], torch.eye(CLASSES)[classes]
 
 
