@@ -99,7 +99,7 @@ def evaluate_cached(config: LinearEvalConfig) -> None:
         check_apart(contenders[0].sets)
     for rival in dict.fromkeys(config.compare):
         if rival == "new_weights":
-            new = freeze_encoder(replace(config, random_weights=True), task, accelerator)
+            new = freeze_encoder(replace(config, random_weights=True, compare=[]), task, accelerator)
             contenders.append(contender_of(f"{name}, new weights", config, new, heads, accelerator))
         else:
             contenders.append(forest_of(config, encoder, accelerator))
