@@ -317,8 +317,8 @@ def heads_of_kind(config: LinearEvalConfig, kind: str, layers: list[int], poolin
         settings = [(("k", k),) for k in dict.fromkeys(config.knn.neighbours)]
     elif kind == "few_shot":
         settings = [(("shots", config.few_shot.shots),)]
-    places = product(["all"] if kind == "layers" else layers, poolings)
-    return [Head(layer, pooling, kind, setting) for layer, pooling in places for setting in settings]
+    places: list[int | str] = ["all"] if kind == "layers" else [*layers]
+    return [Head(*of_head) for of_head in product(places, poolings, [kind], settings)]
 
 
 def fit_contender(config: LinearEvalConfig, contender: Contender, setup: Setup) -> Entrant:

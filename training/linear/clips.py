@@ -44,7 +44,7 @@ class Clips:
 
     def pooled(self, head: Head) -> torch.Tensor:
         """Return the input of a head: float32 `(len(self), width)`, or `(len(self), layers, width)` of all layers."""
-        layer = slice(None) if head.layer == "all" else head.layer
+        layer: Any = slice(None) if head.layer == "all" else head.layer
         parts = [
             # A list beside a slice would move the axes of a single indexing.
             features.pooled[:, layer][..., head.columns, :][rows]

@@ -106,12 +106,12 @@ def write_comparison(
         lines += [line_of(cells_of(entrant, row)) for entrant, row in rows]
     write_text(folder / "heads.md", "\n".join(lines) + "\n")
 
-    rows = [{"encoder": entrant.name} | row.as_full_row(metric) for entrant in entrants for row in entrant.table()]
+    records = [{"encoder": entrant.name} | row.as_full_row(metric) for entrant in entrants for row in entrant.table()]
     text = io.StringIO()
-    writer = csv.DictWriter(text, max(rows, key=len), lineterminator="\n")
+    writer = csv.DictWriter(text, max(records, key=len), lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        writer.writerow({k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()})
+    for record in records:
+        writer.writerow({k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in record.items()})
     write_text(folder / "heads.csv", text.getvalue())
     plot(folder / "heads.png", entrants, metric_name, title)
     return [folder / name for name in COMPARISON_FILES]

@@ -205,8 +205,12 @@ def parts_that_fit(heads: Sequence[Head], num_clips: int, values_per_clip: int) 
 
 def configured(config: HeadConfig, head: Head) -> HeadConfig:
     """Return the settings of a fit with the values of a head's own setting."""
-    names = {"lr": "learning_rate", "wd": "weight_decay"}
-    return replace(config, **{names[name]: value for name, value in head.setting})
+    own = dict(head.setting)
+    return replace(
+        config,
+        learning_rate=own.get("lr", config.learning_rate),
+        weight_decay=own.get("wd", config.weight_decay),
+    )
 
 
 def fit_linear(heads: Sequence[Head], parts: Parts, setup: Setup, description: str) -> list[HeadResult]:

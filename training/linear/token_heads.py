@@ -92,7 +92,7 @@ class PrototypeHeads(nn.Module):
 
         The derivative of a sign is that of the value clipped to [-1, 1] (straight-through estimator).
         """
-        prototypes = self.prototypes
+        prototypes: torch.Tensor = self.prototypes
         if self.binary:
             clipped = prototypes.clamp(-1, 1)
             signs = torch.where(prototypes >= 0, 1.0, -1.0)
