@@ -167,7 +167,7 @@ def plot_entrant(axes: Axes, entrant: Entrant) -> None:
         of_kind = [i for i, head in enumerate(entrant.heads) if head.kind == kind]
         if all(entrant.heads[i].layer == "all" for i in of_kind):
             row = chosen_summary(entrant.rounds, of_kind, entrant.by_round)
-            axes.axhline(row.test, linestyle="--", color="tab:purple", label=KIND_NAMES[kind])
+            axes.axhline(row.test, linestyle="--", color="tab:pink", label=KIND_NAMES[kind])
             continue
         groups = {layer: [i for i in of_kind if entrant.heads[i].layer == layer] for layer in layers}
         rows = {
