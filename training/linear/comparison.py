@@ -106,7 +106,11 @@ def write_comparison(
         lines += [line_of(cells_of(entrant, row)) for entrant, row in rows]
     write_text(folder / "heads.md", "\n".join(lines) + "\n")
 
-    records = [{"encoder": entrant.name} | row.as_full_row(metric) for entrant in entrants for row in entrant.table()]
+    records = [
+        {"encoder": entrant.name} | row.as_full_row(metric) | {"seconds": round(row.cost.seconds, 3)}
+        for entrant in entrants
+        for row in entrant.table()
+    ]
     text = io.StringIO()
     writer = csv.DictWriter(text, max(records, key=len), lineterminator="\n")
     writer.writeheader()

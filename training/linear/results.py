@@ -81,9 +81,12 @@ class HeadSummary(NamedTuple):
         return row
 
     def as_full_row(self, metric: str) -> dict[str, Any]:
-        """Return the row with the head's kind, settings and cost, as in heads.csv and results.json."""
-        names = ("parameters", "flops_per_clip", "cached_bytes_per_clip", "seconds")
-        cost = dict(zip(names, self.cost, strict=True)) | {"seconds": round(self.cost.seconds, 3)}
+        """Return the row of results.json, with kind, settings and cost, but no times, so that runs can be compared."""
+        cost = {
+            "parameters": self.cost.parameters,
+            "flops_per_clip": self.cost.flops,
+            "cached_bytes_per_clip": self.cost.cached_bytes,
+        }
         return {"kind": self.value_of("kind"), "settings": self.value_of("settings")} | self.as_row(metric) | cost
 
 
