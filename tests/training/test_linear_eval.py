@@ -18,9 +18,9 @@ from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForAudioClas
 from training import linear_eval
 from training.arguments import parse, settings
 from training.finetune import FinetuneConfig
-from training.linear import cached
 from training.linear import features as features_module
-from training.linear.config import LinearEvalConfig
+from training.linear import kinds
+from training.linear.config import ALL_POOLINGS, LinearEvalConfig
 from training.linear.features import FEATURE_POOLINGS, read_features
 from training.soundscapes import __main__ as soundscapes
 
@@ -150,9 +150,9 @@ def test_a_head_becomes_a_model_that_the_pipeline_runs(run, scapes, capsys, laye
 def test_a_sweep_over_layers_and_poolings(run, monkeypatch):
     out, results = run(layers="all", poolings="all")
     rows = list(csv.DictReader((out / "sweep.csv").open()))
-    assert len(rows) == (NUM_LAYERS + 1) * (len(FEATURE_POOLINGS) + 1)
+    assert len(rows) == (NUM_LAYERS + 1) * len(ALL_POOLINGS)
     assert {row["layer"] for row in rows} == {"0", "1", "2"}
-    assert {row["pooling"] for row in rows} == {*FEATURE_POOLINGS, "cls+mean"}
+    assert {row["pooling"] for row in rows} == {*FEATURE_POOLINGS, "cls+mean", "max+std"}
     assert (out / "sweep.png").stat().st_size > 10_000
     best = max(rows, key=lambda row: float(row["validation_map"]))
     assert results["best_head"]["layer"] == int(best["layer"])
@@ -169,7 +169,7 @@ def test_a_sweep_over_layers_and_poolings(run, monkeypatch):
 
 def test_a_sweep_in_parts_gives_the_same_heads(run, monkeypatch):
     _, whole = run("whole", layers="0,1", poolings="cls,mean", **{"head.epochs": 2})
-    monkeypatch.setattr(cached, "MAX_BYTES_IN_MEMORY", 1)
+    monkeypatch.setattr(kinds, "MAX_BYTES_IN_MEMORY", 1)
     _, parts = run("parts", layers="0,1", poolings="cls,mean", **{"head.epochs": 2})
     for one, other in zip(whole["heads"], parts["heads"], strict=True):
         assert one["test_map"] == pytest.approx(other["test_map"], abs=1e-4)
@@ -205,6 +205,88 @@ def test_folds_of_clips_with_one_label(run, sounds):
     assert not (out / "model").exists()
     # The same evaluation may write into the same folder again.
     assert run(**settings, **{"head.epochs": 20, "head.batch_size": 8})[1]["heads"] == results["heads"]
+
+
+ALL_KINDS = {
+    "head.kinds": "linear,layers,attentive,prototypes,knn",
+    "head.learning_rates": "1e-3,1e-2",
+    "few_shot.shots": 3,
+    "few_shot.draws": 4,
+    "attentive.epochs": 3,
+    "prototypes.epochs": 3,
+    "knn.neighbours": "1,3",
+    "forest.trees": 5,
+}
+
+
+def test_all_kinds_of_heads_beside_new_weights_and_a_forest(run, sounds, capsys):
+    settings = {"data": sounds, "folds": "fold1,fold2,fold3,fold4", "poolings": "mean,std", "layers": "1,last"}
+    out, results = run(**settings, **ALL_KINDS, compare="new_weights,mfcc_forest", **{"head.epochs": 2})
+    text = capsys.readouterr().out
+    # Layers, poolings and settings: linear 2 * 2 * 2, layers 2 * 2, attentive and prototypes 2 each, knn and few-shot.
+    kinds = [row["kind"] for row in results["heads"]]
+    assert {kind: kinds.count(kind) for kind in kinds} == {
+        "linear": 8, "layers": 4, "attentive": 2, "prototypes": 2, "knn": 8, "few_shot": 4
+    }  # fmt: skip
+    assert all(row["validation_accuracy"] is not None for row in results["heads"])
+    assert all(row["parameters"] > 0 and row["flops_per_clip"] > 0 for row in results["heads"])
+    assert "the test fold has no part in the choice" in results["chosen_by"]
+
+    # Each fold's files are those of the head that is chosen for it.
+    best = results["best_head"]
+    accuracies = [
+        json.loads((out / f"fold{i}" / "results.json").read_text())["metrics"]["accuracy"] for i in range(1, 5)
+    ]
+    assert best["test_accuracy_by_fold"] == pytest.approx(accuracies)
+    assert best["test_accuracy"] == pytest.approx(np.mean(accuracies))
+    encoders = {row["encoder"] for row in results["best_heads"] if row["among"] == "all kinds"}
+    assert len(encoders) == 3
+    assert any(name.endswith("new weights") for name in encoders)
+
+    rows = list(csv.DictReader((out / "heads.csv").open()))
+    assert len(rows) == 2 * 28 + 1
+    (forest,) = (row for row in rows if row["kind"] == "forest")
+    assert float(forest["test_accuracy"]) > 0.8  # tones and noises
+    tables = (out / "heads.md").read_text()
+    for heading in ("## Best head by validation", "## Best head of each kind", "## All heads"):
+        assert heading in tables
+    assert "| MFCC + forest | forest |" in tables
+    assert (out / "heads.png").stat().st_size > 10_000
+    assert "MFCC + forest" in text
+    assert not (out / "sweep.csv").exists()
+    # A single head leaves no tables of an earlier sweep.
+    run(**settings | {"poolings": "mean", "layers": "last"}, **{"head.epochs": 2})
+    assert not (out / "heads.csv").exists()
+
+
+def test_all_kinds_of_heads_with_validation_clips_and_several_labels(run):
+    _, results = run(**ALL_KINDS, poolings="std", compare="mfcc_forest", **{"head.epochs": 2})
+    assert {row["kind"] for row in results["heads"]} == {*ALL_KINDS["head.kinds"].split(","), "few_shot"}
+    assert results["chosen_by"] == "The mean metric on the validation clips chooses the head."
+    best = max((row for row in results["heads"] if row["kind"] != "few_shot"), key=lambda row: row["validation_map"])
+    assert best == results["best_head"]
+    assert results["metrics"]["map"] == pytest.approx(best["test_map"], abs=1e-5)
+    assert "No model was written" in results["best_head_model"]
+    (few,) = (row for row in results["heads"] if row["kind"] == "few_shot")
+    assert few["test_map_spread"] > 0
+    assert few["settings"] == "shots 3"
+
+
+@pytest.mark.parametrize("kind", ["layers", "attentive", "prototypes", "knn"])
+def test_the_files_of_a_single_head_are_those_of_its_kind(run, kind):
+    """The predictions are computed anew from the fitted head, for each kind."""
+    _, results = run(poolings="std", **ALL_KINDS | {"head.kinds": kind, "few_shot.shots": 0, "knn.neighbours": 3})
+    assert results["best_head"]["kind"] == kind
+    assert results["metrics"]["map"] == pytest.approx(results["best_head"]["test_map"], abs=1e-5)
+    assert f"not {kind}" in results["best_head_model"]
+
+
+def test_inner_folds_choose_among_layers(run, sounds):
+    out, results = run(data=sounds, folds="fold1,fold2,fold3", layers="all", poolings="std", **{"head.epochs": 2})
+    rows = list(csv.DictReader((out / "heads.csv").open()))
+    assert len(rows) == NUM_LAYERS + 1
+    assert (out / "sweep.csv").exists()
+    assert all(0 <= row["validation_accuracy"] <= 1 for row in results["heads"])
 
 
 def test_held_out_clips_replace_a_validation_split(run, sounds):
@@ -256,6 +338,18 @@ def test_a_fine_tuned_model_gets_a_new_head(run, tmp_path, scapes):
         ({"layers": "3"}, "layers: '3' is not one of 0 to 2"),
         ({"poolings": "median"}, "poolings: 'median' is not one of cls, mean"),
         ({"mode": "published", "layers": "all"}, "mode=published fits one head"),
+        ({"mode": "published", "head.kinds": "knn"}, "mode=published fits one linear head"),
+        ({"mode": "published", "compare": "mfcc_forest"}, "mode=published fits one linear head"),
+        ({"random_weights": "true", "compare": "new_weights"}, "leave new_weights out of compare"),
+        ({"head.kinds": "linear,mlp"}, "must be some of linear, layers, attentive, prototypes, knn"),
+        ({"head.kinds": "attentive", "token_cache_gib": 1e-6}, "token_cache_gib"),
+        ({"token_cache_gib": 0}, "token_cache_gib=0.0 must be positive"),
+        ({"attentive.queries": 0}, "attentive.queries=0 must be at least 1"),
+        ({"prototypes.learning_rate": 0}, "prototypes.learning_rate=0.0 must be positive"),
+        ({"prototypes.weight_decay": -1}, "prototypes.weight_decay=-1.0 must not be negative"),
+        ({"knn.neighbours": "0,1"}, "knn.neighbours=[0, 1]"),
+        ({"few_shot.draws": 0}, "draws=0 at least 1"),
+        ({"forest.trees": 0}, "trees=0 must be at least 1"),
         ({"mode": "published", "poolings": "max"}, "poolings=max: mode=published has cls"),
         ({"test_split": "nowhere"}, "--test_split null"),
         ({"test_split": "validation", "validation_split": "nowhere"}, "--data.hold_out 0.1"),

@@ -2,12 +2,12 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -17,22 +17,26 @@ from modeling_sslam.common.files import remove, write_text
 from modeling_sslam.onednn_sslam import use_onednn
 from training.classification.classifier import compile_blocks, make_classifier
 from training.classification.task import Task, check_splits, evaluation_data, find_task
-from training.data.config import DataConfig, DataError
-from training.data.labels import LabelSet
+from training.data.config import DataConfig
+from training.data.sources import Source
 from training.evaluation.card import write_results_to_card
 from training.evaluation.facts import card_results
-from training.evaluation.metrics import ProblemType
 from training.evaluation.prediction import Predictions
 from training.evaluation.results import MAIN_METRICS, Evaluation, write_results
-from training.linear.clips import Round, make_rounds
+from training.linear.choice import inner_scores
+from training.linear.clips import Clips, make_rounds
+from training.linear.comparison import Entrant, remove_comparison, write_comparison
 from training.linear.config import ALL_POOLINGS, LinearEvalConfig
 from training.linear.facts import check_results_dir, common_facts, name_of_encoder, protocol_of
-from training.linear.features import FEATURE_POOLINGS, FeatureSet, cached_features
-from training.linear.heads import DEFAULT_LOSS, METRICS, Head, fit_heads, head_logits
+from training.linear.features import FEATURE_POOLINGS, FeatureSet, cached_features, cached_tokens, cached_values
+from training.linear.forest import cepstral_extractor
+from training.linear.heads import TOKEN_KINDS, Head
+from training.linear.kinds import HeadResult, Setup, fit_kinds
 from training.linear.results import (
-    HeadResult,
     HeadSummary,
+    number,
     remove_sweep,
+    spread,
     table_of,
     why_no_model,
     write_model,
@@ -45,8 +49,7 @@ REMEDIES = {
     "validation": " (--data.hold_out 0.1 validates with a tenth of the training clips)",
     "test": " (--test_split null reports on the validation clips)",
 }
-# Limit of features and logits in memory at once. A sweep that needs more is fitted in parts.
-MAX_BYTES_IN_MEMORY = 4 * 2**30
+FOREST = Head(0, "mean and deviation of MFCCs", "forest")
 
 
 class FrozenEncoder(NamedTuple):
@@ -89,18 +92,108 @@ def evaluate_cached(config: LinearEvalConfig) -> None:
     encoder = freeze_encoder(config, task, accelerator)
     model_config = encoder.model.config
     heads = chosen_heads(config, model_config.num_hidden_layers, model_config.classifier_pooling)
-
-    started = time.perf_counter()
-    sets = {part: extract(config, encoder, part, data, accelerator) for part, data in splits_of(config).items()}
+    setup = setup_of(config, encoder)
+    name = short_name_of(config)
+    contenders = [contender_of(name, config, encoder, heads, accelerator)]
     if not config.folds:
-        check_apart(sets)
-    seconds = time.perf_counter() - started
+        check_apart(contenders[0].sets)
+    for rival in dict.fromkeys(config.compare):
+        if rival == "new_weights":
+            new = freeze_encoder(replace(config, random_weights=True, compare=[]), task, accelerator)
+            contenders.append(contender_of(f"{name}, new weights", config, new, heads, accelerator))
+        else:
+            contenders.append(forest_of(config, encoder, accelerator))
     # Heads are small: one device fits them faster than several could share them.
     if accelerator.is_main_process:
         try:
-            fit_and_report(config, encoder, heads, sets, seconds)
+            fit_and_report(config, encoder, contenders, setup)
         except OSError as error:
             raise TrainingError(f"The results cannot be written into {config.output_dir}: {error}") from error
+
+
+class Contender(NamedTuple):
+    """An encoder or a baseline with its features, before its heads are fitted.
+
+    Attributes:
+        name: Name for tables.
+        heads: The heads to fit.
+        sets: The features of each split.
+        seconds: Time to compute or find them.
+    """
+
+    name: str
+    heads: list[Head]
+    sets: dict[str, FeatureSet]
+    seconds: float
+
+
+def short_name_of(config: LinearEvalConfig) -> str:
+    """Return the encoder's name for tables and titles."""
+    return "/".join(Path(name_of_encoder(config)).parts[-2:])
+
+
+def setup_of(config: LinearEvalConfig, encoder: FrozenEncoder) -> Setup:
+    """Return the facts that determine a fit besides the clips."""
+    model = encoder.model
+    return Setup(
+        config,
+        encoder.task.labels,
+        encoder.task.problem_type,
+        model.config.hidden_size,
+        # A fitted head has a norm, even if the model's own head has none.
+        model.config.classifier_norm_eps or 1e-6,
+        model.config.initializer_range,
+        model.device,
+    )
+
+
+def contender_of(
+    name: str, config: LinearEvalConfig, encoder: FrozenEncoder, heads: list[Head], accelerator: Accelerator
+) -> Contender:
+    """Return an encoder with its features of all splits. Call it in every process."""
+    started = time.perf_counter()
+    layers = sorted({layer for head in heads if head.kind in TOKEN_KINDS and isinstance(layer := head.layer, int)})
+
+    def features(source: Source) -> FeatureSet:
+        states, extractor = encoder.model.sslam, encoder.feature_extractor
+        found = cached_features(
+            states,
+            extractor,
+            source,
+            config.cache_dir,
+            accelerator,
+            batch_size=config.batch_size,
+            dtype=config.cache_dtype,
+        )
+        if not layers:
+            return found
+        return cached_tokens(
+            found,
+            states,
+            extractor,
+            source,
+            config.cache_dir,
+            accelerator,
+            layers=layers,
+            batch_size=config.batch_size,
+            max_bytes=config.token_cache_gib * 2**30,
+        )
+
+    sets = extract_splits(config, encoder.task, features)
+    return Contender(name, heads, sets, time.perf_counter() - started)
+
+
+def forest_of(config: LinearEvalConfig, encoder: FrozenEncoder, accelerator: Accelerator) -> Contender:
+    """Return the baseline without an encoder, with its features of all splits. Call it in every process."""
+    started = time.perf_counter()
+    cepstra = cepstral_extractor(config.forest.coefficients)
+
+    def features(source: Source) -> FeatureSet:
+        frames = encoder.feature_extractor
+        return cached_values(cepstra, frames, source, config.cache_dir, accelerator, config.batch_size, "float32")
+
+    sets = extract_splits(config, encoder.task, features)
+    return Contender("MFCC + forest", [FOREST], sets, time.perf_counter() - started)
 
 
 def freeze_encoder(config: LinearEvalConfig, task: Task, accelerator: Accelerator) -> FrozenEncoder:
@@ -135,36 +228,29 @@ def splits_of(config: LinearEvalConfig) -> dict[str, DataConfig]:
     return splits
 
 
-def extract(
-    config: LinearEvalConfig, encoder: FrozenEncoder, part: str, data: DataConfig, accelerator: Accelerator
-) -> FeatureSet:
-    """Return the features of a split, from the cache or newly computed.
+def extract_splits(
+    config: LinearEvalConfig, task: Task, features: Callable[[Source], FeatureSet]
+) -> dict[str, FeatureSet]:
+    """Return the features of all splits, from the cache or newly computed.
 
     Args:
         config: The settings.
-        encoder: The encoder.
-        part: The split's purpose, for the error message.
-        data: The split.
-        accelerator: The processes.
+        task: The task.
+        features: Returns the features of a source.
 
     Raises:
-        TrainingError: If the split cannot be read.
+        TrainingError: If a split cannot be read, or its patch tokens take too much room.
         DataError: If its clips are unusable.
     """
-    try:
-        with logging_redirect_tqdm():
-            return cached_features(
-                encoder.model.sslam,
-                encoder.feature_extractor,
-                encoder.task.source.read_as(data),
-                config.cache_dir,
-                accelerator,
-                batch_size=config.batch_size,
-                dtype=config.cache_dtype,
-            )
-    except (ValueError, FileNotFoundError) as error:
-        where = f"data.source={data.source!r}, split {data.split!r}"
-        raise TrainingError(f"{where}: {error}{REMEDIES.get(part, '')}") from error
+    sets = {}
+    for part, data in splits_of(config).items():
+        try:
+            with logging_redirect_tqdm():
+                sets[part] = features(task.source.read_as(data))
+        except (ValueError, FileNotFoundError) as error:
+            where = f"data.source={data.source!r}, split {data.split!r}"
+            raise TrainingError(f"{where}: {error}{REMEDIES.get(part, '')}") from error
+    return sets
 
 
 def check_apart(sets: dict[str, FeatureSet]) -> None:
@@ -212,48 +298,83 @@ def chosen_heads(config: LinearEvalConfig, last_layer: int, model_pooling: str) 
                 f"poolings: {name!r} is not one of {', '.join(FEATURE_POOLINGS)}, all, nor some of them joined by +."
             )
         poolings += ALL_POOLINGS if name == "all" else [name]
-    heads = [Head(layer, pooling) for layer in dict.fromkeys(layers) for pooling in dict.fromkeys(poolings)]
-    if len(heads) > 1 and config.folds and not config.data.hold_out:
-        raise TrainingError(
-            f"There are {len(heads)} heads and no validation clips to choose by: the test folds must not. Set "
-            "data.hold_out, or a single one of layers and of poolings."
-        )
-    return heads
+    return [
+        head
+        for kind in dict.fromkeys([*config.head.kinds, *(["few_shot"] if config.few_shot.shots else [])])
+        for head in heads_of_kind(config, kind, list(dict.fromkeys(layers)), list(dict.fromkeys(poolings)))
+    ]
+
+
+def heads_of_kind(config: LinearEvalConfig, kind: str, layers: list[int], poolings: list[str]) -> list[Head]:
+    """Return the heads of one kind: one for each layer, pooling and setting that concern the kind."""
+    if kind in TOKEN_KINDS:
+        return [Head(layer, "patches", kind) for layer in layers]
+    settings: list[tuple[tuple[str, float], ...]] = [()]
+    if kind in ("linear", "layers"):
+        grid = {"lr": config.head.learning_rates, "wd": config.head.weight_decays}
+        settings = list(product(*([(name, value) for value in values] for name, values in grid.items() if values)))
+    elif kind == "knn":
+        settings = [(("k", k),) for k in dict.fromkeys(config.knn.neighbours)]
+    elif kind == "few_shot":
+        settings = [(("shots", config.few_shot.shots),)]
+    places: list[int | str] = ["all"] if kind == "layers" else [*layers]
+    return [Head(*of_head) for of_head in product(places, poolings, [kind], settings)]
+
+
+def fit_contender(config: LinearEvalConfig, contender: Contender, setup: Setup) -> Entrant:
+    """Fit and test all heads of an encoder or baseline.
+
+    With folds and no clips held out, each head's validation metric is its mean over the inner folds.
+    """
+    heads, sets = contender.heads, contender.sets
+    rounds = make_rounds(config, sets)
+    by_fold = bool(config.folds) and not config.data.hold_out and len(heads) > 1
+    inner = inner_scores(heads, sets, setup) if by_fold else {}
+    results = []
+    for test, clips in rounds.items():
+        fitted = fit_kinds(heads, clips.train, clips.validation, [clips.test], setup, f"Heads for {test}")
+        if by_fold:
+            fitted = [result._replace(validation=value) for result, value in zip(fitted, inner[test], strict=True)]
+        results.append(fitted)
+    return Entrant(contender.name, heads, results, by_fold)
 
 
 def fit_and_report(
-    config: LinearEvalConfig,
-    encoder: FrozenEncoder,
-    heads: list[Head],
-    sets: dict[str, FeatureSet],
-    extraction_seconds: float,
+    config: LinearEvalConfig, encoder: FrozenEncoder, contenders: list[Contender], setup: Setup
 ) -> None:
     """Fit the heads, test them, write all files and print a summary."""
     labels, problem_type = encoder.task.labels, encoder.task.problem_type
     started = time.perf_counter()
+    entrants = [fit_contender(config, contender, setup) for contender in contenders]
+    own, sets = entrants[0], contenders[0].sets
     rounds = make_rounds(config, sets)
-    results = {
-        test: evaluate_round(config, heads, clips, encoder, f"Heads for {test}") for test, clips in rounds.items()
-    }
-    seconds = {"features": round(extraction_seconds, 2), "heads": round(time.perf_counter() - started, 2)}
+    extraction = sum(contender.seconds for contender in contenders)
+    seconds = {"features": round(extraction, 2), "heads": round(time.perf_counter() - started, 2)}
 
-    table = [HeadSummary.of([part[i] for part in results.values()]) for i in range(len(heads))]
-    # Of equal heads the first is chosen. Without validation there is only one head.
-    chosen = max(range(len(heads)), key=lambda i: table[i].validation or 0.0)
-    best = heads[chosen]
+    best = own.chosen()
+    chosen = {
+        test: next(result for result in results if result.head == head)
+        for test, results, head in zip(rounds, own.rounds, best.heads, strict=True)
+    }
     metric, metric_name = next(iter(MAIN_METRICS[problem_type].items()))
     encoder_name, protocol = name_of_encoder(config), protocol_of(config)
-    short_name = "/".join(Path(encoder_name).parts[-2:])
-    no_model = why_no_model(best, has_folds=bool(config.folds))
+    short_name = short_name_of(config)
+    no_model = why_no_model(best.head, has_folds=bool(config.folds))
     sizes = {test: {name: len(part) for name, part in clips._asdict().items()} for test, clips in rounds.items()}
     facts = common_facts(config) | {
         "num_clips": sizes,
         "num_classes": len(labels),
         "skipped": {name: features.skipped for name, features in sets.items()},
         "metric": metric,
-        "best_head": table[chosen].as_row(metric),
+        "chosen_by": how_chosen(own, config),
+        "best_head": best.as_full_row(metric),
         "best_head_model": no_model or "model/",
-        "heads": [row.as_row(metric) for row in table],
+        "heads": [row.as_full_row(metric) for row in own.table()],
+        "best_heads": [
+            {"encoder": entrant.name, "among": kind or "all kinds"} | entrant.chosen(kind).as_full_row(metric)
+            for entrant in entrants
+            for kind in (None, *entrant.kinds)
+        ],
         "seconds": seconds,
         "features": {name: str(features.folder) for name, features in sets.items()},
     }
@@ -261,19 +382,24 @@ def fit_and_report(
     out, files = config.output_dir, []
     evaluations = {}
     for test, clips in rounds.items():
-        evaluations[test] = evaluate_head(results[test][chosen], clips, encoder)
-        title = f"{short_name}: linear evaluation ({config.mode}), {best}, split {test}"
+        evaluations[test] = evaluate_head(chosen[test], clips.test, encoder)
+        title = f"{short_name}: linear evaluation ({config.mode}), {chosen[test].head}, split {test}"
         files += write_results(out / test if config.folds else out, evaluations[test], title, facts)
     if config.folds:
         write_text(out / "results.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
         files.append(out / "results.json")
+    title = f"{short_name}: linear evaluation ({config.mode})"
     remove_sweep(out)
-    if len(heads) > 1:
-        files += write_sweep(out, table, metric, metric_name, f"{short_name}: linear evaluation ({config.mode})")
+    remove_comparison(out)
+    plain = [row for row in own.table() if row.head.kind == "linear" and not row.head.setting]
+    if len(plain) > 1:
+        files += write_sweep(out, plain, metric, metric_name, title)
+    if len(own.heads) > 1 or len(entrants) > 1:
+        files += write_comparison(out, entrants, metric, metric_name, title, how_chosen(own, config))
     if no_model is not None:
         remove(out / "model")
     else:
-        (result,) = (part[chosen] for part in results.values())
+        (result,) = chosen.values()
         write_model(out / "model", encoder.model, encoder.feature_extractor, result, encoder_name, protocol)
         if config.test_split is not None:
             data = evaluation_data(config.data, config.validation_source, config.test_split)
@@ -281,115 +407,65 @@ def fit_and_report(
             write_results_to_card(out / "model", results_of_card, replaced=set())
         files.append(out / "model")
     counts = ", ".join(" + ".join(f"{n:,}" for n in size.values()) for size in sizes.values())
+    num_heads = sum(len(entrant.heads) for entrant in entrants)
     print(
         f"Linear evaluation of {encoder_name} on {config.data.source}",
         f"  {protocol}",
         f"  AdamW, learning rate {config.head.learning_rate:g}, {config.head.epochs} epochs",
         f"  {len(labels)} classes; clips to train, validate and test with: {counts}",
-        f"  features {seconds['features']} s, {len(heads)} head{'s' * (len(heads) > 1)} {seconds['heads']} s",
-        *table_of(table, metric_name, best),
+        f"  features {seconds['features']} s, {num_heads} head{'s' * (num_heads > 1)} {seconds['heads']} s",
+        *summary_of(entrants, best, metric_name, list(rounds), how_chosen(own, config)),
         *([no_model] if no_model else []),
         *files,
         sep="\n",
     )
 
 
-def norm_eps(config: SSLAMConfig) -> float:
-    """Return the epsilon of the heads' norm. A fitted head has a norm, even if the model's own head has none."""
-    return config.classifier_norm_eps or 1e-6
-
-
-def evaluate_head(result: HeadResult, clips: Round, encoder: FrozenEncoder) -> Evaluation:
-    """Return the full evaluation of a fitted head on the test clips."""
-    test, labels = clips.test, encoder.task.labels
-    logits = head_logits(test.pooled(result.head), result.state, norm_eps(encoder.model.config))
-    targets = labels.encode(test.column("labels"))
-    predictions = Predictions(test.column("ids"), logits.numpy(), targets.numpy(), test.groups())
-    return Evaluation.of(predictions, encoder.task.problem_type, labels.names, test.group_column)
-
-
-def evaluate_round(
-    config: LinearEvalConfig, heads: list[Head], clips: Round, encoder: FrozenEncoder, description: str
-) -> list[HeadResult]:
-    """Fit all heads on the training clips, choose their epochs by the validation clips, and test them.
-
-    Args:
-        config: The settings.
-        heads: The heads.
-        clips: The clips of the round.
-        encoder: The encoder that computed their features.
-        description: Title of the progress bar.
-
-    Raises:
-        TrainingError: If a head's loss is not finite.
-        DataError: If the clips do not have the labels that the task needs.
-    """
-    settings, device = encoder.model.config, encoder.model.device
-    labels, problem_type = encoder.task.labels, encoder.task.problem_type
-    targets = encode_targets(clips, labels, problem_type, device)
-    results = {}
-    for part in parts_that_fit(heads, sum(map(len, clips)), settings.hidden_size + len(labels)):
-        features = [torch.stack([split.pooled(head) for head in part]).to(device) for split in clips]
-        fitted = fit_heads(
-            features[0],
-            targets[0],
-            (features[1], targets[1]) if len(clips.validation) else None,
-            problem_type,
-            config.head,
-            eps=norm_eps(settings),
-            std=settings.initializer_range,
-            loss=config.loss or DEFAULT_LOSS[problem_type],
-            label_smoothing=config.label_smoothing,
-            seed=config.seed,
-            description=description,
+def how_chosen(entrant: Entrant, config: LinearEvalConfig) -> str:
+    """Say in a sentence how the heads of an encoder were chosen."""
+    if entrant.by_round:
+        return (
+            "For each test fold, cross-validation over the other folds chooses the head; the test fold has no part in "
+            "the choice."
         )
-        if not (finite := fitted.losses.isfinite().all(0)).all():
-            raise TrainingError(
-                f"The loss of the head on {part[int(finite.int().argmin())]} is not finite; lower head.learning_rate."
-            )
-        with torch.no_grad():
-            scores = METRICS[problem_type](fitted.heads(features[2]), targets[2]).tolist()
-        for i, head in enumerate(part):
-            state = {name: value.cpu() for name, value in fitted.heads.classifier_state(i).items()}
-            epoch = fitted.best_epochs[i]
-            validation = None if fitted.scores is None else fitted.scores[i]
-            results[head] = HeadResult(head, epoch, fitted.losses[epoch - 1, i].item(), validation, scores[i], state)
-    return [results[head] for head in heads]
+    if entrant.rounds[0][0].validation is None:
+        return "There is one head and no choice."
+    return "The mean metric on the validation clips chooses the head."
 
 
-def encode_targets(
-    clips: Round, labels: LabelSet, problem_type: ProblemType, device: torch.device
-) -> Sequence[torch.Tensor]:
-    """Return the targets of training, validation and test clips: `(N, K)` each.
-
-    Raises:
-        DataError: If none of these clips has a label, or the task needs one label each and they do not have it.
-    """
-    targets = [labels.encode(part.column("labels")).to(device) for part in clips]
-    for name, part in zip(Round._fields, targets, strict=True):
-        if len(part) and not part.any():
-            raise DataError(f"None of the {len(part)} {name} clips has a label.")
-        odd = (part.sum(1) != 1).sum().item()
-        if problem_type == "single_label_classification" and odd:
-            raise DataError(
-                f"{odd} of the {len(part)} {name} clips do not have one label each; is problem_type multi?"
-            )
-    return targets
-
-
-def parts_that_fit(heads: list[Head], num_clips: int, values_per_clip: int) -> list[list[Head]]:
-    """Divide heads into lists of one width each whose features and logits fit into memory together.
+def summary_of(
+    entrants: list[Entrant], best: HeadSummary, metric_name: str, tests: list[str], sentence: str
+) -> list[str]:
+    """Return the printed tables: the heads of the encoder, the choice, and the best of all encoders and kinds.
 
     Args:
-        heads: The heads.
-        num_clips: Number of clips of the round.
-        values_per_clip: Features and logits per clip of a head that reads one pooling.
+        entrants: The encoder and its rivals.
+        best: The chosen head of the encoder.
+        metric_name: Display name of the metric.
+        tests: Name of each round's test split.
+        sentence: How heads were chosen.
     """
-    parts: list[list[Head]] = []
-    for head in sorted(heads, key=lambda head: len(head.columns)):
-        size = (len(parts[-1]) + 1) * num_clips * values_per_clip * len(head.columns) * 4 if parts else 0
-        if parts and len(parts[-1][0].columns) == len(head.columns) and size <= MAX_BYTES_IN_MEMORY:
-            parts[-1].append(head)
-        else:
-            parts.append([head])
-    return parts
+    own = entrants[0]
+    rows = own.table_of_places()
+    marked = None if own.by_round else next(row for row in rows if row.head == best.head)
+    lines = table_of(rows, metric_name, marked)
+    if own.by_round:
+        lines += [f"  {sentence}"]
+        folds = zip(tests, best.heads, best.tests, strict=True)
+        lines += [f"    {test}: {head}, test {value:.4f}" for test, head, value in folds]
+    if len(entrants) > 1 or len(own.kinds) > 1:
+        lines.append(f"  best by validation{'':<34}{'validation':>10}  {'test ' + metric_name:>13}")
+        for entrant in entrants:
+            for kind in [None, *(entrant.kinds if len(entrant.kinds) > 1 else [])]:
+                row = entrant.chosen(kind)
+                name = f"{entrant.name}, {'all kinds' if kind is None else kind}"
+                lines.append(f"    {name:<50}{number(row.validation):>10}  {row.test:>13.4f}{spread(row)}")
+    return lines
+
+
+def evaluate_head(result: HeadResult, test: Clips, encoder: FrozenEncoder) -> Evaluation:
+    """Return the full evaluation of a fitted head on the test clips."""
+    labels = encoder.task.labels
+    targets = labels.encode(test.column("labels"))
+    predictions = Predictions(test.column("ids"), result.predict(test).numpy(), targets.numpy(), test.groups())
+    return Evaluation.of(predictions, encoder.task.problem_type, labels.names, test.group_column)

@@ -43,12 +43,41 @@ class Clips:
         return self.sets[0].group_column
 
     def pooled(self, head: Head) -> torch.Tensor:
-        """Return the input of a head: float32 `(len(self), width)`."""
+        """Return the input of a head: float32 `(len(self), width)`, or `(len(self), layers, width)` of all layers."""
+        layer: Any = slice(None) if head.layer == "all" else head.layer
         parts = [
-            features.pooled[:, head.layer, head.columns][rows]
+            # A list beside a slice would move the axes of a single indexing.
+            features.pooled[:, layer][..., head.columns, :][rows]
             for features, rows in zip(self.sets, self.rows, strict=True)
         ]
-        return torch.from_numpy(np.concatenate(parts).astype(np.float32)).flatten(1)
+        return torch.from_numpy(np.concatenate(parts).astype(np.float32)).flatten(-2)
+
+    @property
+    def token_shape(self) -> tuple[int, int]:
+        """Number of patches and width of a clip's tokens in one layer."""
+        tokens = self.sets[0].tokens
+        if tokens is None:
+            raise ValueError("These clips were read without patch tokens.")
+        return tokens.shape[2], tokens.shape[3]
+
+    def tokens(self, layers: Sequence[int], rows: np.ndarray) -> np.ndarray:
+        """Return patch tokens of some clips: float16 `(len(layers), len(rows), patches, width)`.
+
+        Args:
+            layers: The layers.
+            rows: Numbers of the clips, from 0 to `len(self) - 1`.
+        """
+        result = np.empty((len(layers), len(rows), *self.token_shape), np.float16)
+        first = 0
+        for features, own in zip(self.sets, self.rows, strict=True):
+            here = ((rows >= first) & (rows < first + len(own))).nonzero()[0]
+            if features.tokens is not None and len(here):
+                columns = [features.token_layers.index(layer) for layer in layers]
+                clips = own[rows[here] - first]
+                for i, column in enumerate(columns):
+                    result[i, here] = features.tokens[clips, column]
+            first += len(own)
+        return result
 
 
 class Round(NamedTuple):
@@ -57,6 +86,11 @@ class Round(NamedTuple):
     train: Clips
     validation: Clips
     test: Clips
+
+
+def no_clips(sets: Sequence[FeatureSet]) -> Clips:
+    """Return none of the clips of some splits."""
+    return Clips(sets, lambda id_: False)
 
 
 def make_rounds(config: LinearEvalConfig, sets: dict[str, FeatureSet]) -> dict[str, Round]:

@@ -12,15 +12,25 @@ from training.data.config import LabelledDataConfig
 from training.finetune import FinetuneConfig, FinetuneOptimizerConfig
 from training.linear.features import FEATURE_POOLINGS
 from training.linear.heads import FINAL_LEARNING_RATE, HeadConfig
+from training.linear.options import (
+    AttentiveConfig,
+    FewShotConfig,
+    ForestConfig,
+    NeighbourConfig,
+    PrototypeConfig,
+    Rival,
+)
 from training.run.config import CheckpointConfig, WatchConfig
 from training.run.losses import Loss
 
 PROTOCOLS = {
     "cached": "fast mode (cached): features of the frozen encoder computed once, without augmentation, and linear "
     "heads fitted on them",
+    "cached, kinds": "fast mode (cached): features of the frozen encoder computed once, without augmentation, and "
+    "heads of the kinds {kinds} fitted on them",
     "published": "published mode: features of the frozen encoder computed anew in every epoch, under augmentation",
 }
-ALL_POOLINGS = (*FEATURE_POOLINGS, "cls+mean")
+ALL_POOLINGS = (*FEATURE_POOLINGS, "cls+mean", "max+std")
 
 
 @dataclass(kw_only=True)
@@ -89,6 +99,26 @@ class LinearEvalConfig:
     )
 
     # Cached mode.
+    attentive: AttentiveConfig
+    prototypes: PrototypeConfig
+    knn: NeighbourConfig
+    few_shot: FewShotConfig
+    forest: ForestConfig
+    compare: list[Rival] = field(
+        default_factory=list,
+        metadata={
+            "help": "Rivals to put beside the encoder in the same tables. new_weights: the same architecture with new "
+            "weights and the same heads. mfcc_forest: statistics of cepstral coefficients and a random forest.",
+            "default": "none",
+        },
+    )
+    token_cache_gib: float = field(
+        default=32.0,
+        metadata={
+            "help": "Limit of the cached patch tokens of a split in GiB. Only the kinds attentive and prototypes read "
+            "them, and only the chosen layers are cached."
+        },
+    )
     cache_dir: Path = field(
         default=Path("runs/features"), metadata={"help": "Folder for cached features, shared by all evaluations."}
     )
@@ -119,6 +149,21 @@ class LinearEvalConfig:
         self.finetuning()  # checks the settings that both programs have
         if self.mode == "cached" and self.data.sample_weights is not None:
             raise ValueError("data.sample_weights has no effect on cached features; use mode=published")
+        if self.mode == "published" and (
+            self.head.kinds != ["linear"]
+            or self.compare
+            or self.few_shot.shots
+            or self.head.learning_rates
+            or self.head.weight_decays
+        ):
+            raise ValueError(
+                "mode=published fits one linear head; head.kinds, head.learning_rates, head.weight_decays, compare "
+                "and few_shot are for mode=cached"
+            )
+        if self.random_weights and "new_weights" in self.compare:
+            raise ValueError("random_weights evaluates new weights already; leave new_weights out of compare")
+        if not self.token_cache_gib > 0:
+            raise ValueError(f"token_cache_gib={self.token_cache_gib} must be positive")
         if self.mode == "published" and (self.layers != ["last"] or len(self.poolings or ["cls"]) != 1):
             raise ValueError(
                 "mode=published fits one head, on the last layer; sweeps over layers and poolings are for mode=cached"

@@ -20,6 +20,8 @@ def name_of_encoder(config: LinearEvalConfig) -> str:
 def protocol_of(config: LinearEvalConfig) -> str:
     """Describe the mode in words."""
     start = ", which start from standardised features" if config.mode == "cached" and config.head.standardize else ""
+    if config.mode == "cached" and config.head.kinds != ["linear"]:
+        return PROTOCOLS["cached, kinds"].format(kinds=", ".join(config.head.kinds)) + start
     return PROTOCOLS[config.mode] + start
 
 

@@ -1,4 +1,4 @@
-"""Pooled features of a frozen encoder, computed once and kept in memory-mapped files.
+"""Features of a frozen encoder, computed once and kept in memory-mapped files.
 
     source = open_source(DataConfig("soundscapes", split="train"))
     features = cached_features(encoder, feature_extractor, source, "runs/features", accelerator)
@@ -8,6 +8,10 @@ A split's features are a folder `CACHE/SPLIT-KEY` with `features.npy`, of shape 
 `clips.json` (names, labels and groups of the N clips, sorted by name) and `key.json`, which holds everything that
 determines the features. A changed weight, setting of the feature extractor or data file changes the key. Layer 0 is
 the output of the embeddings, layer i that of block i; classifiers read the last.
+
+Patch tokens are cached in the same way, in a folder of their own, as float16 of shape (N, layers, patches,
+hidden_size) and only for the layers asked for ([`cached_tokens`]). Their size is checked before the first forward
+pass. So are the statistics of cepstral coefficients that the baseline reads ([`training.linear.forest`]).
 
 Every process of a launch writes its clips into a file of its own. The main process merges them in a hidden folder,
 which gets its name once it is complete on disk. Memory holds a batch, never a split.
@@ -19,8 +23,9 @@ import inspect
 import json
 import logging
 import os
+import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
@@ -45,8 +50,9 @@ from training.data.sources import SHARD_SUFFIXES, Source
 
 logger = logging.getLogger(__name__)
 
-# The axis of poolings, in this order: the three of the model's classifier, and the maximum over the patches.
-FEATURE_POOLINGS = ("cls", "mean", "lin_softmax", "max")
+# The axis of poolings, in this order: the three of the model's classifier, the maximum over the patches and their
+# standard deviation.
+FEATURE_POOLINGS = ("cls", "mean", "lin_softmax", "max", "std")
 # Version of the files. A new number invalidates all cached features.
 CACHE_FORMAT = 1
 # Settings of the model that do not concern the encoder.
@@ -67,6 +73,9 @@ class FeatureSet(NamedTuple):
         groups: Its values, or `None`.
         skipped: Number of unusable clips, which have no features, by reason.
         pooled: Memory-mapped, `(N, 1 + layers, poolings, hidden_size)`, poolings as in [`FEATURE_POOLINGS`].
+        tokens: Memory-mapped patch tokens, float16 `(N, len(token_layers), patches, hidden_size)`; `None` if no head
+            reads them.
+        token_layers: The layers of `tokens`.
     """
 
     folder: Path
@@ -76,6 +85,24 @@ class FeatureSet(NamedTuple):
     groups: list[Any] | None
     skipped: dict[str, int]
     pooled: np.ndarray
+    tokens: np.ndarray | None = None
+    token_layers: Sequence[int] = ()
+
+
+class Extractor(NamedTuple):
+    """A function of log-mel frames whose values are cached.
+
+    Attributes:
+        key: Everything besides the data and the feature extractor that determines the values, as plain values.
+        shape: Shape of a clip's values.
+        compute: Computes values `(B, *shape)` of `input_values` `(B, T, F)`.
+        name: Title of the progress bar.
+    """
+
+    key: dict[str, Any]
+    shape: tuple[int, ...]
+    compute: Callable[[torch.Tensor], torch.Tensor]
+    name: str
 
 
 def pooled_states(encoder: SSLAMModel, input_values: torch.Tensor) -> torch.Tensor:
@@ -83,8 +110,16 @@ def pooled_states(encoder: SSLAMModel, input_values: torch.Tensor) -> torch.Tens
     layers = []
     for states in encoder(input_values, output_hidden_states=True, return_dict=True).hidden_states:
         cls, patches = states[:, 0].float(), states[:, 1:].float()
-        layers.append(torch.stack((cls, patches.mean(1), linear_softmax_pooling(patches), patches.amax(1)), dim=1))
+        deviation = patches.std(1, correction=0)
+        pooled = (cls, patches.mean(1), linear_softmax_pooling(patches), patches.amax(1), deviation)
+        layers.append(torch.stack(pooled, dim=1))
     return torch.stack(layers, dim=1)
+
+
+def patch_tokens(encoder: SSLAMModel, input_values: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
+    """Return some layers' patch tokens: `(B, T, F)` to float32 `(B, len(layers), patches, hidden_size)`."""
+    states = encoder(input_values, output_hidden_states=True, return_dict=True).hidden_states
+    return torch.stack([states[layer][:, 1:].float() for layer in layers], dim=1)
 
 
 def cached_features(
@@ -114,6 +149,97 @@ def cached_features(
         DataError: If a clip has features that are not finite, two clips share a name, there are no clips, or too many
             are unusable.
     """
+    shape = (encoder.config.num_hidden_layers + 1, len(FEATURE_POOLINGS), encoder.config.hidden_size)
+    key = {"poolings": FEATURE_POOLINGS, **encoder_key(encoder)}
+    extractor = Extractor(key, shape, lambda frames: pooled_states(encoder, frames), "Features")
+    return cached_values(extractor, feature_extractor, source, cache_dir, accelerator, batch_size, dtype)
+
+
+def cached_tokens(
+    features: FeatureSet,
+    encoder: SSLAMModel,
+    feature_extractor: SSLAMFeatureExtractor,
+    source: Source,
+    cache_dir: str | Path,
+    accelerator: Accelerator,
+    *,
+    layers: Sequence[int],
+    batch_size: int = 32,
+    max_bytes: float,
+) -> FeatureSet:
+    """Add the patch tokens of some layers to a split's features. Call it in every process.
+
+    Args:
+        features: The split's pooled features.
+        encoder: The encoder, as for [`cached_features`].
+        feature_extractor: Computes the log-mel frames.
+        source: The split, read with labels.
+        cache_dir: Folder of the cache.
+        accelerator: The processes.
+        layers: The layers.
+        batch_size: Clips per forward pass.
+        max_bytes: Limit of the tokens' size.
+
+    Raises:
+        ValueError: If the tokens would exceed `max_bytes` or the free space of the disk.
+        DataError: See [`cached_features`].
+    """
+    config = encoder.config
+    frames = torch.zeros(1, feature_extractor.max_length, config.num_mel_bins, device=encoder.device)
+    with torch.inference_mode():
+        shape = tuple(patch_tokens(encoder, frames, layers).shape[1:])
+    check_room(len(features.ids), shape, Path(cache_dir), max_bytes)
+    extractor = Extractor(
+        {"tokens": list(layers), **encoder_key(encoder)},
+        shape,
+        lambda frames: patch_tokens(encoder, frames, layers),
+        "Patch tokens",
+    )
+    found = cached_values(extractor, feature_extractor, source, cache_dir, accelerator, batch_size, "float16")
+    return features._replace(tokens=found.pooled, token_layers=tuple(layers))
+
+
+def check_room(num_clips: int, shape: Sequence[int], cache_dir: Path, max_bytes: float) -> None:
+    """Check that float16 patch tokens fit into a limit and on the disk.
+
+    Args:
+        num_clips: Number of clips.
+        shape: Shape of a clip's tokens: layers, patches, hidden_size.
+        cache_dir: Folder of the cache.
+        max_bytes: The limit.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    size = 2 * num_clips * int(np.prod(shape))
+    what = f"The patch tokens of {num_clips} clips ({shape[0]} layers, {shape[1]} patches, width {shape[2]})"
+    if size > max_bytes:
+        raise ValueError(
+            f"{what} take {size / 2**30:.2f} GiB, more than token_cache_gib={max_bytes / 2**30:g}. Raise it, name "
+            "fewer layers, or leave attentive and prototypes out of head.kinds."
+        )
+    place = next(path for path in (cache_dir.absolute(), *cache_dir.absolute().parents) if path.exists())
+    # The processes' parts and the merged file exist at the same time.
+    if 2 * size > (free := shutil.disk_usage(place).free):
+        raise ValueError(
+            f"{what} need {2 * size / 2**30:.2f} GiB while they are written, and {place} has {free / 2**30:.2f} GiB "
+            "free. Name another cache_dir, fewer layers, or leave attentive and prototypes out of head.kinds."
+        )
+
+
+def cached_values(
+    extractor: Extractor,
+    feature_extractor: SSLAMFeatureExtractor,
+    source: Source,
+    cache_dir: str | Path,
+    accelerator: Accelerator,
+    batch_size: int,
+    dtype: Literal["float32", "float16"],
+) -> FeatureSet:
+    """Return an extractor's values of one split as `pooled`, from the cache or newly computed.
+
+    See [`cached_features`] for the arguments.
+    """
     source = source.read_as(dataclasses.replace(source.config, crop="head", shuffle_buffer=0))
     data = source.config
     cache_dir = Path(cache_dir)
@@ -122,7 +248,7 @@ def cached_features(
     try:
         if accelerator.is_main_process:
             key = json.dumps(
-                cache_key(encoder, feature_extractor, source, accelerator.mixed_precision, dtype), indent=1
+                cache_key(extractor, feature_extractor, source, accelerator.mixed_precision, dtype), indent=1
             )
             digest = blake2b(key.encode(), digest_size=8).hexdigest()
             folder = cache_dir / f"{data.split.replace('/', '_')}-{digest}"
@@ -139,14 +265,14 @@ def cached_features(
                 temporary.mkdir()
                 (temporary / "key.json").write_text(key)
             accelerator.wait_for_everyone()
-            _write_part(temporary, encoder, feature_extractor, source, accelerator, batch_size, dtype)
+            _write_part(temporary, extractor, feature_extractor, source, accelerator, batch_size, dtype)
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 _merge_parts(temporary, accelerator.num_processes, data.source)
                 publish(temporary, folder)
             accelerator.wait_for_everyone()
         elif accelerator.is_main_process:
-            logger.info("Features of %s %s: found in %s", data.source, data.split, folder)
+            logger.info("%s of %s %s: found in %s", extractor.name, data.source, data.split, folder)
     finally:
         if lock is not None:
             if temporary is not None:
@@ -177,17 +303,23 @@ def read_features(folder: Path) -> FeatureSet:
     return FeatureSet(folder, pooled=pooled, **clips)
 
 
-def cache_key(
-    encoder: SSLAMModel, feature_extractor: SSLAMFeatureExtractor, source: Source, precision: str, dtype: str
-) -> dict[str, Any]:
-    """Return everything that determines the features of a split, as plain values."""
+def encoder_key(encoder: SSLAMModel) -> dict[str, Any]:
+    """Return everything that determines an encoder's states, as plain values."""
     architecture = inspect.get_annotations(SSLAMConfig).keys() - HEAD_SETTINGS
+    return {
+        "weights": weights_digest(encoder),
+        "model": {name: getattr(encoder.config, name) for name in sorted(architecture)},
+    }
+
+
+def cache_key(
+    extractor: Extractor, feature_extractor: SSLAMFeatureExtractor, source: Source, precision: str, dtype: str
+) -> dict[str, Any]:
+    """Return everything that determines the values of a split, as plain values."""
     columns = ("config_name", "split", "audio_column", "id_column", "label_column", "group_column")
     return {
         "format": CACHE_FORMAT,
-        "poolings": FEATURE_POOLINGS,
-        "weights": weights_digest(encoder),
-        "model": {name: getattr(encoder.config, name) for name in sorted(architecture)},
+        **extractor.key,
         "feature_extractor": feature_extractor.to_dict(),
         "data": {name: getattr(source.config, name) for name in columns} | {"content": data_digest(source)},
         "precision": precision,
@@ -250,7 +382,7 @@ def _files(path: Path, source: Source) -> Iterator[tuple[str, Path]]:
 @torch.inference_mode()
 def _write_part(
     folder: Path,
-    encoder: SSLAMModel,
+    extractor: Extractor,
     feature_extractor: SSLAMFeatureExtractor,
     source: Source,
     accelerator: Accelerator,
@@ -268,15 +400,15 @@ def _write_part(
         repeat=False,
     )
     clips: dict[str, list[Any]] = {"ids": [], "labels": [], "groups": []}
-    shape = (encoder.config.num_hidden_layers + 1, len(FEATURE_POOLINGS), encoder.config.hidden_size)
-    bar = tqdm(desc=f"Features of {source.config.split}", unit="clip", disable=not accelerator.is_local_main_process)
+    title = f"{extractor.name} of {source.config.split}"
+    bar = tqdm(desc=title, unit="clip", disable=not accelerator.is_local_main_process)
     part = folder / f"part-{accelerator.process_index:05d}"
     with bar, open(part.with_suffix(".bin"), "wb") as file:
         for batch in loader:
             with accelerator.autocast():
-                pooled = pooled_states(encoder, loader.input_values(batch, accelerator.device))
-            rows = pooled.cpu().numpy().astype(dtype)
-            if not (finite := np.isfinite(rows).all(axis=(1, 2, 3))).all():
+                values = extractor.compute(loader.input_values(batch, accelerator.device))
+            rows = values.cpu().numpy().astype(dtype)
+            if not (finite := np.isfinite(rows).reshape(len(rows), -1).all(axis=1)).all():
                 names = [id_ for id_, good in zip(batch["ids"], finite, strict=True) if not good]
                 raise DataError(
                     f"The features of clips {', '.join(names)} are not finite as {dtype}. Either the model's "
@@ -287,7 +419,7 @@ def _write_part(
             clips["labels"] += batch["labels"]
             clips["groups"] += batch.get("groups", [None] * len(rows))
             bar.update(len(rows) * accelerator.num_processes)
-    facts = {"shape": shape, "dtype": dtype, "skipped": loader.skipped, "group_column": source.columns.group}
+    facts = {"shape": extractor.shape, "dtype": dtype, "skipped": loader.skipped, "group_column": source.columns.group}
     content = facts | clips
     part.with_suffix(".json").write_text(json.dumps(content), encoding="utf-8")
 
@@ -334,4 +466,15 @@ def _merge_parts(folder: Path, num_parts: int, source: str) -> None:
         part.with_suffix(".json").unlink()
 
 
-__all__ = ["FEATURE_POOLINGS", "FeatureSet", "cache_key", "cached_features", "pooled_states", "read_features"]
+__all__ = [
+    "FEATURE_POOLINGS",
+    "Extractor",
+    "FeatureSet",
+    "cache_key",
+    "cached_features",
+    "cached_tokens",
+    "cached_values",
+    "patch_tokens",
+    "pooled_states",
+    "read_features",
+]

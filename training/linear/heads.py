@@ -8,7 +8,7 @@ ends exactly as it would on its own.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from training.linear.features import FEATURE_POOLINGS
 from training.run.losses import Loss, loss_sum, loss_weight
 from training.run.optimization import OptimizerConfig, learning_rate
 
+# The first reads pooled features of one layer, the second those of all layers, and two read patch tokens.
+KINDS = ("linear", "layers", "attentive", "prototypes", "knn")
+TOKEN_KINDS = ("attentive", "prototypes")
 # As in the published linear evaluation.
 FINAL_LEARNING_RATE = 1e-6
 # A feature with a smaller deviation after LayerNorm is constant up to rounding, such as the embedded CLS token.
@@ -29,7 +32,27 @@ LEAST_DEVIATION = 1e-4
 class HeadConfig:
     """Fitting of a head: AdamW with a cosine schedule that ends at 1e-6, without warm-up, as published."""
 
+    kinds: list[str] = field(
+        default_factory=lambda: ["linear"],
+        metadata={
+            "help": "Kinds of heads to fit in the fast mode. linear: on pooled features. layers: linear, on a "
+            "weighted sum of all layers' pooled features. attentive: learned queries over patch tokens. prototypes: "
+            "greatest similarity of learned prototypes to a patch token. knn: nearest neighbours by pooled features.",
+            "default": "linear",
+        },
+    )
     learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the first update."})
+    learning_rates: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "Learning rates to choose from by validation, in the fast mode, for the kinds linear and layers.",
+            "default": "learning_rate alone",
+        },
+    )
+    weight_decays: list[float] = field(
+        default_factory=list,
+        metadata={"help": "Weight decays to choose from in the same way.", "default": "weight_decay alone"},
+    )
     epochs: int = field(default=50, metadata={"help": "Passes over the training clips."})
     batch_size: int = field(default=48, metadata={"help": "Clips per update in the fast mode."})
     betas: tuple[float, float] = field(default=(0.9, 0.95), metadata={"help": "AdamW's betas."})
@@ -50,26 +73,48 @@ class HeadConfig:
             raise ValueError(f"learning_rate={self.learning_rate} must be positive")
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay={self.weight_decay} must not be negative")
+        if not all(rate > 0 for rate in self.learning_rates):
+            raise ValueError(f"learning_rates={self.learning_rates} must be positive")
+        if not all(decay >= 0 for decay in self.weight_decays):
+            raise ValueError(f"weight_decays={self.weight_decays} must not be negative")
+        if not self.kinds or not set(self.kinds) <= set(KINDS):
+            raise ValueError(f"kinds={self.kinds} must be some of {', '.join(KINDS)}")
 
 
 class Head(NamedTuple):
-    """The features that a head reads.
+    """A head: the features that it reads, its kind and its settings.
 
     Attributes:
-        layer: 0 for the output of the embeddings, i for the output of block i.
-        pooling: One of [`training.linear.features.FEATURE_POOLINGS`], or several joined by +.
+        layer: 0 for the output of the embeddings, i for the output of block i, or "all".
+        pooling: One of [`training.linear.features.FEATURE_POOLINGS`], or several joined by +. "patches" for a head on
+            patch tokens.
+        kind: One of [`KINDS`], "few_shot" or "forest".
+        setting: Names and values of the settings that distinguish it from other heads on the same features.
     """
 
-    layer: int
+    layer: int | str
     pooling: str
+    kind: str = "linear"
+    setting: tuple[tuple[str, float], ...] = ()
 
     @property
     def columns(self) -> list[int]:
-        """Indices of the poolings along the pooling axis of cached features."""
+        """Indices of the poolings along the pooling axis of cached features. Cepstral statistics are the only one."""
+        if self.kind == "forest":
+            return [0]
         return [FEATURE_POOLINGS.index(name) for name in self.pooling.split("+")]
 
+    @property
+    def settings(self) -> str:
+        """The settings as text."""
+        return ", ".join(f"{name} {value:g}" for name, value in self.setting)
+
     def __str__(self) -> str:
-        return f"layer {self.layer}, {self.pooling}"
+        if self.kind == "forest":
+            return "MFCC and random forest"
+        where = f"layer {self.layer}, {self.pooling}" if self.layer != "all" else f"all layers, {self.pooling}"
+        kind = [] if self.kind == "linear" else [self.kind]
+        return ", ".join([where, *kind, *([self.settings] if self.setting else [])])
 
 
 class LinearHeads(nn.Module):
@@ -133,6 +178,84 @@ def head_logits(features: torch.Tensor, state: dict[str, torch.Tensor], eps: flo
     return nn.functional.linear(normalised, state["dense.weight"], state["dense.bias"])
 
 
+class LayerSumHeads(nn.Module):
+    """H linear heads, each on a weighted sum of all layers' features. Softmax keeps the weights positive with sum 1.
+
+    The features of a layer are standardised by fixed means and deviations, so that the weights compare layers at one
+    scale.
+
+    Args:
+        features: Features of the training clips, `(H, N, layers, width)`.
+        num_classes: Number of classes K.
+        eps: Epsilon of the LayerNorm.
+        std: Standard deviation of the initial weights.
+        generator: Random generator for the initial weights.
+    """
+
+    mean: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(
+        self, features: torch.Tensor, num_classes: int, eps: float, std: float, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        num_heads, _, num_layers, width = features.shape
+        deviation, mean = torch.std_mean(features, dim=1, keepdim=True, correction=0)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("scale", 1 / deviation.clamp(min=LEAST_DEVIATION), persistent=False)
+        self.gate = nn.Parameter(torch.zeros(num_heads, num_layers, 1, device=features.device))
+        self.linear = LinearHeads(num_heads, width, num_classes, eps, std, generator).to(features.device)
+
+    def layer_weights(self) -> torch.Tensor:
+        """Return the weights of the layers, `(H, layers)`."""
+        return self.gate.softmax(1)[..., 0]
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Compute logits `(H, B, K)` of features `(H, B, layers, width)`."""
+        standard = (features - self.mean) * self.scale
+        return self.linear((standard * self.gate.softmax(1)[:, None]).sum(2))
+
+
+class Inputs(Protocol):
+    """The input of H heads for N clips."""
+
+    @property
+    def rows_at_once(self) -> int:
+        """Number of clips to evaluate at once."""
+
+    def __len__(self) -> int:
+        """Return N."""
+
+    def take(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the input of some clips, `(H, B, ...)`."""
+
+
+class InMemory(NamedTuple):
+    """Inputs held as one tensor `(H, N, ...)`."""
+
+    values: torch.Tensor
+
+    @property
+    def rows_at_once(self) -> int:
+        """See [`Inputs.rows_at_once`]."""
+        return max(1, self.values.shape[1])
+
+    def __len__(self) -> int:
+        return self.values.shape[1]
+
+    def take(self, rows: torch.Tensor) -> torch.Tensor:
+        """See [`Inputs.take`]."""
+        return self.values[:, rows.to(self.values.device)]
+
+
+def logits_of(heads: nn.Module, inputs: Inputs) -> torch.Tensor:
+    """Compute the logits `(H, N, K)` of all clips, without gradients."""
+    with torch.no_grad():
+        return torch.cat(
+            [heads(inputs.take(rows)) for rows in torch.arange(len(inputs)).split(inputs.rows_at_once)], dim=1
+        )
+
+
 class FittedHeads(NamedTuple):
     """Result of [`fit_heads`].
 
@@ -143,7 +266,7 @@ class FittedHeads(NamedTuple):
         losses: Mean training loss of each epoch, float32 of shape `(epochs, H)`.
     """
 
-    heads: LinearHeads
+    heads: nn.Module
     best_epochs: list[int]
     scores: list[float] | None
     losses: torch.Tensor
@@ -234,43 +357,85 @@ def fit_heads(
         seed: Determines the initial weights and the order of the clips.
         description: Label of the progress bar.
     """
-    num_heads, num_clips, width = features.shape
+    num_heads, _, width = features.shape
     # Weights and order are drawn on the CPU, so that they are the same on every device.
     generator = torch.Generator().manual_seed(seed)
     heads = LinearHeads(num_heads, width, targets.shape[1], eps, std, generator).to(features.device)
     if config.standardize:
         heads.standardize(features)
+    return train_heads(
+        heads,
+        InMemory(features),
+        targets,
+        None if validation is None else (InMemory(validation[0]), validation[1]),
+        problem_type,
+        config,
+        generator=generator,
+        loss=loss,
+        label_smoothing=label_smoothing,
+        description=description,
+    )
+
+
+def train_heads(
+    heads: nn.Module,
+    inputs: Inputs,
+    targets: torch.Tensor,
+    validation: tuple[Inputs, torch.Tensor] | None,
+    problem_type: ProblemType,
+    config: HeadConfig,
+    *,
+    generator: torch.Generator,
+    loss: Loss,
+    label_smoothing: float,
+    description: str,
+) -> FittedHeads:
+    """Train H heads with one optimiser. The first axis of each parameter is that of the heads.
+
+    Args:
+        heads: Computes logits `(H, B, K)` of the inputs.
+        inputs: Inputs of the N training clips.
+        targets: Targets of shape `(N, K)`, 0 or 1, on the device of the heads.
+        validation: Inputs and targets of other clips, as for [`fit_heads`].
+        problem_type: Selects the validation metric.
+        config: Settings of the fit.
+        generator: Determines the order of the clips.
+        loss: Name of the loss.
+        label_smoothing: Share of a target that is spread over all classes.
+        description: Label of the progress bar.
+    """
+    num_heads, num_clips, device = next(heads.parameters()).shape[0], len(inputs), targets.device
     optimizer = torch.optim.AdamW(
         heads.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
     )
     max_updates = config.epochs * math.ceil(num_clips / config.batch_size)
     schedule = OptimizerConfig(config.learning_rate, warmup_updates=0, final_learning_rate=FINAL_LEARNING_RATE)
     best = {name: parameter.detach().clone() for name, parameter in heads.named_parameters()}
-    best_scores = torch.full((num_heads,), -torch.inf, device=features.device)
+    best_scores = torch.full((num_heads,), -torch.inf, device=device)
     best_epochs = torch.full((num_heads,), config.epochs)
     losses = torch.zeros(config.epochs, num_heads)
     update = 0
     for epoch in tqdm(range(config.epochs), desc=description, unit="epoch", leave=False):
-        total = torch.zeros(num_heads, device=features.device)
+        total = torch.zeros(num_heads, device=device)
         for rows in torch.randperm(num_clips, generator=generator).split(config.batch_size):
-            rows = rows.to(features.device)
+            rows = rows.to(device)
             update += 1
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(update, schedule, max_updates)
-            values = head_losses(heads(features[:, rows]), targets[rows], loss, label_smoothing)
+            values = head_losses(heads(inputs.take(rows)), targets[rows], loss, label_smoothing)
             optimizer.zero_grad()
             values.sum().backward()
             optimizer.step()
             total += values.detach() * len(rows)
         losses[epoch] = (total / num_clips).cpu()
         if validation is not None:
-            with torch.no_grad():
-                scores = METRICS[problem_type](heads(validation[0]), validation[1])
+            scores = METRICS[problem_type](logits_of(heads, validation[0]), validation[1])
             better = scores > best_scores
             best_scores = torch.where(better, scores, best_scores)
             best_epochs[better.cpu()] = epoch + 1
             for name, parameter in heads.named_parameters():
-                best[name] = torch.where(better[:, None, None], parameter.detach(), best[name])
+                of_head = better.view(-1, *[1] * (parameter.ndim - 1))
+                best[name] = torch.where(of_head, parameter.detach(), best[name])
     if validation is not None:
         heads.load_state_dict(best)
     return FittedHeads(heads, best_epochs.tolist(), best_scores.tolist() if validation is not None else None, losses)

@@ -1,4 +1,4 @@
-"""Results of linear heads: a table, a plot of a sweep over layers and poolings, and the best head as a model."""
+"""Results of heads: summaries, the files of a sweep over layers and poolings, and the best head as a model."""
 
 import copy
 import csv
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 
 from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, SSLAMPreTrainedModel
@@ -16,48 +15,37 @@ from modeling_sslam.common.files import replacing, write_errors, write_text
 from modeling_sslam.common.model_card import render_card
 from modeling_sslam.configuration_sslam import POOLINGS as MODEL_POOLINGS
 from training.linear.heads import Head
+from training.linear.kinds import Cost, HeadResult
 
 SWEEP_FILES = ("sweep.csv", "sweep.png")
 
 
-class HeadResult(NamedTuple):
-    """A fitted head and its metric.
-
-    Attributes:
-        head: Features that the head reads.
-        best_epoch: Epoch of its weights, counted from 1.
-        loss: Mean training loss of that epoch.
-        validation: Metric on the validation clips; `None` if there are none.
-        test: Metric on the test clips.
-        state: State dict of the head as an `SSLAMClassifier`.
-    """
-
-    head: Head
-    best_epoch: int
-    loss: float
-    validation: float | None
-    test: float
-    state: dict[str, torch.Tensor]
-
-
 class HeadSummary(NamedTuple):
-    """Results of a head over all folds, or of one fit.
+    """Results of a head over all folds, or of one fit. A choice may be another head in each fold.
 
     Attributes:
-        head: Features that the head reads.
+        heads: The head of each fold.
         best_epochs: Best epoch of each fold.
         validation: Mean validation metric; `None` if there are no validation clips.
         test: Mean test metric.
-        test_spread: Standard deviation (n - 1) of the test metric over folds; `None` for one fit.
+        test_spread: Standard deviation (n - 1) of the test metric over folds; `None` for one fit. Of a few-shot head
+            with one fit, that over draws.
         tests: Test metric of each fold.
+        cost: The cost of the first fold's head. The time is the sum over folds.
     """
 
-    head: Head
-    best_epochs: list[int]
+    heads: list[Head]
+    best_epochs: list[int | None]
     validation: float | None
     test: float
     test_spread: float | None
     tests: list[float]
+    cost: Cost
+
+    @property
+    def head(self) -> Head:
+        """The head of the first fold."""
+        return self.heads[0]
 
     @classmethod
     def of(cls, results: Sequence[HeadResult]) -> "HeadSummary":
@@ -65,19 +53,25 @@ class HeadSummary(NamedTuple):
         tests = [result.test for result in results]
         validations = [result.validation for result in results if result.validation is not None]
         return cls(
-            results[0].head,
+            [result.head for result in results],
             [result.best_epoch for result in results],
             float(np.mean(validations)) if len(validations) == len(results) else None,
             float(np.mean(tests)),
-            float(np.std(tests, ddof=1)) if len(tests) > 1 else None,
+            float(np.std(tests, ddof=1)) if len(tests) > 1 else results[0].spread,
             tests,
+            results[0].cost._replace(seconds=sum(result.cost.seconds for result in results)),
         )
+
+    def value_of(self, name: str) -> Any:
+        """Return an attribute of the head, or the values by fold if they differ."""
+        values = [getattr(head, name) for head in self.heads]
+        return values[0] if len(set(values)) == 1 else values
 
     def as_row(self, metric: str) -> dict[str, Any]:
         """Return a row of sweep.csv and results.json, with `metric` in the names of the columns."""
         row: dict[str, Any] = {
-            "layer": self.head.layer,
-            "pooling": self.head.pooling,
+            "layer": self.value_of("layer"),
+            "pooling": self.value_of("pooling"),
             "best_epochs": self.best_epochs,
             f"validation_{metric}": self.validation,
             f"test_{metric}": self.test,
@@ -86,22 +80,50 @@ class HeadSummary(NamedTuple):
             row |= {f"test_{metric}_spread": self.test_spread, f"test_{metric}_by_fold": self.tests}
         return row
 
+    def as_full_row(self, metric: str) -> dict[str, Any]:
+        """Return the row of results.json, with kind, settings and cost, but no times, so that runs can be compared."""
+        cost = {
+            "parameters": self.cost.parameters,
+            "flops_per_clip": self.cost.flops,
+            "cached_bytes_per_clip": self.cost.cached_bytes,
+        }
+        return {"kind": self.value_of("kind"), "settings": self.value_of("settings")} | self.as_row(metric) | cost
 
-def table_of(table: Sequence[HeadSummary], metric_name: str, best: Head) -> list[str]:
+
+def table_of(table: Sequence[HeadSummary], metric_name: str, best: HeadSummary | None) -> list[str]:
     """Return the summaries as lines of text, a header first.
 
     Args:
         table: Summary of each head.
         metric_name: Display name of the metric.
-        best: Head with the best validation metric.
+        best: The row to mark as the best by validation, if one head was chosen for all folds.
     """
-    lines = [f"  {'layer':>5}  {'pooling':<15}{'validation':>10}  {'test ' + metric_name:>13}"]
-    for row in table:
-        validation = "-" if row.validation is None else f"{row.validation:.4f}"
-        spread = "" if row.test_spread is None else f" ± {row.test_spread:.4f}"
-        mark = "  best by validation" if row.head == best and len(table) > 1 else ""
-        lines.append(f"  {row.head.layer:>5}  {row.head.pooling:<15}{validation:>10}  {row.test:>13.4f}{spread}{mark}")
+    names = [name_of(row) for row in table]
+    width = max(15, *(len(name) + 1 for name in names))
+    lines = [f"  {'layer':>5}  {'pooling':<{width}}{'validation':>10}  {'test ' + metric_name:>13}"]
+    for row, name in zip(table, names, strict=True):
+        mark = "  best by validation" if row is best and len(table) > 1 else ""
+        figures = f"{number(row.validation):>10}  {row.test:>13.4f}{spread(row)}{mark}"
+        layer = row.value_of("layer")
+        lines.append(f"  {'' if isinstance(layer, list) else layer:>5}  {name:<{width}}{figures}")
     return lines
+
+
+def name_of(row: HeadSummary) -> str:
+    """Return pooling, kind and settings of a row as text; settings that differ between folds are left out."""
+    pooling, kind, settings = (row.value_of(name) for name in ("pooling", "kind", "settings"))
+    words = [text for text in (pooling, "" if kind == "linear" else kind, settings) if text]
+    return ", ".join(text for text in words if not isinstance(text, list))
+
+
+def number(value: float | None) -> str:
+    """Return a metric as text; a dash if there is none."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def spread(row: HeadSummary) -> str:
+    """Return the standard deviation of the test metric as text, if there is one."""
+    return "" if row.test_spread is None else f" ± {row.test_spread:.4f}"
 
 
 def write_sweep(folder: Path, table: Sequence[HeadSummary], metric: str, metric_name: str, title: str) -> list[Path]:
@@ -161,6 +183,8 @@ def why_no_model(head: Head, has_folds: bool) -> str | None:
     """
     if has_folds:
         return "No model was written: every fold has a head of its own."
+    if head.kind != "linear":
+        return f"No model was written: the classifier is a linear head on one layer's pooled tokens, not {head.kind}."
     if head.pooling not in MODEL_POOLINGS:
         return f"No model was written: the classifier's poolings are {', '.join(MODEL_POOLINGS)}, not {head.pooling}."
     if head.layer == 0:
@@ -186,7 +210,8 @@ def write_model(
         encoder_name: Path or Hub id of the encoder, for the model card.
         protocol: Description of the evaluation, for the model card.
     """
-    head = result.head
+    head, state = result.head, result.state
+    assert state is not None, "only a linear head becomes a model"
     config = copy.deepcopy(model.config)
     # The numbers of target layers may exceed the new number of layers. Only pre-training uses them.
     config.update(
@@ -200,7 +225,7 @@ def write_model(
     classifier = SSLAMForAudioClassification(config)
     weights = model.sslam.state_dict()
     classifier.sslam.load_state_dict({name: weights[name] for name in classifier.sslam.state_dict()})
-    classifier.classifier.load_state_dict(result.state)
+    classifier.classifier.load_state_dict(state)
     card = render_card(
         f"{Path(encoder_name).name}, linear head",
         "A frozen encoder with a linear head on it, the best by validation.",

@@ -14,7 +14,14 @@ from modeling_sslam.common.audio import read_waveform
 from training.data.config import DataConfig, DataError
 from training.data.sources import open_source
 from training.linear import features as features_module
-from training.linear.features import FEATURE_POOLINGS, cached_features, pooled_states, read_features
+from training.linear.features import (
+    FEATURE_POOLINGS,
+    cached_features,
+    cached_tokens,
+    check_room,
+    pooled_states,
+    read_features,
+)
 
 SIZES, MAX_LENGTH = (5, 4), 48
 
@@ -236,3 +243,31 @@ def test_files_of_several_processes_are_merged(cache, data, encoder, feature_ext
     assert merged.groups == list(range(9))
     assert merged.skipped == {"silent": 3}
     np.testing.assert_array_equal(merged.pooled, whole.pooled)
+
+
+def test_patch_tokens_equal_the_models(cache, encoder, feature_extractor, data, tmp_path):
+    features = cache()
+    source, accelerator = open_source(data), Accelerator()
+    arguments = (features, encoder, feature_extractor, source, tmp_path / "cache", accelerator)
+    tokens = cached_tokens(*arguments, layers=[1, 3], batch_size=4, max_bytes=2**20)
+    assert tokens.ids == features.ids
+    assert tokens.token_layers == (1, 3)
+    assert tokens.tokens.dtype == np.float16
+    assert tokens.tokens.shape[:2] == (sum(SIZES), 2)
+    mean = tokens.tokens.astype(np.float32).mean(2)
+    np.testing.assert_allclose(mean, features.pooled[:, [1, 3], FEATURE_POOLINGS.index("mean")], atol=2e-3)
+    deviation = tokens.tokens.astype(np.float32).std(2)
+    np.testing.assert_allclose(deviation, features.pooled[:, [1, 3], FEATURE_POOLINGS.index("std")], atol=2e-3)
+    again = cached_tokens(*arguments, layers=[1, 3], batch_size=2, max_bytes=2**20)
+    np.testing.assert_array_equal(again.tokens, tokens.tokens)
+
+
+def test_patch_tokens_that_take_too_much_room_are_refused(cache, encoder, feature_extractor, data, tmp_path):
+    features = cache()
+    arguments = (features, encoder, feature_extractor, open_source(data), tmp_path / "cache", Accelerator())
+    folders = set((tmp_path / "cache").iterdir())
+    with pytest.raises(ValueError, match=r"9 clips \(2 layers, \d+ patches, width 32\) take .*token_cache_gib"):
+        cached_tokens(*arguments, layers=[1, 3], batch_size=4, max_bytes=100)
+    assert set((tmp_path / "cache").iterdir()) == folders
+    with pytest.raises(ValueError, match=r"GiB free\. Name another cache_dir"):
+        check_room(10**9, (4, 512, 768), tmp_path / "new" / "cache", max_bytes=float("inf"))

@@ -10,11 +10,15 @@ from modeling_sslam.modeling_sslam import SSLAMClassifier
 from training.linear.heads import (
     Head,
     HeadConfig,
+    InMemory,
+    LayerSumHeads,
     LinearHeads,
     accuracy,
     fit_heads,
     head_logits,
+    logits_of,
     mean_average_precision,
+    train_heads,
 )
 from training.run.losses import loss_sum
 
@@ -181,3 +185,51 @@ def test_a_head_reads_the_columns_of_its_poolings():
 def test_wrong_settings_are_rejected(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         HeadConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"learning_rates": [1e-3, 0.0]}, {"weight_decays": [-0.1]}, {"kinds": ["linear", "mlp"]}, {"kinds": []}]
+)
+def test_wrong_lists_of_settings_are_rejected(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        HeadConfig(**wrong)
+
+
+def test_a_sum_over_layers_weights_the_layer_that_tells_the_classes():
+    features, targets = separable(200, SINGLE)
+    noise = torch.randn(200, 2, WIDTH, generator=torch.Generator().manual_seed(9))
+    layers = torch.stack((noise[:, 0], features[0], noise[:, 1]), dim=1)[None]
+    heads = LayerSumHeads(layers, NUM_CLASSES, 1e-6, 0.02, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(heads.layer_weights(), torch.full((1, 3), 1 / 3))
+    train_heads(
+        heads,
+        InMemory(layers),
+        targets,
+        None,
+        SINGLE,
+        HeadConfig(learning_rate=3e-2, epochs=20),
+        generator=torch.Generator().manual_seed(0),
+        loss="cross_entropy",
+        label_smoothing=0.0,
+        description="Fitting",
+    )
+    weights = heads.layer_weights()[0]
+    assert weights.argmax() == 1
+    assert weights.sum().item() == pytest.approx(1)
+    assert accuracy(logits_of(heads, InMemory(layers)), targets)[0] > 0.95
+
+
+def test_the_scale_of_a_layer_has_no_effect_on_a_sum_over_layers():
+    features = torch.randn(2, 30, 3, WIDTH, generator=torch.Generator().manual_seed(0))
+    scaled = features * torch.tensor([1.0, 50.0, 0.1])[:, None] + 7
+    logits = []
+    for layers in (features, scaled):
+        heads = LayerSumHeads(layers, NUM_CLASSES, 1e-6, 0.02, torch.Generator().manual_seed(0))
+        logits.append(heads(layers))
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=1e-3)
+
+
+def test_names_of_heads():
+    assert str(Head(3, "max")) == "layer 3, max"
+    assert str(Head("all", "mean", "layers", (("lr", 0.01),))) == "all layers, mean, layers, lr 0.01"
+    assert str(Head(0, "mfcc", "forest")) == "MFCC and random forest"

@@ -1,0 +1,180 @@
+"""Tables and picture of all heads of an encoder and of its rivals.
+
+- `heads.md`: the best head by validation, of each encoder and kind, then every head with its cost;
+- `heads.csv`: every head with every setting;
+- `heads.png`: the metric by layer and kind.
+"""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from modeling_sslam.common.files import replacing, write_text
+from training.linear.choice import chosen_summary
+from training.linear.heads import Head
+from training.linear.kinds import HeadResult
+from training.linear.results import HeadSummary, number, spread
+
+COMPARISON_FILES = ("heads.md", "heads.csv", "heads.png")
+COLUMNS = (
+    *("encoder", "kind", "layer", "pooling", "settings", "validation", "test"),
+    *("parameters", "FLOPs per clip", "cached bytes per clip", "seconds"),
+)
+KIND_NAMES = {
+    "linear": "linear",
+    "layers": "weighted sum of layers",
+    "attentive": "attentive pooling",
+    "prototypes": "prototypes",
+    "knn": "nearest neighbours",
+    "few_shot": "few-shot",
+    "forest": "random forest",
+}
+
+
+class Entrant(NamedTuple):
+    """All heads of an encoder, or of a baseline without one.
+
+    Attributes:
+        name: Name for tables.
+        heads: The heads.
+        rounds: The result of each head, for each test split.
+        by_round: Whether each round has a choice of its own.
+    """
+
+    name: str
+    heads: list[Head]
+    rounds: list[list[HeadResult]]
+    by_round: bool
+
+    def chosen(self, kind: str | None = None) -> HeadSummary:
+        """Return the best head by validation, among one kind or all. Few-shot heads take part only as a kind."""
+        candidates = [
+            i
+            for i, head in enumerate(self.heads)
+            if (head.kind == kind if kind is not None else head.kind != "few_shot")
+        ]
+        return chosen_summary(self.rounds, candidates, self.by_round)
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of its heads."""
+        return list(dict.fromkeys(head.kind for head in self.heads))
+
+    def table(self) -> list[HeadSummary]:
+        """Return the summary of each head with each setting."""
+        return [HeadSummary.of([results[i] for results in self.rounds]) for i in range(len(self.heads))]
+
+    def table_of_places(self) -> list[HeadSummary]:
+        """Return a summary for each kind, layer and pooling, with the settings that validation chooses."""
+        places: dict[tuple[str, int | str, str], list[int]] = {}
+        for i, head in enumerate(self.heads):
+            places.setdefault((head.kind, head.layer, head.pooling), []).append(i)
+        return [chosen_summary(self.rounds, candidates, self.by_round) for candidates in places.values()]
+
+
+def write_comparison(
+    folder: Path, entrants: Sequence[Entrant], metric: str, metric_name: str, title: str, how_chosen: str
+) -> list[Path]:
+    """Write heads.md, heads.csv and heads.png.
+
+    Args:
+        folder: Folder to write into.
+        entrants: The encoder and its rivals.
+        metric: Key of the metric.
+        metric_name: Display name of the metric.
+        title: Title of table and plot.
+        how_chosen: A sentence that says how heads were chosen.
+
+    Returns:
+        Paths of the files.
+    """
+    best = [(entrant, entrant.chosen()) for entrant in entrants]
+    by_kind = [(entrant, entrant.chosen(kind)) for entrant in entrants for kind in entrant.kinds]
+    places = [(entrant, row) for entrant in entrants for row in entrant.table_of_places()]
+    sections = {"Best head by validation": best, "Best head of each kind": by_kind, "All heads": places}
+    lines = [f"# {title}", "", f"The metric is {metric_name}. {how_chosen}"]
+    lines += ["± is the standard deviation over folds, or over draws for few-shot heads without folds."]
+    for heading, rows in sections.items():
+        if heading == "Best head of each kind" and len(by_kind) == len(best):
+            continue
+        lines += ["", f"## {heading}", "", line_of(COLUMNS), line_of(["---"] * len(COLUMNS))]
+        lines += [line_of(cells_of(entrant, row)) for entrant, row in rows]
+    write_text(folder / "heads.md", "\n".join(lines) + "\n")
+
+    records = [
+        {"encoder": entrant.name} | row.as_full_row(metric) | {"seconds": round(row.cost.seconds, 3)}
+        for entrant in entrants
+        for row in entrant.table()
+    ]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, max(records, key=len), lineterminator="\n")
+    writer.writeheader()
+    for record in records:
+        writer.writerow({k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in record.items()})
+    write_text(folder / "heads.csv", text.getvalue())
+    plot(folder / "heads.png", entrants, metric_name, title)
+    return [folder / name for name in COMPARISON_FILES]
+
+
+def remove_comparison(folder: Path) -> None:
+    """Remove the files of an earlier comparison."""
+    for name in COMPARISON_FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def cells_of(entrant: Entrant, row: HeadSummary) -> list[str]:
+    """Return the cells of a row of heads.md. A choice that differs between folds lists them all."""
+    parts = [row.value_of(name) for name in ("kind", "layer", "pooling", "settings")]
+    texts = [" / ".join(str(v) or "-" for v in part) if isinstance(part, list) else str(part) for part in parts]
+    cost = [f"{value:,}" for value in row.cost[:3]]
+    return [entrant.name, *texts, number(row.validation), f"{row.test:.4f}{spread(row)}", *cost, f"{row.cost[3]:.2f}"]
+
+
+def line_of(cells: Sequence[str]) -> str:
+    """Return a line of a Markdown table."""
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def plot(path: Path, entrants: Sequence[Entrant], metric_name: str, title: str) -> None:
+    """Plot the test metric of each kind by layer, with the pooling and settings that validation chooses.
+
+    Heads on all layers and the forest are horizontal lines. The panels share the vertical axis.
+    """
+    encoders = [entrant for entrant in entrants if entrant.kinds != ["forest"]]
+    figure = Figure(figsize=(1.2 + 4.2 * len(encoders), 4.0), layout="constrained")
+    all_axes = figure.subplots(1, len(encoders), sharey=True, squeeze=False)[0]
+    for axes, entrant in zip(all_axes, encoders, strict=True):
+        plot_entrant(axes, entrant)
+        for rival in entrants:
+            if rival.kinds == ["forest"]:
+                axes.axhline(rival.chosen().test, color="0.4", linestyle=":", label=rival.name)
+        axes.set_title(entrant.name, fontsize=9)
+        axes.set_xlabel("layer (0: embeddings, i: after block i)")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    all_axes[0].set_ylabel(f"test {metric_name}")
+    figure.suptitle(title, fontsize=9)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
+def plot_entrant(axes: Axes, entrant: Entrant) -> None:
+    """Draw a curve by layer for each kind."""
+    layers = sorted({head.layer for head in entrant.heads if isinstance(head.layer, int)})
+    axes.set_xticks(layers)
+    for kind in entrant.kinds:
+        of_kind = [i for i, head in enumerate(entrant.heads) if head.kind == kind]
+        if all(entrant.heads[i].layer == "all" for i in of_kind):
+            row = chosen_summary(entrant.rounds, of_kind, entrant.by_round)
+            axes.axhline(row.test, linestyle="--", color="tab:pink", label=KIND_NAMES[kind])
+            continue
+        groups = {layer: [i for i in of_kind if entrant.heads[i].layer == layer] for layer in layers}
+        rows = {
+            layer: chosen_summary(entrant.rounds, group, entrant.by_round) for layer, group in groups.items() if group
+        }
+        axes.plot(list(rows), [row.test for row in rows.values()], marker="o", markersize=3, label=KIND_NAMES[kind])
