@@ -10,8 +10,9 @@ import numpy as np
 import soundfile
 from numpy.random import Generator
 
+from training.data.mixing.noise import noise
 from training.data.seeding import generator_for
-from training.soundscapes.sounds import SOURCES, noise
+from training.soundscapes.sounds import SOURCES
 
 MIN_EVENT_SECONDS = 0.5
 FADE_SECONDS = 0.01
