@@ -49,7 +49,7 @@ from training.data.listings import (
     split_names,
 )
 from training.data.mixing.mixer import Mixer
-from training.data.mixing.pools import Pool, make_pools
+from training.data.mixing.pools import Pool, make_pools, scene_id
 from training.data.mixing.recordings import Recordings
 from training.data.mixing.settings import SETTINGS_SUFFIXES, SceneSettings, read_settings
 from training.data.seeding import generator_for
@@ -406,11 +406,6 @@ def _list_audiofolder(config: DataConfig, folder: Path) -> tuple[Part, Columns]:
     return part, columns_of(listing)._replace(label_names=columns.label_names)
 
 
-def scene_id(split: str, index: int) -> str:
-    """Return the name of a scene."""
-    return f"{split}-{index:06d}"
-
-
 def _open_scenes(path: Path, config: DataConfig) -> Source:
     """Open scenes that are mixed while they are read, from the settings in a YAML file.
 
@@ -482,4 +477,4 @@ def _open_recordings(settings: SceneSettings, source: str, split: str, with_labe
     )
 
 
-__all__ = ["SHARD_SUFFIXES", "Source", "http_options", "is_one_split", "open_scene_pools", "open_source", "scene_id"]
+__all__ = ["SHARD_SUFFIXES", "Source", "http_options", "is_one_split", "open_scene_pools", "open_source"]

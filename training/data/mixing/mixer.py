@@ -177,6 +177,17 @@ class Mixer:
         waveform = (mixture * min(1.0, PEAK / peak)).astype(np.float32)
         return Scene(waveform, sorted(events, key=lambda event: event.onset), background, round(level, 2), faults)
 
+    def example(self, label: str, num_samples: int, rate: int) -> np.ndarray:
+        """Return the first recording of a class, from its first sound on and at most `num_samples` long.
+
+        Raises:
+            ClipError: If the recording is unusable.
+        """
+        index = int(self.members[label][0])
+        sound = self.sounds.read(index, rate, num_samples, 0.0, self.settings.trim, self._cache)
+        first = int(sound.active[0]) * effects.frame_samples(rate)
+        return sound.waveform[first : first + num_samples]
+
     def _draw_background(
         self, rng: Generator, num_samples: int, rate: int, faults: list[Fault]
     ) -> tuple[np.ndarray, str | None]:

@@ -22,6 +22,11 @@ class Pool(NamedTuple):
     num_scenes: int
 
 
+def scene_id(split: str, index: int) -> str:
+    """Return the name of a scene."""
+    return f"{split}-{index:06d}"
+
+
 def make_pools(settings: SceneSettings, open_recordings: Opener) -> dict[str, Pool]:
     """Divide recordings into splits that share no original. Backgrounds and impulse responses are divided alike.
 

@@ -57,7 +57,7 @@ class SceneSettings:
     )
     min_sources: int = field(default=1, metadata={"help": "smallest number of events in a scene"})
     max_sources: int = field(
-        default=4, metadata={"help": "largest number of events in a scene; all numbers are equally likely"}
+        default=5, metadata={"help": "largest number of events in a scene; all numbers are equally likely"}
     )
     repeat_labels: bool = field(
         default=False, metadata={"help": "whether a class can occur more than once in a scene"}
