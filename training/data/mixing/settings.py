@@ -111,6 +111,8 @@ class SceneSettings:
         if self.trim <= 0 or self.cache_mib < 0:
             raise ValueError(f"trim={self.trim:g} must be positive, and cache_mib={self.cache_mib} not negative.")
         if self.group_by is not None:
+            if self.group_column is not None:
+                raise ValueError("group_by and group_column both name the original recordings; give one of them.")
             try:
                 re.compile(self.group_by)
             except re.error as error:
