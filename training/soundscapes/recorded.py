@@ -169,6 +169,14 @@ def write_scenes(
 
 def with_absolute_paths(settings: SceneSettings) -> SceneSettings:
     """Return settings that mean the same in a file in any folder."""
-    sources = {name: getattr(settings, name) for name in ("sounds", "background", "impulse_responses")}
-    paths = {name: Path(source).expanduser() for name, source in sources.items() if source is not None}
-    return replace(settings, **{name: str(path.resolve()) for name, path in paths.items() if path.exists()})
+    return replace(
+        settings,
+        sounds=_absolute(settings.sounds),
+        background=settings.background and _absolute(settings.background),
+        impulse_responses=settings.impulse_responses and _absolute(settings.impulse_responses),
+    )
+
+
+def _absolute(source: str) -> str:
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source

@@ -34,14 +34,14 @@ def write_settings(sounds, tmp_path):
         path = tmp_path / "scenes.yaml"
         changes = {"sounds": str(sounds), "clips": 24, "seconds": 0.5, "max_sources": 2, "splits": SPLITS} | changes
         path.write_text(yaml.safe_dump(changes))
-        return str(path)
+        return path
 
     return write_settings
 
 
 def load(path, extractor=None, rank=0, world_size=1, repeat=True, batch_size=3, seed=0, **changes):
     settings = {"num_workers": 0, "shuffle_buffer": 4} | changes
-    source = open_source(LabelledDataConfig(path, **settings))
+    source = open_source(LabelledDataConfig(str(path), **settings))
     extractor = extractor or SSLAMFeatureExtractor(max_length=32)
     return make_loader(
         source, extractor, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, repeat=repeat
@@ -139,7 +139,7 @@ def test_splits_have_recordings_of_their_own(write_settings):
 
 def test_labels_and_classes_are_known_before_training(write_settings):
     path = write_settings()
-    source = open_source(LabelledDataConfig(path))
+    source = open_source(LabelledDataConfig(str(path)))
     assert find_label_set(source).names == CLASSES
     found = survey(source)
     assert (found.num_clips, found.is_single_label) == (12, False)
@@ -147,12 +147,12 @@ def test_labels_and_classes_are_known_before_training(write_settings):
     assert {id_: set(labels) for id_, labels in source.ids_and_labels()} == {
         id_: set(labels) for (_, id_), (_, labels, _) in first.items()
     }
-    assert survey(open_source(LabelledDataConfig(write_settings(max_sources=1)))).is_single_label
-    assert not is_one_split(LabelledDataConfig(path, split="validation"))
+    assert survey(open_source(LabelledDataConfig(str(write_settings(max_sources=1))))).is_single_label
+    assert not is_one_split(LabelledDataConfig(str(path), split="validation"))
 
 
 def test_without_labels_batches_have_none(write_settings):
-    source = open_source(DataConfig(write_settings(), num_workers=0))
+    source = open_source(DataConfig(str(write_settings()), num_workers=0))
     loader = make_loader(source, SSLAMFeatureExtractor(max_length=32), batch_size=2, seed=0)
     assert set(next(iter(loader))) == {"ids", "epochs", "input_values"}
 
@@ -184,8 +184,7 @@ def test_a_table_gives_labels_originals_and_named_splits(sounds, tmp_path, write
     assert {split: pool.num_scenes for split, pool in pools.items()} == {"train": 12, "test": 12}
     assert not set(pools["train"].mixer.sounds.groups) & set(pools["test"].mixer.sounds.groups)
     # The original of each file is now in both folds.
-    table.write_text("\n".join(["path,label,take,split", *(row.replace("take1", "take0") for row in rows)]))
-    table.write_text(table.read_text().replace("take0-", "take1-", 0))
+    table.write_text("\n".join(["path,label,take,split", *(row.replace(",take1", ",take0") for row in rows)]))
     with pytest.raises(ValueError, match="original recording 'take0high' is in the splits train and test"):
         open_scene_pools(read_settings(write_settings(**changes)))
 
@@ -245,17 +244,18 @@ def test_a_source_of_unusable_recordings_stops(write_sounds, write_settings, tmp
 )
 def test_wrong_settings_are_named(write_settings, changes, message):
     with pytest.raises(ValueError, match=message):
-        open_source(DataConfig(write_settings(**changes)))
+        open_source(DataConfig(str(write_settings(**changes))))
 
 
 def test_a_wrong_split_and_selections_of_clips_are_refused(write_settings):
     path = write_settings()
     with pytest.raises(ValueError, match="no split 'fold1'; it has train, validation, test"):
-        open_source(DataConfig(path, split="fold1"))
+        open_source(DataConfig(str(path), split="fold1"))
     with pytest.raises(ValueError, match="leave out hold_out"):
-        open_source(DataConfig(path, hold_out=0.1))
-    with pytest.raises(ValueError, match="too few original recordings for the split d"):
-        open_source(DataConfig(write_settings(splits=[f"{name}=0.1" for name in "abcdefghij"], group_by="take.")))
+        open_source(DataConfig(str(path), hold_out=0.1))
+    changes = {"splits": [f"{name}=0.1" for name in "abcdefghij"], "group_by": "take."}
+    with pytest.raises(ValueError, match="too few original recordings for the split e"):
+        open_source(DataConfig(str(write_settings(**changes))))
 
 
 def test_paths_in_the_settings_are_relative_to_their_file(write_settings, sounds, tmp_path, monkeypatch):

@@ -156,13 +156,16 @@ def read_settings(path: Path) -> SceneSettings:
     except ValueError as error:
         message = str(error)
         raise ValueError(message if str(path) in message else f"{path}: {message}") from error
-    names = ("sounds", "background", "impulse_responses")
-    return replace(settings, **{name: _resolve(getattr(settings, name), path.parent) for name in names})
+    folder = path.parent
+    return replace(
+        settings,
+        sounds=_resolve(settings.sounds, folder),
+        background=settings.background and _resolve(settings.background, folder),
+        impulse_responses=settings.impulse_responses and _resolve(settings.impulse_responses, folder),
+    )
 
 
-def _resolve(source: str | None, folder: Path) -> str | None:
-    """Return the path of a source beside a settings file, or the source itself if it is none."""
-    if source is None:
-        return None
+def _resolve(source: str, folder: Path) -> str:
+    """Return the path of a source relative to a folder; the source itself, such as a Hub id, if there is none."""
     path = folder / Path(source).expanduser()
     return str(path) if path.exists() else source
