@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from training import pretrain
@@ -35,13 +36,15 @@ def train(write_sounds, tmp_path):
             "decoder_num_layers": 2,
         },
         "optimizer": {"learning_rate": 2e-3, "warmup_updates": 2},
-        "checkpoint": {"every": 3},
+        "checkpoint": {"every": 3, "keep": 9},
         "watch": {"every": 2, "tracker": "none"},
     }
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
 
     def train(name, **changes):
         changes = {"output_dir": tmp_path / name, "max_updates": 8, "data.num_workers": 0} | changes
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
         pretrain.main(["--config", str(tmp_path / "settings.yaml"), *(f"--{k}={v}" for k, v in changes.items())])
         return load_file(tmp_path / name / "model" / "model.safetensors")
 
