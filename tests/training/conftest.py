@@ -103,6 +103,23 @@ def make_folder(tmp_path, encode):
     return make_folder
 
 
+@pytest.fixture(scope="session")
+def write_sounds():
+    """A function that writes a folder of classes. A class is a tone with zeros around it; two files share a take."""
+
+    def write_sounds(folder, classes=("high", "low", "middle"), count=8, rate=16_000):
+        pitches = {"low": 500, "middle": 1500, "high": 4000}
+        for label in classes:
+            (folder / label).mkdir(parents=True)
+            for i in range(count):
+                tone = np.sin(2 * np.pi * pitches[label] * (1 + 0.01 * i) / rate * np.arange(round(0.4 * rate)))
+                padded = np.concatenate([np.zeros(1600), 0.5 * tone, np.zeros(3200)])
+                soundfile.write(folder / label / f"take{i // 2}-{i % 2}.flac", padded, rate)
+        return folder
+
+    return write_sounds
+
+
 @pytest.fixture
 def launch():
     """A function that runs a program in two processes and returns its output."""

@@ -16,8 +16,8 @@ class DataConfig:
     source: str = field(
         metadata={
             "help": "Hub dataset id, folder of sound files or of a dataset (parquet, arrow, WebDataset tar, "
-            "audiofolder, save_to_disk), .tsv manifest, .csv table, or a builder of `datasets` such as parquet or "
-            "webdataset with data_files.",
+            "audiofolder, save_to_disk), .tsv manifest, .csv table, .yaml file of scenes to mix, or a builder of "
+            "`datasets` such as parquet or webdataset with data_files.",
             "stands_for_section": True,
         }
     )

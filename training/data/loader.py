@@ -34,6 +34,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from modeling_sslam import SSLAMFeatureExtractor
 from training.data.config import MIN_CLIPS_FOR_FRACTION, DataError
+from training.data.mixing.mixer import Fault
 from training.data.selection import selections_of
 from training.data.sources import Source
 from training.data.stream import Augmentation, ClipStream, input_values_of
@@ -47,6 +48,7 @@ class AudioLoader:
     Attributes:
         num_clips: Number of clips given so far.
         skipped: Number of clips skipped so far, by reason.
+        unusable_recordings: Names of recordings that scenes could not use; each is logged once.
         epoch: The latest epoch among the clips given so far, counted from 0.
     """
 
@@ -54,6 +56,7 @@ class AudioLoader:
         self.stream = stream
         self.num_clips = 0
         self.skipped: Counter[str] = Counter()
+        self.unusable_recordings: set[str] = set()
         self.epoch = 0
         # Everything that determines the clips and their order, except the data's location, which may change.
         self._settings = {
@@ -70,6 +73,8 @@ class AudioLoader:
             "clips_per_epoch": stream.config.clips_per_epoch,
             "hold_out": stream.config.hold_out,
         }
+        if stream.source.mixer is not None:
+            self._settings |= {"scenes": stream.source.mixer.digest, "seconds": stream.source.mixer.settings.seconds}
         self._loader = StatefulDataLoader(
             stream,
             batch_size=None,
@@ -84,6 +89,7 @@ class AudioLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self._loader:
             self._count(batch.pop("skipped"), len(batch["ids"]))
+            self._report(batch.pop("faults", []))
             if batch["ids"]:
                 self.epoch = max(self.epoch, *batch["epochs"])
                 yield batch
@@ -121,7 +127,7 @@ class AudioLoader:
         for name, value in self._settings.items():
             if state["settings"].get(name) != value:
                 raise ValueError(
-                    f"The data position was saved with {name}={state['settings'][name]!r}, this run has "
+                    f"The data position was saved with {name}={state['settings'].get(name)!r}, this run has "
                     f"{name}={value!r} and would see other clips. Resume with the same value, or start a new run from "
                     "the weights."
                 )
@@ -129,6 +135,13 @@ class AudioLoader:
         self.num_clips = state["num_clips"]
         self.skipped = Counter(state["skipped"])
         self.epoch = state["epoch"]
+
+    def _report(self, faults: list[Fault]) -> None:
+        """Log recordings that scenes could not use, so that others of their labels took their places."""
+        for id_, _, message in faults:
+            if id_ not in self.unusable_recordings:
+                self.unusable_recordings.add(id_)
+                logger.warning("Recording %s is unusable (%d so far): %s", id_, len(self.unusable_recordings), message)
 
     def _count(self, skipped: list[tuple[str, str, str]], num_clips: int) -> None:
         for id_, reason, message in skipped:

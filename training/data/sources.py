@@ -9,6 +9,7 @@
   read from the `.lbl` file beside it;
 - a `.csv` table with a column of paths relative to it and, optionally, a column of labels (several in a cell are
   separated by `;`) and a column `split`;
+- a `.yaml` file of [`SceneSettings`]: scenes mixed from recordings while they are read, new ones in each epoch;
 - any other folder: all sound files in it. With labels, those in its subfolder of the split's name, if it has a
   subfolder for each split; labels are the names of the enclosing folders.
 
@@ -20,19 +21,20 @@ of shards, which ranks and workers share and each epoch reorders. Neither reads 
 
 import dataclasses
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import aiohttp
 import datasets
 import numpy as np
 
 from modeling_sslam.common.encoded_audio import EncodedAudio
-from training.data.columns import Columns, find_columns
+from training.data.columns import Columns, find_columns, find_group_column
 from training.data.config import DataConfig
 from training.data.listings import (
     Listing,
@@ -46,6 +48,13 @@ from training.data.listings import (
     read_table,
     split_names,
 )
+from training.data.mixing.mixer import Mixer
+from training.data.mixing.pools import Pool, make_pools, scene_id
+from training.data.mixing.recordings import Recordings
+from training.data.mixing.settings import SETTINGS_SUFFIXES, SceneSettings, read_settings
+from training.data.seeding import generator_for
+
+logger = logging.getLogger(__name__)
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 SHARD_SUFFIXES = (".parquet", ".arrow", ".tar")
@@ -66,6 +75,13 @@ class Part(Protocol):
 
     def rows(self, columns: Sequence[str]) -> Iterable[dict[str, Any]]:
         """Return the examples' values in some columns, in the order of the source."""
+
+    def indexed(self) -> datasets.Dataset:
+        """Return the examples for access by index, with encoded audio.
+
+        Raises:
+            ValueError: If they can only be streamed.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +108,10 @@ class ListedPart:
         """See [`Part.rows`]."""
         return self.listing.select_columns(list(columns))
 
+    def indexed(self) -> datasets.Dataset:
+        """See [`Part.indexed`]."""
+        return self.listing
+
 
 @dataclasses.dataclass(frozen=True)
 class StoredPart:
@@ -108,6 +128,10 @@ class StoredPart:
     def rows(self, columns: Sequence[str]) -> Iterable[dict[str, Any]]:
         """See [`Part.rows`]."""
         return keep_encoded(self.dataset.to_iterable_dataset(), self.columns).select_columns(list(columns))
+
+    def indexed(self) -> datasets.Dataset:
+        """See [`Part.indexed`]."""
+        return keep_encoded(self.dataset, self.columns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +161,10 @@ class StreamedPart:
             return self.reopen(columns=list(columns))
         return keep_encoded(self.dataset, self.columns).select_columns(list(columns))
 
+    def indexed(self) -> datasets.Dataset:
+        """See [`Part.indexed`]."""
+        raise ValueError("The examples are streamed; set streaming to false.")
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -146,11 +174,13 @@ class Source:
         config: How to read it.
         parts: The examples, split by split.
         columns: The columns that matter.
+        mixer: Mixes the examples' sound and labels, if they are scenes; the examples then only have names.
     """
 
     config: DataConfig
     parts: Sequence[Part]
     columns: Columns
+    mixer: Mixer | None = None
 
     def in_shards(self, num_readers: int, seed: int) -> datasets.IterableDataset:
         """Return all examples, cut into shards.
@@ -168,6 +198,14 @@ class Source:
         """Yield the examples' values in some columns, in the order of the source."""
         for part in self.parts:
             yield from part.rows(columns)
+
+    def indexed(self) -> datasets.Dataset:
+        """Return the examples for access by index, with encoded audio.
+
+        Raises:
+            ValueError: If they can only be streamed.
+        """
+        return datasets.concatenate_datasets([part.indexed() for part in self.parts])
 
     def id(self, row: dict[str, Any]) -> str:
         """Return a clip's name: from the id column, else the audio's path, else a digest of its bytes."""
@@ -228,6 +266,8 @@ def open_source(config: DataConfig) -> Source:
         FileNotFoundError: If a local source has no sound files.
     """
     path = Path(config.source).expanduser()
+    if path.suffix in SETTINGS_SUFFIXES:
+        return _open_scenes(path, config)
     listing = None
     if path.suffix == ".tsv":
         listing = read_manifest(path, with_labels=config.label_column is not None)
@@ -277,7 +317,10 @@ def choose_num_shards(num_examples: int, num_readers: int) -> int:
     return shards - shards % num_readers or shards
 
 
-def keep_encoded(dataset: datasets.IterableDataset, columns: Columns) -> datasets.IterableDataset:
+AnyDataset = TypeVar("AnyDataset", datasets.Dataset, datasets.IterableDataset)
+
+
+def keep_encoded(dataset: AnyDataset, columns: Columns) -> AnyDataset:
     """Drop the columns that training ignores, and leave the audio encoded: `datasets` would decode with torchcodec."""
     return dataset.select_columns(columns.names).cast_column(columns.audio, EncodedAudio())
 
@@ -363,4 +406,75 @@ def _list_audiofolder(config: DataConfig, folder: Path) -> tuple[Part, Columns]:
     return part, columns_of(listing)._replace(label_names=columns.label_names)
 
 
-__all__ = ["SHARD_SUFFIXES", "Source", "http_options", "is_one_split", "open_source"]
+def _open_scenes(path: Path, config: DataConfig) -> Source:
+    """Open scenes that are mixed while they are read, from the settings in a YAML file.
+
+    The listing's labels and numbers of sources are those of the first epoch with seed 0. They serve to count classes;
+    each scene brings its own.
+    """
+    if config.hold_out or config.sample_weights:
+        raise ValueError(
+            f"{path} mixes scenes, which have no clips to select: leave out hold_out and sample_weights. Its splits "
+            "have recordings of their own."
+        )
+    pools = open_scene_pools(read_settings(path))
+    if config.split not in pools:
+        raise ValueError(f"{path} has no split {config.split!r}; it has {', '.join(pools)}.")
+    mixer, count = pools[config.split]
+    ids = [scene_id(config.split, i) for i in range(count)]
+    # The path holds a digest, so that features cached for other settings or recordings are not taken for these.
+    listing: Listing = {"id": ids, "path": [f"{mixer.digest}/{id_}" for id_ in ids]}
+    labels = [mixer.draw_labels(generator_for(0, "scene", 0, id_)) for id_ in ids]
+    if config.label_column is not None:
+        listing["labels"] = [list(dict.fromkeys(names)) for names in labels]
+    if (group := find_group_column(path, ["num_sources"], config.group_column)) is not None:
+        listing[group] = list(map(len, labels))
+    all_labels = sorted({label for pool in pools.values() for label in pool.mixer.labels})
+    columns = columns_of(listing)._replace(label_names=all_labels if config.label_column else None)
+    return Source(config, [ListedPart(as_dataset(listing))], columns, mixer)
+
+
+def open_scene_pools(settings: SceneSettings) -> dict[str, Pool]:
+    """Return the mixer and the number of scenes of each split.
+
+    Raises:
+        ValueError, FileNotFoundError: If recordings cannot be read or divided; see [`make_pools`].
+    """
+    return make_pools(settings, partial(_open_recordings, settings))
+
+
+def _open_recordings(settings: SceneSettings, source: str, split: str, with_labels: bool) -> Recordings:
+    """Open the recordings of a source. With labels, those that do not have exactly one are left out with a warning."""
+    config = DataConfig(
+        source,
+        split=split,
+        streaming=False,
+        label_column=settings.label_column if with_labels else None,
+        group_column=settings.group_column if with_labels else None,
+    )
+    opened = open_source(config)
+    columns = opened.columns
+    names = [name for name in (columns.id or columns.audio, columns.label, columns.group) if name is not None]
+    ids, labels, groups = [], [], []
+    for row in opened.rows(names):
+        ids.append(opened.id(row))
+        labels.append(opened.labels(row) if with_labels else [""])
+        groups.append(None if columns.group is None else str(row[columns.group]))
+    if settings.group_by is not None:
+        matches = [re.search(settings.group_by, id_) for id_ in ids]
+        if with_labels and not any(matches):
+            raise ValueError(f"{source}: group_by={settings.group_by!r} matches no name, such as {ids[0]!r}.")
+        groups = [match and (match[1] if match.re.groups else match[0]) for match in matches]
+    single = [i for i, own in enumerate(labels) if len(own) == 1]
+    if len(single) < len(ids):
+        logger.warning("%s: %d recordings without exactly one label are left out.", source, len(ids) - len(single))
+    return Recordings(
+        opened.indexed().select(single),
+        opened.audio,
+        [ids[i] for i in single],
+        [labels[i][0] for i in single],
+        [groups[i] or ids[i] for i in single],
+    )
+
+
+__all__ = ["SHARD_SUFFIXES", "Source", "http_options", "is_one_split", "open_scene_pools", "open_source"]

@@ -28,6 +28,7 @@ from modeling_sslam import SSLAMFeatureExtractor
 from modeling_sslam.common.audio import read_waveform
 from modeling_sslam.common.errors import ClipError
 from modeling_sslam.filter_bank_sslam import is_host
+from training.data.mixing.mixer import Mixer
 from training.data.seeding import generator_for
 from training.data.selection import Selection
 from training.data.sources import Source, http_options
@@ -299,9 +300,16 @@ class ClipStream(torch.utils.data.IterableDataset):
         return (row for row in rows if all(select(self.source.id(row), epoch) for select in self.selections))
 
     def _load(self, row: dict, epoch: int) -> dict[str, Any]:
+        id_ = self.source.id(row)
+        clip = self._read(row, id_, epoch) if self.source.mixer is None else self._mix(self.source.mixer, id_, epoch)
+        if self.augment is not None:
+            clip["waveform"] = self.augment(clip["waveform"], generator_for(self.seed, "augment", epoch, id_))
+        return clip | {"id": id_, "epoch": epoch}
+
+    def _read(self, row: dict, id_: str, epoch: int) -> dict[str, Any]:
+        """Return the waveform, labels and group of an example."""
         extractor = self.feature_extractor
         encoded, path = self.source.audio(row)
-        id_ = self.source.id(row)
         if encoded is None and path is not None and "://" in path:
             read = partial(_read_remote, path, self.config.read_timeout)
             encoded = with_retries(read, self.config.max_retries, f"Reading {path}")
@@ -315,15 +323,25 @@ class ClipStream(torch.utils.data.IterableDataset):
             min_samples=extractor.num_samples(extractor.patch_size),
             position=generator_for(self.seed, "crop", epoch, id_).random() if self.config.crop == "random" else 0.0,
         )
-        if self.augment is not None:
-            waveform = self.augment(waveform, generator_for(self.seed, "augment", epoch, id_))
-        clip = {"id": id_, "epoch": epoch, "waveform": waveform}
         columns = self.source.columns
-        if columns.label is not None:
-            clip["labels"] = self.source.labels(row)
-        if columns.group is not None:
-            clip["group"] = row[columns.group]
-        return clip
+        return {
+            "waveform": waveform,
+            "labels": None if columns.label is None else self.source.labels(row),
+            "group": None if columns.group is None else row[columns.group],
+        }
+
+    def _mix(self, mixer: Mixer, id_: str, epoch: int) -> dict[str, Any]:
+        """Return the waveform, labels and group of a scene, and the recordings that it could not use."""
+        extractor = self.feature_extractor
+        rate, most = extractor.sampling_rate, extractor.num_samples(extractor.max_length)
+        length = max(min(round(mixer.settings.seconds * rate), most), extractor.num_samples(extractor.patch_size))
+        scene = mixer.mix(generator_for(self.seed, "scene", epoch, id_), length, rate)
+        return {
+            "waveform": torch.from_numpy(scene.waveform),
+            "labels": scene.labels,
+            "group": len(scene.events),
+            "faults": scene.faults,
+        }
 
     def _batch(self, clips: list[dict[str, Any]], skipped: list[tuple[str, str, str]]) -> dict[str, Any]:
         waveforms = [clip["waveform"] for clip in clips]
@@ -338,6 +356,8 @@ class ClipStream(torch.utils.data.IterableDataset):
             batch["labels"] = [clip["labels"] for clip in clips]
         if self.source.columns.group is not None:
             batch["groups"] = [clip["group"] for clip in clips]
+        if self.source.mixer is not None:
+            batch["faults"] = [fault for clip in clips for fault in clip["faults"]]
         if self.config.front_end == "worker":
             batch["input_values"] = input_values_of(self.feature_extractor, batch)
             del batch["waveforms"], batch["num_samples"]

@@ -1,17 +1,17 @@
 """A clip of several sources over coloured noise, and its row in the data set."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import datasets
 import numpy as np
-import soundfile
 from numpy.random import Generator
 
+from training.data.mixing.noise import noise
 from training.data.seeding import generator_for
-from training.soundscapes.sounds import SOURCES, noise
+from training.soundscapes.encoding import encode_flac
+from training.soundscapes.sounds import SOURCES
 
 MIN_EVENT_SECONDS = 0.5
 FADE_SECONDS = 0.01
@@ -111,12 +111,10 @@ def make_row(item: tuple[str, int], seed: int, duration: float, rate: int, max_s
     """
     split, index = item
     waveform, events = soundscape(generator_for(seed, "soundscape", split, index), duration, rate, max_sources)
-    file = io.BytesIO()
-    soundfile.write(file, waveform, rate, format="FLAC", subtype="PCM_16")
     id_ = f"{split}-{index:06d}"
     return {
         "id": id_,
-        "audio": {"bytes": file.getvalue(), "path": f"{id_}.flac"},
+        "audio": {"bytes": encode_flac(waveform, rate), "path": f"{id_}.flac"},
         "labels": [event.label for event in events],
         "events": [asdict(event) for event in events],
         "num_sources": len(events),

@@ -14,6 +14,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.random import Generator
 
+from training.data.mixing.noise import noise
+
 Synthesiser = Callable[[Generator, int, int], np.ndarray]
 
 SOURCES: dict[str, Synthesiser] = {}
@@ -65,13 +67,6 @@ def harmonics(frequency: float | np.ndarray, amplitudes: np.ndarray, n: int, rat
         out += amplitude * current
         previous, current = current, twice_cosine * current - previous
     return out
-
-
-def noise(rng: Generator, n: int, rate: int, gain: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Return Gaussian noise filtered by `gain`, a function from frequencies in Hz to amplitudes."""
-    size = 1 << max(4, (n - 1).bit_length())
-    spectrum = np.fft.rfft(rng.standard_normal(size))
-    return np.fft.irfft(spectrum * gain(np.fft.rfftfreq(size, 1 / rate)), size)[:n]
 
 
 def band_pass(low: float, high: float, order: int = 4) -> Callable[[np.ndarray], np.ndarray]:

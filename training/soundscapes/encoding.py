@@ -1,0 +1,13 @@
+"""Encoding of clips."""
+
+import io
+
+import numpy as np
+import soundfile
+
+
+def encode_flac(waveform: np.ndarray, rate: int) -> bytes:
+    """Return a waveform as a FLAC file of 16 bits per sample."""
+    file = io.BytesIO()
+    soundfile.write(file, waveform, rate, format="FLAC", subtype="PCM_16")
+    return file.getvalue()
