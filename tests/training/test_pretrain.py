@@ -338,6 +338,25 @@ def test_memory_may_change_when_a_run_is_resumed(train, tmp_path):
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
 
 
+def test_patches_are_whitened_once(train, capsys):
+    """The first checkpoint has the whitened projection, and a resumed run does not whiten it anew."""
+    changes = {"patch_whitening": 0.5, "optimizer.learning_rate": 1e-12}
+    straight = train("straight", max_updates=4, **changes)
+    train("resumed", max_updates=2, **changes)
+    resumed = train("resumed", max_updates=4, resume="auto", allow_changed_config="true", **changes)
+    random = train("random", max_updates=1, **{"optimizer.learning_rate": 1e-12})
+    name = "sslam.patch_embeddings.projection.weight"
+    weights, resumed_weights, random_weights = (
+        load_file(path / "model" / "model.safetensors") for path in (straight, resumed, random)
+    )
+    torch.testing.assert_close(resumed_weights[name], weights[name])
+    torch.testing.assert_close(weights[name.replace("sslam", "teacher")], weights[name])
+    assert torch.linalg.matrix_norm(weights[name].flatten(1) - random_weights[name].flatten(1)) > 1
+    with pytest.raises(SystemExit) as stop:
+        train("both", max_updates=1, patch_whitening=0.5, init_from=straight / "model")
+    assert "give one of the two" in str(stop.value) + capsys.readouterr().err
+
+
 def test_damaged_checkpoint_falls_back_to_the_one_before(train, caplog):
     straight, run = train("straight"), train()
     last = list_checkpoints(run)[-1]
