@@ -1,7 +1,7 @@
 """The feature extractor of SSLAM: waveforms to normalised log-mel spectrograms, in torch alone."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from os import PathLike
 from typing import Any
@@ -25,6 +25,7 @@ from .filter_bank_sslam import (
     log_mel_spectrogram,
     mel_filters,
 )
+from .transfers_sslam import read_later, send
 
 logger = logging.get_logger(__name__)
 
@@ -385,7 +386,7 @@ class SSLAMFeatureExtractor(SequenceFeatureExtractor):
                 clip_features[count:].fill_(padding)
         check_peaks(torch.stack(bounds).view(-1, 2).abs().amax(1).tolist())
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode, whose tensors a model in training could not keep for its backward pass
     def extract_rows(
         self, waveforms: torch.Tensor, num_samples: Sequence[int], length: int, device: torch.device
     ) -> torch.Tensor:
@@ -517,32 +518,6 @@ def published_front_end(
 def _check_max_length(max_length: int, patch_size: int) -> None:
     if max_length <= 0 or max_length % patch_size:
         raise ValueError(f"max_length={max_length} must be a positive multiple of patch_size={patch_size}.")
-
-
-def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a tensor to a device. Neither the CPU nor kernels of other streams wait for a copy to a GPU."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
-def read_later(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Start to copy a tensor to the CPU. Call the result to wait for the copy and get it.
-
-    On a GPU the call waits for the kernels before the copy alone. Later kernels may overwrite the tensor.
-    """
-    if tensor.device.type != "cuda":
-        return tensor.cpu
-    copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
-    copy.copy_(tensor, non_blocking=True)
-    is_copied = torch.cuda.Event()
-    is_copied.record(torch.cuda.current_stream(tensor.device))
-
-    def wait() -> torch.Tensor:
-        is_copied.synchronize()
-        return copy
-
-    return wait
 
 
 def _as_rows(clips: list[torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -28,6 +28,7 @@ from .modeling_sslam import (
     patch_mask_from_frames,
     saves_memory,
 )
+from .transfers_sslam import send
 
 logger = logging.get_logger(__name__)
 
@@ -238,17 +239,7 @@ class Draws(NamedTuple):
 
     def to(self, device: torch.device) -> "Draws":
         """Copy to a device. The host does not wait for a GPU."""
-        visible, masked = _copy_ahead(self.visible, device), _copy_ahead(self.masked, device)
-        if self.is_unmixed is None or self.mixed is None:
-            return Draws(visible, masked, None, None)
-        return Draws(visible, masked, _copy_ahead(self.is_unmixed, device), _copy_ahead(self.mixed, device))
-
-
-def _copy_ahead(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    # A GPU reads page-locked memory on its own, while the host goes on.
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+        return Draws(*(None if tensor is None else send(tensor, device) for tensor in self))
 
 
 class SSLAMDecoderLayer(nn.Conv2d):

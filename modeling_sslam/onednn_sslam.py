@@ -127,7 +127,6 @@ def onednn_attention_forward(
         and dropout == 0.0
         and not kwargs.get("is_causal")  # a convolution has no causal form
         and not torch.is_grad_enabled()  # the backward pass would keep all scores
-        and not torch.compiler.is_compiling()  # the graph would hold the operators of every clip and head
     ):
         return _convolve_attention(query, key, value, attention_mask, scaling), None
     sdpa = AttentionInterface()["sdpa"]
@@ -171,7 +170,8 @@ def _can_convolve(input: torch.Tensor) -> bool:
         input.device.type == "cpu"
         and input.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        # An exported or traced graph runs elsewhere, and has other lengths and batch sizes.
-        and not (torch.compiler.is_exporting() or torch.jit.is_tracing())
+        # An exported or traced graph runs elsewhere, and has other lengths and batch sizes. A compiled graph copies
+        # a convolution's arguments into another layout, which takes longer than oneDNN saves (benchmarks/NOTES.md).
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         and input.numel() > 0  # a convolution refuses an empty image
     )

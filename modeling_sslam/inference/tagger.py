@@ -13,8 +13,9 @@ import torch
 from ..common.audio import CountedBlocks, waveform_blocks
 from ..common.errors import ClipError, InferenceError
 from ..common.glibc import MemoryTrimmer
-from ..feature_extraction_sslam import SSLAMFeatureExtractor, read_later, send
+from ..feature_extraction_sslam import SSLAMFeatureExtractor
 from ..modeling_sslam import SSLAMForAudioClassification
+from ..transfers_sslam import read_later, send
 from .compilation import check_compilable, compile_function, fill_batch
 from .devices import choose_batch_size, compute_in_parts
 from .loading import load_pretrained, speed_up

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from ..common.errors import ClipError
-from ..feature_extraction_sslam import SSLAMFeatureExtractor, log_mel_spectrogram, send
+from ..feature_extraction_sslam import SSLAMFeatureExtractor, log_mel_spectrogram
+from ..transfers_sslam import send
 
 
 def stream_log_mel(blocks: Iterable[torch.Tensor], extractor: SSLAMFeatureExtractor) -> Iterator[torch.Tensor]:

@@ -8,8 +8,17 @@ import torch
 
 from benchmarks import pretraining_step
 from benchmarks.gemm import matrix_products, total_flops
-from benchmarks.pretraining_step import Setting, cost_of_step, make_plain_step, make_step, products_of_step
+from benchmarks.plain import PlainPreTraining
+from benchmarks.pretraining_step import (
+    Setting,
+    cost_of_step,
+    make_plain_step,
+    make_step,
+    on_device,
+    products_of_step,
+)
 from benchmarks.report import base_config
+from modeling_sslam import SSLAMForPreTraining
 from training.pretrain import compile_blocks
 
 pytestmark = pytest.mark.slow
@@ -66,6 +75,12 @@ def test_the_limit_counts_each_product_once():
     # The transcription projects visible places too, forward and backward. It computes no mean deviation of targets.
     projection, deviation = 3 * 2 * grids * visible * width * width, 2 * 2 * 2 * setting.batch * patches * width
     assert plain - ours == projection - deviation
+
+
+@pytest.mark.parametrize("make", [SSLAMForPreTraining, PlainPreTraining])
+def test_a_model_is_on_its_device_as_a_whole(make):
+    model = on_device(Setting(2, 2, 64, layers=1, device="meta"), make)
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
 
 
 def test_a_step_of_compiled_blocks():

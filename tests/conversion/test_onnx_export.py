@@ -143,6 +143,7 @@ def test_folder_suffices_for_inference(converted, session):
         "filter_bank_sslam.py",
         "model.onnx",
         "preprocessor_config.json",
+        "transfers_sslam.py",
     ]
     assert json.loads((folder / "config.json").read_text())["auto_map"] == {
         "AutoConfig": "configuration_sslam.SSLAMConfig"

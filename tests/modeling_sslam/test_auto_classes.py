@@ -30,7 +30,13 @@ from modeling_sslam import (
 
 pytestmark = pytest.mark.slow
 
-SOURCES = {"configuration_sslam.py", "feature_extraction_sslam.py", "filter_bank_sslam.py", "modeling_sslam.py"}
+SOURCES = {
+    "configuration_sslam.py",
+    "feature_extraction_sslam.py",
+    "filter_bank_sslam.py",
+    "modeling_sslam.py",
+    "transfers_sslam.py",
+}
 
 # Simulates a machine without this package and without a network.
 ISOLATED = """

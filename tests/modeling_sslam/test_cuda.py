@@ -143,6 +143,42 @@ def test_compiled_layer_is_banded_in_half_precision(make_config, compile_first):
     assert "aten::convolution" in names
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("objective", "backend"), [("ua", "aot_eager"), ("sslam", "aot_eager"), ("sslam", "inductor")]
+)
+def test_compiled_objective_is_banded(make_config, objective, backend):
+    """In bfloat16, loss and gradients of one graph with banded layers are as exact as those of the eager model."""
+    torch.compiler.reset()
+    config = make_config(**WIDE, pretraining_objective=objective, num_hidden_layers=1, mask_noise_std=0.0)
+    plain = SSLAMForPreTraining(config).train()
+    model, exact = use_cuda(deepcopy(plain)), deepcopy(plain).double()
+    for each in (plain, model):
+        each.set_memory("fast")
+    model.compile(fullgraph=True, dynamic=False, backend=backend)
+    clips = torch.randn(3, 64, 32)
+
+    def step(each: SSLAMForPreTraining, values: torch.Tensor, half: bool) -> dict[str, torch.Tensor]:
+        each.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = each(values, generator=torch.Generator().manual_seed(0)).loss
+        loss.backward()
+        return {"loss": loss.detach(), **gradients_of(each)}
+
+    expected, exact_values = step(plain, clips, True), step(exact, clips.double(), False)
+    found = step(model, clips, True)
+    with torch.profiler.profile() as profile:
+        step(model, clips, True)
+    # The patch embedding's convolutions are left, with a gradient in the student.
+    names = [event.key for event in profile.key_averages() for _ in range(event.count)]
+    encoders = 2
+    assert names.count("aten::convolution") == encoders
+    assert names.count("aten::convolution_backward") == 1
+    for name, value in exact_values.items():
+        error, plain_error = (relative_error(values[name].double(), value) for values in (found, expected))
+        assert error <= 2 * plain_error + 1e-3, name
+
+
 def test_eager_layers_keep_conv2d(make_config):
     layer = use_cuda(SSLAMForPreTraining(make_config(**WIDE))).decoder.layers[0]
     for dtype in (torch.float32, torch.bfloat16):

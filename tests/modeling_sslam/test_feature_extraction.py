@@ -471,6 +471,7 @@ class TestSaving:
             "configuration_sslam.py",
             "feature_extraction_sslam.py",
             "filter_bank_sslam.py",
+            "transfers_sslam.py",
         }
         script = """
 import sys
@@ -557,6 +558,12 @@ class TestDevices:
         assert all(map(torch.equal, clips, before))
         padding_frames = expected["attention_mask"] == 0
         assert torch.equal(actual["input_values"][padding_frames], expected["input_values"][padding_frames])
+
+    def test_a_model_in_training_can_keep_the_features(self, on_device, extractor):
+        features = on_device(extractor, torch.from_numpy(noise(RATE)))["input_values"]
+        layer = torch.nn.Linear(128, 1)
+        layer(features).sum().backward()
+        torch.testing.assert_close(layer.weight.grad, features.sum((0, 1))[None], atol=0, rtol=1e-4)
 
     @pytest.mark.parametrize("name", ["0_16000", "1_16000", "2_44100", "3_32000", "4_48000", "5_8000", "6_16000"])
     def test_parity(self, on_device, extractor, golden_dir, parity, name):

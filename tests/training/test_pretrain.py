@@ -23,6 +23,7 @@ from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraini
 from modeling_sslam.common.files import TEMPORARY_PREFIX
 from training import pretrain
 from training.arguments import parse
+from training.data import stream
 from training.data.loader import AudioLoader
 from training.run import processes as start_of_processes
 from training.run import trainer
@@ -326,6 +327,17 @@ def test_a_run_of_one_graph_resumes_exactly(train, monkeypatch):
         torch.testing.assert_close(value, plain_weights[name], rtol=1e-3, atol=1e-4)
     # The schedules of 2 and of 4 updates agree during warm-up.
     assert_identical(resumed_weights, weights)
+
+
+@pytest.mark.parametrize("objective", ["ua", "sslam"])
+def test_a_run_on_features_of_a_device(train, monkeypatch, objective):
+    """The filter bank of devices, run on the CPU, gives the features that the workers give."""
+    model = {"model.pretraining_objective": objective}
+    expected = train("workers", max_updates=1, **model)
+    monkeypatch.setattr(stream, "is_host", lambda device: False)
+    found = train("device", max_updates=1, **model, **{"data.front_end": "device"})
+    losses = [read_metrics(run / "metrics.jsonl")[-1]["loss"] for run in (found, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_memory_may_change_when_a_run_is_resumed(train, tmp_path):

@@ -17,7 +17,7 @@ import logging
 import math
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Generic
@@ -33,6 +33,7 @@ from modeling_sslam import SSLAMFeatureExtractor, SSLAMPreTrainedModel
 from modeling_sslam.common.files import write_text
 from modeling_sslam.cuda_sslam import use_cuda
 from modeling_sslam.onednn_sslam import use_onednn
+from modeling_sslam.transfers_sslam import read_later
 from training.arguments import flatten, to_yaml
 from training.data.loader import AudioLoader
 from training.run.checkpointing import (
@@ -173,13 +174,13 @@ class Trainer(Generic[ProgressT]):
         tensors["stop"] = torch.full((), float(self.run.stop.requested), device=accelerator.device)
         # A single exchange per update, so that all processes take the same decisions and wait for the device once.
         means = mean_over_processes(accelerator, tensors)
-        read_means = start_reading(torch.stack(list(means.values())))
+        read_means = read_later(torch.stack(list(means.values())))
         if self._skips_on_device:
             # Queue the step before waiting for the loss, so that the device has work while the host decides.
             is_finite = means["loss"].isfinite() & means["grad_norm"].isfinite()
             self.optimizer.optimizer.found_inf = (~is_finite).float()
             self._step_optimizer()
-        values = dict(zip(means, read_means(), strict=True))
+        values = dict(zip(means, read_means().tolist(), strict=True))
         self.must_stop = values.pop("stop") > 0
 
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
@@ -362,26 +363,6 @@ def mean_over_processes(accelerator: Accelerator, values: dict[str, torch.Tensor
     """Return the mean of each scalar over all processes, in float32 on the device."""
     stacked = torch.stack([value.to(accelerator.device, torch.float32) for value in values.values()])
     return dict(zip(values, accelerator.reduce(stacked, "mean").unbind(), strict=True))
-
-
-def start_reading(values: torch.Tensor) -> Callable[[], list[float]]:
-    """Start to copy a vector to the host.
-
-    Returns:
-        A function that waits for the copy and returns the values. It does not wait for what the device is given to do
-        after this call.
-    """
-    if values.device.type != "cuda":
-        return values.tolist
-    on_host = values.to("cpu", non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def read() -> list[float]:
-        copied.synchronize()
-        return on_host.tolist()
-
-    return read
 
 
 def ids_of_bad_batches(
