@@ -29,9 +29,10 @@ from training.linear.comparison import Entrant, remove_comparison, write_compari
 from training.linear.config import ALL_POOLINGS, LinearEvalConfig
 from training.linear.facts import check_results_dir, common_facts, name_of_encoder, protocol_of
 from training.linear.features import FEATURE_POOLINGS, FeatureSet, cached_features, cached_tokens, cached_values
+from training.linear.fitting import HeadResult, Setup
 from training.linear.forest import cepstral_extractor
 from training.linear.heads import TOKEN_KINDS, Head
-from training.linear.kinds import HeadResult, Setup, fit_kinds
+from training.linear.kinds import fit_kinds
 from training.linear.results import (
     HeadSummary,
     number,
@@ -313,6 +314,8 @@ def heads_of_kind(config: LinearEvalConfig, kind: str, layers: list[int], poolin
     if kind in ("linear", "layers"):
         grid = {"lr": config.head.learning_rates, "wd": config.head.weight_decays}
         settings = list(product(*([(name, value) for value in values] for name, values in grid.items() if values)))
+    elif kind == "ridge":
+        settings = [(("strength", value),) for value in dict.fromkeys(config.ridge.strengths)]
     elif kind == "knn":
         settings = [(("k", k),) for k in dict.fromkeys(config.knn.neighbours)]
     elif kind == "few_shot":

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 
 from modeling_sslam.common.files import replacing, write_text
 from training.linear.choice import chosen_summary
+from training.linear.fitting import HeadResult
 from training.linear.heads import Head
-from training.linear.kinds import HeadResult
 from training.linear.results import HeadSummary, number, spread
 
 COMPARISON_FILES = ("heads.md", "heads.csv", "heads.png")
@@ -27,6 +27,7 @@ COLUMNS = (
 )
 KIND_NAMES = {
     "linear": "linear",
+    "ridge": "ridge regression",
     "layers": "weighted sum of layers",
     "attentive": "attentive pooling",
     "prototypes": "prototypes",
