@@ -226,7 +226,7 @@ def test_all_kinds_of_heads_beside_new_weights_and_a_forest(run, sounds, capsys)
     settings = {"data": sounds, "folds": "fold1,fold2,fold3,fold4", "poolings": "mean,std", "layers": "1,last"}
     out, results = run(**settings, **ALL_KINDS, compare="new_weights,mfcc_forest", **{"head.epochs": 2})
     text = capsys.readouterr().out
-    # Layers, poolings and settings: linear, ridge and knn 2 * 2 * 2, layers and few-shot 2 * 2; tokens have layers alone.
+    # Layers, poolings and settings: linear, ridge and knn 2 * 2 * 2, layers and few-shot 2 * 2, patch tokens 2.
     kinds = [row["kind"] for row in results["heads"]]
     assert {kind: kinds.count(kind) for kind in kinds} == {
         "linear": 8, "ridge": 8, "layers": 4, "attentive": 2, "prototypes": 2, "knn": 8, "few_shot": 4

@@ -1,6 +1,7 @@
 """Fast linear evaluation: heads fitted on cached features of a frozen encoder."""
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,6 +34,7 @@ from training.linear.fitting import HeadResult, Setup
 from training.linear.forest import cepstral_extractor
 from training.linear.heads import TOKEN_KINDS, Head
 from training.linear.kinds import fit_kinds
+from training.linear.lengths import length_advice, typical_seconds
 from training.linear.results import (
     HeadSummary,
     number,
@@ -45,6 +47,8 @@ from training.linear.results import (
 )
 from training.run.config import TrainingError
 from training.run.processes import make_accelerator
+
+logger = logging.getLogger(__name__)
 
 REMEDIES = {
     "validation": " (--data.hold_out 0.1 validates with a tenth of the training clips)",
@@ -92,6 +96,9 @@ def evaluate_cached(config: LinearEvalConfig) -> None:
     )
     encoder = freeze_encoder(config, task, accelerator)
     model_config = encoder.model.config
+    seconds = typical_seconds(task.source) if accelerator.is_main_process else None
+    if seconds and (advice := length_advice(seconds, encoder.feature_extractor, model_config)):
+        logger.warning(advice)
     heads = chosen_heads(config, model_config.num_hidden_layers, model_config.classifier_pooling)
     setup = setup_of(config, encoder)
     name = short_name_of(config)
