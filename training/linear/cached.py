@@ -55,6 +55,8 @@ REMEDIES = {
     "test": " (--test_split null reports on the validation clips)",
 }
 FOREST = Head(0, "mean and deviation of MFCCs", "forest")
+# A longer table of heads is left to heads.md.
+MAX_PRINTED_HEADS = 40
 
 
 class FrozenEncoder(NamedTuple):
@@ -416,12 +418,15 @@ def fit_and_report(
             results_of_card = card_results(data, evaluations[config.test_split])
             write_results_to_card(out / "model", results_of_card, replaced=set())
         files.append(out / "model")
+    trained = [f"  AdamW, learning rate {config.head.learning_rate:g}, {config.head.epochs} epochs"]
+    if not {"linear", "layers"} & set(config.head.kinds):
+        trained = []
     counts = ", ".join(" + ".join(f"{n:,}" for n in size.values()) for size in sizes.values())
     num_heads = sum(len(entrant.heads) for entrant in entrants)
     print(
         f"Linear evaluation of {encoder_name} on {config.data.source}",
         f"  {protocol}",
-        f"  AdamW, learning rate {config.head.learning_rate:g}, {config.head.epochs} epochs",
+        *trained,
         f"  {len(labels)} classes; clips to train, validate and test with: {counts}",
         f"  features {seconds['features']} s, {num_heads} head{'s' * (num_heads > 1)} {seconds['heads']} s",
         *summary_of(entrants, best, metric_name, list(rounds), how_chosen(own, config)),
@@ -458,7 +463,7 @@ def summary_of(
     own = entrants[0]
     rows = own.table_of_places()
     marked = None if own.by_round else next(row for row in rows if row.head == best.head)
-    lines = table_of(rows, metric_name, marked)
+    lines = table_of(rows, metric_name, marked) if len(rows) <= MAX_PRINTED_HEADS else []
     if own.by_round:
         lines += [f"  {sentence}"]
         folds = zip(tests, best.heads, best.tests, strict=True)

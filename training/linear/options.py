@@ -44,7 +44,7 @@ class RidgeConfig:
     """Ridge regression of the targets on pooled features that are standardised over the training clips."""
 
     strengths: list[float] = field(
-        default_factory=lambda: [0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
+        default_factory=lambda: [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0],
         metadata={"help": "Strengths of the penalty on the weights, per clip. Validation chooses one."},
     )
 

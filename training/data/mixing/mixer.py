@@ -134,8 +134,8 @@ class Mixer:
         if settings.max_sources > len(self.labels) and not settings.repeat_labels:
             names = ", ".join(self.labels[:5]) + (", ..." if len(self.labels) > 5 else "")
             raise ValueError(
-                f"max_sources={settings.max_sources}, but there are {len(self.labels)} classes ({names}). Lower it, or "
-                "set repeat_labels to true."
+                f"max_sources={settings.max_sources}, but there are {len(self.labels)} classes ({names}). Lower it, "
+                "or set repeat_labels to true."
             )
         self._cache = SoundCache(settings.cache_mib << 20)
 
