@@ -15,7 +15,8 @@ of fine-tuning. In both modes, the head after its best epoch on the validation c
   these features, all heads of a sweep over layers and poolings at once. Several devices can share the first part.
 - `--mode published`: the frozen encoder computes every clip anew in every epoch, augmented as in fine-tuning.
 
-Kinds of heads in the fast mode, named by `head.kinds`: `linear`; `layers`, linear on a weighted sum of all layers;
+Kinds of heads in the fast mode, named by `head.kinds`: `linear`; `ridge`, linear in closed form, which is exact, fast
+and the first choice for small data sets; `layers`, linear on a weighted sum of all layers;
 `attentive`, learned queries over patch tokens; `prototypes`, the greatest similarity of learned (binary) prototypes to
 a patch token; `knn`, nearest neighbours. `few_shot.shots` adds nearest class means of a few clips, drawn many times.
 `attentive` and `prototypes` read patch tokens, which are cached as float16 for the chosen layers alone. Several heads

@@ -19,7 +19,7 @@ from training import linear_eval
 from training.arguments import parse, settings
 from training.finetune import FinetuneConfig
 from training.linear import features as features_module
-from training.linear import kinds
+from training.linear import pooled_fits
 from training.linear.config import ALL_POOLINGS, LinearEvalConfig
 from training.linear.features import FEATURE_POOLINGS, read_features
 from training.soundscapes import __main__ as soundscapes
@@ -152,7 +152,7 @@ def test_a_sweep_over_layers_and_poolings(run, monkeypatch):
     rows = list(csv.DictReader((out / "sweep.csv").open()))
     assert len(rows) == (NUM_LAYERS + 1) * len(ALL_POOLINGS)
     assert {row["layer"] for row in rows} == {"0", "1", "2"}
-    assert {row["pooling"] for row in rows} == {*FEATURE_POOLINGS, "cls+mean", "max+std"}
+    assert {row["pooling"] for row in rows} == {*FEATURE_POOLINGS, "cls+mean", "max+std", "mean+max+std"}
     assert (out / "sweep.png").stat().st_size > 10_000
     best = max(rows, key=lambda row: float(row["validation_map"]))
     assert results["best_head"]["layer"] == int(best["layer"])
@@ -169,7 +169,7 @@ def test_a_sweep_over_layers_and_poolings(run, monkeypatch):
 
 def test_a_sweep_in_parts_gives_the_same_heads(run, monkeypatch):
     _, whole = run("whole", layers="0,1", poolings="cls,mean", **{"head.epochs": 2})
-    monkeypatch.setattr(kinds, "MAX_BYTES_IN_MEMORY", 1)
+    monkeypatch.setattr(pooled_fits, "MAX_BYTES_IN_MEMORY", 1)
     _, parts = run("parts", layers="0,1", poolings="cls,mean", **{"head.epochs": 2})
     for one, other in zip(whole["heads"], parts["heads"], strict=True):
         assert one["test_map"] == pytest.approx(other["test_map"], abs=1e-4)
@@ -208,25 +208,28 @@ def test_folds_of_clips_with_one_label(run, sounds):
 
 
 ALL_KINDS = {
-    "head.kinds": "linear,layers,attentive,prototypes,knn",
+    "head.kinds": "linear,ridge,layers,attentive,prototypes,knn",
     "head.learning_rates": "1e-3,1e-2",
     "few_shot.shots": 3,
     "few_shot.draws": 4,
     "attentive.epochs": 3,
     "prototypes.epochs": 3,
+    "ridge.strengths": "0.1,1",
     "knn.neighbours": "1,3",
     "forest.trees": 5,
 }
+
+ONE_OF_EACH = {"knn.neighbours": 3, "ridge.strengths": 0.1}
 
 
 def test_all_kinds_of_heads_beside_new_weights_and_a_forest(run, sounds, capsys):
     settings = {"data": sounds, "folds": "fold1,fold2,fold3,fold4", "poolings": "mean,std", "layers": "1,last"}
     out, results = run(**settings, **ALL_KINDS, compare="new_weights,mfcc_forest", **{"head.epochs": 2})
     text = capsys.readouterr().out
-    # Layers, poolings and settings: linear 2 * 2 * 2, layers 2 * 2, attentive and prototypes 2 each, knn and few-shot.
+    # Layers, poolings and settings: linear, ridge and knn 2 * 2 * 2, layers and few-shot 2 * 2, patch tokens 2.
     kinds = [row["kind"] for row in results["heads"]]
     assert {kind: kinds.count(kind) for kind in kinds} == {
-        "linear": 8, "layers": 4, "attentive": 2, "prototypes": 2, "knn": 8, "few_shot": 4
+        "linear": 8, "ridge": 8, "layers": 4, "attentive": 2, "prototypes": 2, "knn": 8, "few_shot": 4
     }  # fmt: skip
     assert all(row["validation_accuracy"] is not None for row in results["heads"])
     assert all(row["parameters"] > 0 and row["flops_per_clip"] > 0 for row in results["heads"])
@@ -244,7 +247,7 @@ def test_all_kinds_of_heads_beside_new_weights_and_a_forest(run, sounds, capsys)
     assert any(name.endswith("new weights") for name in encoders)
 
     rows = list(csv.DictReader((out / "heads.csv").open()))
-    assert len(rows) == 2 * 28 + 1
+    assert len(rows) == 2 * 36 + 1
     (forest,) = (row for row in rows if row["kind"] == "forest")
     assert float(forest["test_accuracy"]) > 0.8  # tones and noises
     tables = (out / "heads.md").read_text()
@@ -272,10 +275,10 @@ def test_all_kinds_of_heads_with_validation_clips_and_several_labels(run):
     assert few["settings"] == "shots 3"
 
 
-@pytest.mark.parametrize("kind", ["layers", "attentive", "prototypes", "knn"])
+@pytest.mark.parametrize("kind", ["ridge", "layers", "attentive", "prototypes", "knn"])
 def test_the_files_of_a_single_head_are_those_of_its_kind(run, kind):
     """The predictions are computed anew from the fitted head, for each kind."""
-    _, results = run(poolings="std", **ALL_KINDS | {"head.kinds": kind, "few_shot.shots": 0, "knn.neighbours": 3})
+    _, results = run(poolings="std", **ALL_KINDS | {"head.kinds": kind, "few_shot.shots": 0} | ONE_OF_EACH)
     assert results["best_head"]["kind"] == kind
     assert results["metrics"]["map"] == pytest.approx(results["best_head"]["test_map"], abs=1e-5)
     assert f"not {kind}" in results["best_head_model"]

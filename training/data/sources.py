@@ -419,7 +419,9 @@ def _open_scenes(path: Path, config: DataConfig) -> Source:
         )
     pools = open_scene_pools(read_settings(path))
     if config.split not in pools:
-        raise ValueError(f"{path} has no split {config.split!r}; it has {', '.join(pools)}.")
+        raise ValueError(
+            f"{path} has no split {config.split!r}; it has {', '.join(pools)}, and they cannot be joined by +."
+        )
     mixer, count = pools[config.split]
     ids = [scene_id(config.split, i) for i in range(count)]
     # The path holds a digest, so that features cached for other settings or recordings are not taken for these.
@@ -464,6 +466,12 @@ def _open_recordings(settings: SceneSettings, source: str, split: str, with_labe
         matches = [re.search(settings.group_by, id_) for id_ in ids]
         if with_labels and not any(matches):
             raise ValueError(f"{source}: group_by={settings.group_by!r} matches no name, such as {ids[0]!r}.")
+        if with_labels and not all(matches):
+            unmatched = [id_ for id_, match in zip(ids, matches, strict=True) if not match]
+            logger.warning(
+                "%s: group_by=%r does not match %d of %d names, such as %r; each of them counts as an original.",
+                source, settings.group_by, len(unmatched), len(ids), unmatched[0],
+            )  # fmt: skip
         groups = [match and (match[1] if match.re.groups else match[0]) for match in matches]
     single = [i for i, own in enumerate(labels) if len(own) == 1]
     if len(single) < len(ids):

@@ -1,6 +1,7 @@
 """Fast linear evaluation: heads fitted on cached features of a frozen encoder."""
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,9 +30,11 @@ from training.linear.comparison import Entrant, remove_comparison, write_compari
 from training.linear.config import ALL_POOLINGS, LinearEvalConfig
 from training.linear.facts import check_results_dir, common_facts, name_of_encoder, protocol_of
 from training.linear.features import FEATURE_POOLINGS, FeatureSet, cached_features, cached_tokens, cached_values
+from training.linear.fitting import HeadResult, Setup
 from training.linear.forest import cepstral_extractor
 from training.linear.heads import TOKEN_KINDS, Head
-from training.linear.kinds import HeadResult, Setup, fit_kinds
+from training.linear.kinds import fit_kinds
+from training.linear.lengths import length_advice, typical_seconds
 from training.linear.results import (
     HeadSummary,
     number,
@@ -45,11 +48,15 @@ from training.linear.results import (
 from training.run.config import TrainingError
 from training.run.processes import make_accelerator
 
+logger = logging.getLogger(__name__)
+
 REMEDIES = {
     "validation": " (--data.hold_out 0.1 validates with a tenth of the training clips)",
     "test": " (--test_split null reports on the validation clips)",
 }
 FOREST = Head(0, "mean and deviation of MFCCs", "forest")
+# A longer table of heads is left to heads.md.
+MAX_PRINTED_HEADS = 40
 
 
 class FrozenEncoder(NamedTuple):
@@ -91,6 +98,9 @@ def evaluate_cached(config: LinearEvalConfig) -> None:
     )
     encoder = freeze_encoder(config, task, accelerator)
     model_config = encoder.model.config
+    seconds = typical_seconds(task.source) if accelerator.is_main_process else None
+    if seconds and (advice := length_advice(seconds, encoder.feature_extractor, model_config)):
+        logger.warning(advice)
     heads = chosen_heads(config, model_config.num_hidden_layers, model_config.classifier_pooling)
     setup = setup_of(config, encoder)
     name = short_name_of(config)
@@ -313,6 +323,8 @@ def heads_of_kind(config: LinearEvalConfig, kind: str, layers: list[int], poolin
     if kind in ("linear", "layers"):
         grid = {"lr": config.head.learning_rates, "wd": config.head.weight_decays}
         settings = list(product(*([(name, value) for value in values] for name, values in grid.items() if values)))
+    elif kind == "ridge":
+        settings = [(("strength", value),) for value in dict.fromkeys(config.ridge.strengths)]
     elif kind == "knn":
         settings = [(("k", k),) for k in dict.fromkeys(config.knn.neighbours)]
     elif kind == "few_shot":
@@ -406,12 +418,15 @@ def fit_and_report(
             results_of_card = card_results(data, evaluations[config.test_split])
             write_results_to_card(out / "model", results_of_card, replaced=set())
         files.append(out / "model")
+    trained = [f"  AdamW, learning rate {config.head.learning_rate:g}, {config.head.epochs} epochs"]
+    if not {"linear", "layers"} & set(config.head.kinds):
+        trained = []
     counts = ", ".join(" + ".join(f"{n:,}" for n in size.values()) for size in sizes.values())
     num_heads = sum(len(entrant.heads) for entrant in entrants)
     print(
         f"Linear evaluation of {encoder_name} on {config.data.source}",
         f"  {protocol}",
-        f"  AdamW, learning rate {config.head.learning_rate:g}, {config.head.epochs} epochs",
+        *trained,
         f"  {len(labels)} classes; clips to train, validate and test with: {counts}",
         f"  features {seconds['features']} s, {num_heads} head{'s' * (num_heads > 1)} {seconds['heads']} s",
         *summary_of(entrants, best, metric_name, list(rounds), how_chosen(own, config)),
@@ -448,7 +463,7 @@ def summary_of(
     own = entrants[0]
     rows = own.table_of_places()
     marked = None if own.by_round else next(row for row in rows if row.head == best.head)
-    lines = table_of(rows, metric_name, marked)
+    lines = table_of(rows, metric_name, marked) if len(rows) <= MAX_PRINTED_HEADS else []
     if own.by_round:
         lines += [f"  {sentence}"]
         folds = zip(tests, best.heads, best.tests, strict=True)

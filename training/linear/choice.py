@@ -12,8 +12,9 @@ import numpy as np
 
 from training.linear.clips import Clips, no_clips
 from training.linear.features import FeatureSet
+from training.linear.fitting import HeadResult, Setup
 from training.linear.heads import Head
-from training.linear.kinds import HeadResult, Setup, fit_kinds
+from training.linear.kinds import fit_kinds
 from training.linear.results import HeadSummary
 from training.run.config import TrainingError
 

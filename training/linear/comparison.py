@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 
 from modeling_sslam.common.files import replacing, write_text
 from training.linear.choice import chosen_summary
+from training.linear.fitting import HeadResult
 from training.linear.heads import Head
-from training.linear.kinds import HeadResult
 from training.linear.results import HeadSummary, number, spread
 
 COMPARISON_FILES = ("heads.md", "heads.csv", "heads.png")
@@ -27,6 +27,7 @@ COLUMNS = (
 )
 KIND_NAMES = {
     "linear": "linear",
+    "ridge": "ridge regression",
     "layers": "weighted sum of layers",
     "attentive": "attentive pooling",
     "prototypes": "prototypes",
@@ -130,9 +131,11 @@ def remove_comparison(folder: Path) -> None:
 def cells_of(entrant: Entrant, row: HeadSummary) -> list[str]:
     """Return the cells of a row of heads.md. A choice that differs between folds lists them all."""
     parts = [row.value_of(name) for name in ("kind", "layer", "pooling", "settings")]
+    if row.head.kind == "forest":
+        parts[1] = "-"
     texts = [" / ".join(str(v) or "-" for v in part) if isinstance(part, list) else str(part) for part in parts]
     cost = [f"{value:,}" for value in row.cost[:3]]
-    return [entrant.name, *texts, number(row.validation), f"{row.test:.4f}{spread(row)}", *cost, f"{row.cost[3]:.2f}"]
+    return [entrant.name, *texts, number(row.validation), f"{row.test:.4f}{spread(row)}", *cost, f"{row.cost[3]:.3g}"]
 
 
 def line_of(cells: Sequence[str]) -> str:
@@ -146,7 +149,7 @@ def plot(path: Path, entrants: Sequence[Entrant], metric_name: str, title: str) 
     Heads on all layers and the forest are horizontal lines. The panels share the vertical axis.
     """
     encoders = [entrant for entrant in entrants if entrant.kinds != ["forest"]]
-    figure = Figure(figsize=(1.2 + 4.2 * len(encoders), 4.0), layout="constrained")
+    figure = Figure(figsize=(1.2 + 4.2 * len(encoders), 4.4), layout="constrained")
     all_axes = figure.subplots(1, len(encoders), sharey=True, squeeze=False)[0]
     for axes, entrant in zip(all_axes, encoders, strict=True):
         plot_entrant(axes, entrant)
@@ -156,8 +159,9 @@ def plot(path: Path, entrants: Sequence[Entrant], metric_name: str, title: str) 
         axes.set_title(entrant.name, fontsize=9)
         axes.set_xlabel("layer (0: embeddings, i: after block i)")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
     all_axes[0].set_ylabel(f"test {metric_name}")
+    handles, names = all_axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=7)
     figure.suptitle(title, fontsize=9)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110)

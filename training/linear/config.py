@@ -18,6 +18,7 @@ from training.linear.options import (
     ForestConfig,
     NeighbourConfig,
     PrototypeConfig,
+    RidgeConfig,
     Rival,
 )
 from training.run.config import CheckpointConfig, WatchConfig
@@ -30,7 +31,7 @@ PROTOCOLS = {
     "heads of the kinds {kinds} fitted on them",
     "published": "published mode: features of the frozen encoder computed anew in every epoch, under augmentation",
 }
-ALL_POOLINGS = (*FEATURE_POOLINGS, "cls+mean", "max+std")
+ALL_POOLINGS = (*FEATURE_POOLINGS, "cls+mean", "max+std", "mean+max+std")
 
 
 @dataclass(kw_only=True)
@@ -99,6 +100,7 @@ class LinearEvalConfig:
     )
 
     # Cached mode.
+    ridge: RidgeConfig
     attentive: AttentiveConfig
     prototypes: PrototypeConfig
     knn: NeighbourConfig

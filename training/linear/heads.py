@@ -19,8 +19,8 @@ from training.linear.features import FEATURE_POOLINGS
 from training.run.losses import Loss, loss_sum, loss_weight
 from training.run.optimization import OptimizerConfig, learning_rate
 
-# The first reads pooled features of one layer, the second those of all layers, and two read patch tokens.
-KINDS = ("linear", "layers", "attentive", "prototypes", "knn")
+# `layers` reads pooled features of all layers, and two kinds read patch tokens.
+KINDS = ("linear", "ridge", "layers", "attentive", "prototypes", "knn")
 TOKEN_KINDS = ("attentive", "prototypes")
 # As in the published linear evaluation.
 FINAL_LEARNING_RATE = 1e-6
@@ -35,7 +35,8 @@ class HeadConfig:
     kinds: list[str] = field(
         default_factory=lambda: ["linear"],
         metadata={
-            "help": "Kinds of heads to fit in the fast mode. linear: on pooled features. layers: linear, on a "
+            "help": "Kinds of heads to fit in the fast mode. linear: on pooled features, as published. ridge: linear, "
+            "by ridge regression in closed form, the first choice for small data sets. layers: linear, on a "
             "weighted sum of all layers' pooled features. attentive: learned queries over patch tokens. prototypes: "
             "greatest similarity of learned prototypes to a patch token. knn: nearest neighbours by pooled features.",
             "default": "linear",

@@ -40,6 +40,20 @@ class PrototypeConfig:
 
 
 @dataclass
+class RidgeConfig:
+    """Ridge regression of the targets on pooled features that are standardised over the training clips."""
+
+    strengths: list[float] = field(
+        default_factory=lambda: [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0],
+        metadata={"help": "Strengths of the penalty on the weights, per clip. Validation chooses one."},
+    )
+
+    def __post_init__(self) -> None:
+        if not self.strengths or not min(self.strengths) > 0:
+            raise ValueError(f"ridge.strengths={self.strengths} must be one number or more, each positive")
+
+
+@dataclass
 class NeighbourConfig:
     """Nearest neighbours: the mean label of the k training clips with the greatest cosine similarity."""
 

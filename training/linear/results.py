@@ -14,8 +14,8 @@ from modeling_sslam import SSLAMFeatureExtractor, SSLAMForAudioClassification, S
 from modeling_sslam.common.files import replacing, write_errors, write_text
 from modeling_sslam.common.model_card import render_card
 from modeling_sslam.configuration_sslam import POOLINGS as MODEL_POOLINGS
+from training.linear.fitting import Cost, HeadResult
 from training.linear.heads import Head
-from training.linear.kinds import Cost, HeadResult
 
 SWEEP_FILES = ("sweep.csv", "sweep.png")
 
@@ -184,7 +184,7 @@ def why_no_model(head: Head, has_folds: bool) -> str | None:
     if has_folds:
         return "No model was written: every fold has a head of its own."
     if head.kind != "linear":
-        return f"No model was written: the classifier is a linear head on one layer's pooled tokens, not {head.kind}."
+        return f"No model was written: the classifier is the head of the kind linear, not {head.kind}."
     if head.pooling not in MODEL_POOLINGS:
         return f"No model was written: the classifier's poolings are {', '.join(MODEL_POOLINGS)}, not {head.pooling}."
     if head.layer == 0:

@@ -39,6 +39,7 @@ import csv
 import logging
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING
@@ -175,6 +176,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.output.exists():
         parser.error(f"{arguments.output} exists already; name a new folder.")
+    if arguments.seed < 0:
+        parser.error(f"--seed {arguments.seed} must not be negative.")
     given = {key: getattr(arguments, key) for key in known if hasattr(arguments, key)}
     if "sounds" in given:
         if arguments.held_out is not None:
@@ -186,6 +189,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             arguments.scenes = build(SceneSettings, values | {key: getattr(arguments, key) for key in SHARED})
         except ValueError as error:
             parser.error(str(error))
+        for source in (arguments.scenes.sounds, arguments.scenes.background, arguments.scenes.impulse_responses):
+            if source is not None and Path(source).expanduser().resolve() in arguments.output.resolve().parents:
+                parser.error(f"{arguments.output} lies in {source}, where its files would count as recordings.")
         shared = {key: getattr(arguments, key) for key in (*SHARED, "sampling_rate", "seed")}
         arguments.given = list(_as_options(given | shared))
         return arguments
@@ -232,8 +238,10 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     try:
         _mix(arguments)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {error if error.filename else f'{arguments.output}: {error}'}")
 
 
 def _synthesise(arguments: argparse.Namespace) -> None:
@@ -285,4 +293,6 @@ def _mix(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    # The default action would leave worker processes and an unfinished folder behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: ended by SIGTERM"))
     main()

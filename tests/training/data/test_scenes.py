@@ -240,6 +240,7 @@ def test_a_source_of_unusable_recordings_stops(write_sounds, write_settings, tmp
         ({"min_sources": 3}, "min_sources=3 and max_sources=2"),
         ({"clips": 0}, "clips=0 must be at least 1"),
         ({"trim": 0}, "trim=0 must be positive"),
+        ({"seconds": float("inf")}, "seconds=inf"),
     ],
 )
 def test_wrong_settings_are_named(write_settings, changes, message):
@@ -256,6 +257,23 @@ def test_a_wrong_split_and_selections_of_clips_are_refused(write_settings):
     changes = {"splits": [f"{name}=0.1" for name in "abcdefghij"], "group_by": "take."}
     with pytest.raises(ValueError, match="too few original recordings for the split e"):
         open_source(DataConfig(str(write_settings(**changes))))
+
+
+def test_names_that_group_by_does_not_match_are_originals_and_named(write_settings, caplog):
+    pools = open_scene_pools(read_settings(write_settings(group_by=r"(?:low|middle)/(take\d)")))
+    assert "does not match 8 of 24 names, such as 'high/take0-0.flac'" in caplog.text
+    groups = {group for pool in pools.values() for group in pool.mixer.sounds.groups}
+    assert {name for name in groups if name.startswith("high/")} == {
+        f"high/take{take}-{i}.flac" for take in range(4) for i in range(2)
+    }
+
+
+@pytest.mark.parametrize("clips", [1, 10, 11, 14, 25])
+def test_the_splits_have_the_number_of_scenes_together(write_settings, clips):
+    pools = open_scene_pools(read_settings(write_settings(clips=clips, splits=["a=0.7", "b=0.15", "c=0.15"])))
+    counts = [pool.num_scenes for pool in pools.values()]
+    assert sum(counts) == clips
+    assert abs(counts[0] - 0.7 * clips) < 1
 
 
 def test_paths_in_the_settings_are_relative_to_their_file(write_settings, sounds, tmp_path, monkeypatch):

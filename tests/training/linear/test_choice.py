@@ -8,8 +8,8 @@ import pytest
 from training.linear import choice
 from training.linear.choice import choose, chosen_summary, inner_scores
 from training.linear.features import FeatureSet
+from training.linear.fitting import Cost, HeadResult
 from training.linear.heads import Head
-from training.linear.kinds import Cost, HeadResult
 from training.run.config import TrainingError
 
 HEADS = [Head(0, "mean"), Head(1, "mean"), Head(1, "max")]

@@ -3,6 +3,9 @@
 import csv
 import io
 import json
+import subprocess
+import sys
+import time
 
 import datasets
 import numpy as np
@@ -188,12 +191,37 @@ def test_backgrounds_rooms_and_another_rate(sounds, tmp_path):
         (["--snr", "5", "loud"], "--snr takes"),
         (["--sampling-rate=4000"], "--sampling-rate 4000 must be at least 8000"),
         (["--splits", "train=2"], "add up to 1"),
+        (["--seconds=nan"], "seconds=nan must lie within 0.05 to 3600"),
+        (["--seed=-1"], "--seed -1 must not be negative"),
     ],
 )
 def test_wrong_options_are_named(sounds, tmp_path, capsys, arguments, message):
     with pytest.raises(SystemExit):
         main([str(tmp_path / "out"), "--sounds", str(sounds), *arguments])
     assert message in capsys.readouterr().err
+
+
+def test_scenes_are_not_written_among_the_recordings(sounds, capsys):
+    """They would count as recordings in the next call."""
+    with pytest.raises(SystemExit):
+        main([str(sounds / "low" / "scenes"), "--sounds", str(sounds)])
+    assert "where its files would count as recordings" in capsys.readouterr().err
+    assert not (sounds / "low" / "scenes").exists()
+
+
+def test_a_terminated_program_leaves_nothing(tmp_path):
+    out = tmp_path / "out"
+    words = [sys.executable, "-m", "training.soundscapes", str(out), "--clips=100000", "--processes=2"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        while not list(tmp_path.glob(".*/events.csv")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        # The pipe ends when the worker processes have ended too.
+        assert "ended by SIGTERM" in process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert not list(tmp_path.glob(".*/*"))
+    assert not out.exists()
 
 
 def test_options_of_recordings_need_recordings(sounds, tmp_path, capsys):

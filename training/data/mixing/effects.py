@@ -26,13 +26,14 @@ def rms(waveform: np.ndarray) -> float:
     return math.sqrt(np.mean(np.square(waveform, dtype=np.float64)))
 
 
-def active_frames(waveform: np.ndarray, rate: int, below_peak: float) -> np.ndarray:
+def active_frames(waveform: np.ndarray, rate: int, below_peak: float, floor: float = -math.inf) -> np.ndarray:
     """Return the indices of the frames of [`FRAME_SECONDS`] that are not silent.
 
     Args:
         waveform: The waveform.
         rate: Sampling rate in Hz.
         below_peak: A frame is silent if its RMS is more than this many dB below that of the loudest frame.
+        floor: All frames are silent if the RMS of the loudest one is below this level in dB of full scale.
     """
     size = frame_samples(rate)
     num_frames = math.ceil(len(waveform) / size)
@@ -40,6 +41,8 @@ def active_frames(waveform: np.ndarray, rate: int, below_peak: float) -> np.ndar
     frames.reshape(-1)[: len(waveform)] = waveform
     energy = np.square(frames).sum(1)
     loudest = energy.max(initial=0.0)
+    if loudest < size * 10 ** (floor / 10):
+        return np.array([], int)
     return np.flatnonzero((energy >= loudest * 10 ** (-below_peak / 10)) & (energy > 0))
 
 

@@ -75,6 +75,9 @@ class Fault(NamedTuple):
     reason: str
     message: str
 
+    def __str__(self) -> str:
+        return f"{self.id}: {self.message}"
+
 
 class Scene(NamedTuple):
     """A mixture.
@@ -129,9 +132,10 @@ class Mixer:
         self.members = {label: np.array(members[label]) for label in sorted(members)}
         self.labels = list(self.members)
         if settings.max_sources > len(self.labels) and not settings.repeat_labels:
+            names = ", ".join(self.labels[:5]) + (", ..." if len(self.labels) > 5 else "")
             raise ValueError(
-                f"max_sources={settings.max_sources}, but there are {len(self.labels)} classes "
-                f"({', '.join(self.labels[:5])}...). Lower it, or set repeat_labels to true."
+                f"max_sources={settings.max_sources}, but there are {len(self.labels)} classes ({names}). Lower it, "
+                "or set repeat_labels to true."
             )
         self._cache = SoundCache(settings.cache_mib << 20)
 
@@ -229,6 +233,11 @@ class Mixer:
         wanted = round(settings.event_seconds[1] * rate / settings.stretch[0])
         usable = self._usable(rng, self.sounds, self.members[label], rate, wanted, position, settings.trim, faults)
         for index, sound in usable:
+            if len(sound.waveform) < MIN_EVENT_SECONDS * rate:
+                seconds = len(sound.waveform) / rate
+                message = f"it has {seconds:g} s, and an event at least {MIN_EVENT_SECONDS:g} s"
+                faults.append(Fault(self.sounds.ids[index], "too_short", message))
+                continue
             start, stop = excerpt_bounds(sound, length, rate, where, before)
             event = effects.shift_and_stretch(sound.waveform[start:stop], rate, ratio, stretch)[:longest]
             if not event.any():

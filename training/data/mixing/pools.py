@@ -51,12 +51,21 @@ def make_pools(settings: SceneSettings, open_recordings: Opener) -> dict[str, Po
     _check_division(settings.sounds, sounds)
     background = _shared_out(settings, settings.background, shares, open_recordings)
     responses = _shared_out(settings, settings.impulse_responses, shares, open_recordings)
-    counts = {split: round(share * settings.clips) for split, share in shares.items()}
+    counts = _shared_counts(settings.clips, shares)
     return {
         split: Pool(Mixer(settings, sounds[split], background.get(split), responses.get(split)), count)
         for split, count in counts.items()
         if count
     }
+
+
+def _shared_counts(total: int, shares: dict[str, float]) -> dict[str, int]:
+    """Divide a number of scenes by shares; splits with the largest remainders get the scenes left over."""
+    counts = {split: int(share * total + 1e-9) for split, share in shares.items()}
+    remainders = sorted(shares, key=lambda split: counts[split] - shares[split] * total)
+    for split in remainders[: total - sum(counts.values())]:
+        counts[split] += 1
+    return counts
 
 
 def _divided(recordings: Recordings, shares: dict[str, float]) -> dict[str, Recordings]:

@@ -11,6 +11,8 @@ from modeling_sslam.common.audio import read_waveform
 from modeling_sslam.common.errors import ClipError
 from training.data.mixing.effects import active_frames
 
+# A recording whose loudest frame has a lower RMS in dB of full scale counts as silent: 16 bits hold nothing of it.
+SILENCE_DB = -90.0
 # Longer recordings are not decoded whole: each use decodes the part that it needs.
 MAX_WHOLE_SECONDS = 60.0
 
@@ -103,7 +105,7 @@ class Recordings:
             cache: Takes recordings that are decoded whole.
 
         Raises:
-            ClipError: If the recording is unusable, or "silent" if all its samples are zero.
+            ClipError: If the recording is unusable, or "silent" if it is below [`SILENCE_DB`].
         """
         if index in self._faults:
             raise self._faults[index]
@@ -133,7 +135,7 @@ class Recordings:
         if file is None:
             raise ClipError("missing", "the row has neither a file nor a path")
         waveform = read_waveform(file, rate, max_samples=num_samples, position=position).numpy()
-        active = active_frames(waveform, rate, below_peak)
+        active = active_frames(waveform, rate, below_peak, SILENCE_DB)
         if not len(active):
-            raise ClipError("silent", "all samples are zero")
+            raise ClipError("silent", f"no 20 ms of it are louder than {SILENCE_DB:g} dB of full scale")
         return Sound(waveform, active)

@@ -7,8 +7,9 @@ from pathlib import Path
 from training.arguments import build, read_yaml
 
 SETTINGS_SUFFIXES = (".yaml", ".yml")
-# Shortest excerpt of a recording that can be an event.
+# Length of the shortest recording that can be an event.
 MIN_EVENT_SECONDS = 0.05
+MAX_SECONDS = 3600.0
 
 
 @dataclass(kw_only=True)
@@ -93,9 +94,10 @@ class SceneSettings:
     )
 
     def __post_init__(self) -> None:
-        if self.clips < 1 or self.seconds < MIN_EVENT_SECONDS:
+        if self.clips < 1 or not MIN_EVENT_SECONDS <= self.seconds <= MAX_SECONDS:
             raise ValueError(
-                f"clips={self.clips} must be at least 1, and seconds={self.seconds:g} at least {MIN_EVENT_SECONDS:g}."
+                f"clips={self.clips} must be at least 1, and seconds={self.seconds:g} must lie within "
+                f"{MIN_EVENT_SECONDS:g} to {MAX_SECONDS:g}."
             )
         if not 1 <= self.min_sources <= self.max_sources:
             raise ValueError(
@@ -103,12 +105,12 @@ class SceneSettings:
                 "not less than the first."
             )
         lowest = {"event_seconds": MIN_EVENT_SECONDS, "stretch": 0.25, "pitch": -24.0, "snr": -100.0, "level": -100.0}
-        highest = {"event_seconds": 3600.0, "stretch": 4.0, "pitch": 24.0, "snr": 100.0, "level": 0.0}
+        highest = {"event_seconds": MAX_SECONDS, "stretch": 4.0, "pitch": 24.0, "snr": 100.0, "level": 0.0}
         for name, least in lowest.items():
             low, high = getattr(self, name)
             if not least <= low <= high <= highest[name]:
                 raise ValueError(f"{name}={low:g},{high:g} must be a range within {least:g} to {highest[name]:g}.")
-        if self.trim <= 0 or self.cache_mib < 0:
+        if not self.trim > 0 or self.cache_mib < 0:
             raise ValueError(f"trim={self.trim:g} must be positive, and cache_mib={self.cache_mib} not negative.")
         if self.group_by is not None:
             if self.group_column is not None:

@@ -75,6 +75,24 @@ def test_a_loud_scene_is_turned_down_as_a_whole(make_mixer):
     np.testing.assert_allclose(loud.waveform, ratio * quiet.waveform, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("waveform", "reason"),
+    [(np.full(700, 0.5), "too_short"), (np.r_[0.0, 1.0] / 2**16, "silent"), (np.zeros(RATE), "silent")],
+    ids=["44 ms", "below one step of 16 bits", "zeros"],
+)
+def test_a_recording_without_a_sound_is_no_event(tmp_path, waveform, reason):
+    (tmp_path / "low").mkdir()
+    soundfile.write(tmp_path / "low" / "bad.wav", np.tile(waveform, 1 if len(waveform) > 2 else RATE), RATE, "FLOAT")
+    settings = SceneSettings(sounds=str(tmp_path), max_sources=1, splits=["all=1"])
+    with pytest.raises(ClipError, match=r"no recording of low is usable; the first: low/bad\.wav: .*"):
+        mix(open_scene_pools(settings)["all"].mixer, 0)
+    soundfile.write(tmp_path / "low" / "good.wav", np.sin(np.arange(RATE)), RATE)
+    mixer = open_scene_pools(settings)["all"].mixer
+    scenes = [mix(mixer, seed) for seed in range(8)]
+    assert {event.source_file for scene in scenes for event in scene.events} == {"low/good.wav"}
+    assert {fault.reason for scene in scenes for fault in scene.faults} == {reason}
+
+
 def test_labels_repeat_only_if_asked(make_mixer):
     once, often = make_mixer(), make_mixer(repeat_labels=True, min_sources=5, max_sources=5)
     for seed in range(20):

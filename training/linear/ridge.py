@@ -1,0 +1,55 @@
+"""Ridge regression, a linear head in closed form: no learning rate, no epochs, no random numbers."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from training.linear.neighbours import LEAST_DEVIATION
+
+
+class RidgeHead(NamedTuple):
+    """A linear function of features: `features @ weight + bias`.
+
+    Attributes:
+        weight: Weights of shape `(width, K)`.
+        bias: Biases of shape `(K,)`.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Return scores `(N, K)` of features `(N, width)`: about 1 for a clip of the class and -1 for others."""
+        return features @ self.weight + self.bias
+
+
+def solve_ridge(features: torch.Tensor, targets: torch.Tensor, strengths: Sequence[float]) -> list[RidgeHead]:
+    """Regress targets on features that are standardised over clips, once for each strength.
+
+    The head minimises `mean(|scores - (2 * targets - 1)|^2) + strength * |weight|^2`, with the mean over clips and
+    the weights of standardised features. The bias has no penalty. The equations have as many unknowns as there are
+    features or clips, whichever are fewer.
+
+    Args:
+        features: Features of shape `(N, width)`.
+        targets: Targets of shape `(N, K)`, 0 or 1.
+        strengths: Strengths of the penalty, each positive.
+    """
+    deviation, mean = torch.std_mean(features, dim=0, correction=0)
+    scale = torch.where(deviation < LEAST_DEVIATION, 0.0, 1 / deviation.clamp(min=LEAST_DEVIATION))
+    standard = (features - mean) * scale
+    signs = 2 * targets - 1
+    centre = signs.mean(0)
+    num_clips, width = features.shape
+    is_wide = width > num_clips
+    gram = standard @ standard.T if is_wide else standard.T @ standard
+    right = signs - centre if is_wide else standard.T @ (signs - centre)
+    heads = []
+    for strength in strengths:
+        system = gram.clone()
+        system.diagonal().add_(strength * num_clips)
+        solution = torch.cholesky_solve(right, torch.linalg.cholesky(system))
+        weight = (standard.T @ solution if is_wide else solution) * scale[:, None]
+        heads.append(RidgeHead(weight, centre - mean @ weight))
+    return heads
