@@ -3,10 +3,10 @@
     python -m examples.quickstart outputs/quickstart
 
 The steps: mix the recordings of examples/sounds into scenes, both stages of pre-training, a linear evaluation of the
-encoder beside new weights and MFCCs, fine-tuning with its evaluation, and labels. The program labels the first held-out
-scene with each number of sources, and every held-out recording. A quarter of the recordings are held out: they are in
-no scene that the model is trained on or chosen by. Every step is a command of the project, which is printed before it
-runs. After an interruption, a second call continues.
+encoder beside new weights and MFCCs, fine-tuning with its evaluation, and labels. Labels are printed for the first
+held-out scene with each number of sources, and for every held-out recording. A quarter of the recordings are held out:
+no scene that the model is trained on or chosen by has them. Every step is a command of the project, which is printed
+before it runs. After an interruption, a second call continues.
 """
 
 import argparse
@@ -99,7 +99,9 @@ def print_neighbours(model: Path, recordings: dict[Path, str], top_k: int = 3) -
     print(f"\nNearest neighbours of {paths[query]} among the other {len(paths) - 1} recordings:\n")
     for i in np.argsort(-similarity[query])[:top_k]:
         print(f"  {similarity[query, i]:.3f}  {paths[i]!s:<42}{paths[i].parent.name}")
-    num_right = sum(paths[similarity[paths.index(path)].argmax()].parent.name == recordings[path] for path in recordings)
+    num_right = sum(
+        paths[similarity[paths.index(path)].argmax()].parent.name == recordings[path] for path in recordings
+    )
     print(f"\n  {num_right} of {len(recordings)} held-out recordings have a nearest neighbour of their class.")
 
 
