@@ -14,9 +14,11 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 
 from modeling_sslam.common.encoded_audio import EncodedAudio
 from modeling_sslam.inference import SSLAMTagger, embed
@@ -39,12 +41,12 @@ def run(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", *words], check=True)
 
 
-def first_of_each_polyphony(scenes: Path) -> dict[int, dict]:
+def first_of_each_polyphony(scenes: Path) -> dict[int, dict[str, Any]]:
     """Return the first test scene with each number of sources, by that number."""
     # Streaming reads the files themselves. Otherwise `datasets` keeps a copy, which it also returns for another folder
     # of the same name.
     test = datasets.load_dataset(str(scenes), split="test", streaming=True).cast_column("audio", EncodedAudio())
-    found: dict[int, dict] = {}
+    found: dict[int, dict[str, Any]] = {}
     for row in test:
         found.setdefault(row["num_sources"], row)
     return dict(sorted(found.items()))
@@ -67,42 +69,68 @@ def print_scenes(tagger: SSLAMTagger, scenes: Path, out: Path) -> list[Path]:
         files.append(path)
         print(f"\n  {path} contains {', '.join(sorted(row['labels']))}")
         for label in tagger.tag(path, top_k=num_sources):
-            right = "" if label["label"] in row["labels"] else "  (wrong)"
-            print(f"    {label['score']:.2f}  {label['label']}{right}")
+            wrong = "" if label["label"] in row["labels"] else "  (wrong)"
+            print(f"    {label['score']:.2f}  {label['label']}{wrong}")
     return files
+
+
+def print_share_found(predictions: Path, labels: list[str]) -> None:
+    """Print the share of sources that are among the first labels of a scene, as many labels as it has sources.
+
+    Args:
+        predictions: The table of labels and scores that the evaluation wrote.
+        labels: The classes in the order of the scores.
+    """
+    found: dict[int, list[float]] = {}
+    for row in pq.read_table(predictions).to_pylist():
+        first = {labels[i] for i in np.argsort(row["scores"])[-len(row["labels"]) :]}
+        found.setdefault(row["group"], []).append(len(first & set(row["labels"])) / len(row["labels"]))
+    print("\n  Right labels among as many as a scene has sources:")
+    for num_sources, shares in sorted(found.items()):
+        print(f"    {num_sources} source{'s' * (num_sources > 1)}: {np.mean(shares):.0%} in {len(shares)} scenes")
 
 
 def print_recordings(tagger: SSLAMTagger, recordings: dict[Path, str]) -> None:
     """Print the first label of each held-out recording beside its class."""
-    print(f"\nHeld-out recordings:\n\n  {'file':<42}{'class':<12}{'score':>5}  first label")
+    print(f"\nHeld-out recordings:\n\n  {'file':<50}{'class':<12}score  first label")
     num_right = 0
     for path, truth in recordings.items():
         (label,) = tagger.tag(path, top_k=1)
         right = label["label"] == truth
         num_right += right
-        print(f"  {path!s:<42}{truth:<12}{label['score']:>5.2f}  {label['label']}{'' if right else '  (wrong)'}")
+        print(f"  {path!s:<50}{truth:<12} {label['score']:.2f}  {label['label']}{'' if right else '  (wrong)'}")
     print(f"\n  {num_right} of {len(recordings)} held-out recordings get their class first.")
 
 
-def print_neighbours(model: Path, recordings: dict[Path, str], top_k: int = 3) -> None:
-    """Print the nearest neighbours of the first held-out recording, and how often neighbours share their class.
-
-    Similarity is the cosine of two embeddings. A class is the name of the folder of a recording.
-    """
-    clips = {Path(clip.name): clip.embedding for clip in embed(str(SOUNDS), str(model), pooling="mean")}
-    paths = list(clips)
-    vectors = np.stack(list(clips.values()))
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+def similarities(model: Path) -> tuple[list[Path], np.ndarray]:
+    """Return the paths of all recordings, and the cosine of their embeddings; of a recording and itself, -inf."""
+    clips = list(embed(str(SOUNDS), str(model), pooling="mean"))
+    vectors = np.stack([clip.embedding for clip in clips])
+    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     similarity = vectors @ vectors.T
     np.fill_diagonal(similarity, -np.inf)
-    query = paths.index(next(iter(recordings)))
-    print(f"\nNearest neighbours of {paths[query]} among the other {len(paths) - 1} recordings:\n")
-    for i in np.argsort(-similarity[query])[:top_k]:
-        print(f"  {similarity[query, i]:.3f}  {paths[i]!s:<42}{paths[i].parent.name}")
-    num_right = sum(
-        paths[similarity[paths.index(path)].argmax()].parent.name == recordings[path] for path in recordings
-    )
-    print(f"\n  {num_right} of {len(recordings)} held-out recordings have a nearest neighbour of their class.")
+    return [Path(clip.name) for clip in clips], similarity
+
+
+def print_neighbours(models: dict[str, Path], recordings: dict[Path, str], top_k: int = 3) -> None:
+    """Print the nearest neighbours of the first held-out recording, and how often neighbours share a class.
+
+    Args:
+        models: Models by their descriptions. The list of neighbours is that of the first one.
+        recordings: The held-out recordings and their classes. A class is the name of a recording's folder.
+        top_k: Number of neighbours in the list.
+    """
+    for number, (description, model) in enumerate(models.items()):
+        paths, similarity = similarities(model)
+        if number == 0:
+            query = paths.index(next(iter(recordings)))
+            print(f"\nNearest neighbours of {paths[query]} among the other {len(paths) - 1} recordings:\n")
+            for i in np.argsort(-similarity[query])[:top_k]:
+                print(f"  {similarity[query, i]:.3f}  {paths[i]!s:<50}{paths[i].parent.name}")
+            print("\n  Held-out recordings whose nearest neighbour has their class:")
+        nearest = {path: paths[similarity[i].argmax()] for i, path in enumerate(paths)}
+        num_right = sum(nearest[path].parent.name == label for path, label in recordings.items())
+        print(f"    by embeddings of the {description}: {num_right} of {len(recordings)}")
 
 
 def main() -> None:
@@ -128,15 +156,27 @@ def main() -> None:
     folders = ("--output_dir", probes, "--cache_dir", out / "features")
     run("training.linear_eval", "--model", encoder, "--data", scenes, *folders, *heads)
     config = CONFIGS / "finetune_tiny.yaml"
-    run("training.finetune", "--config", config, *resumable, "--model", encoder, "--output_dir", classifier)
+    run(
+        "training.finetune",
+        "--config",
+        config,
+        *resumable,
+        "--model",
+        encoder,
+        "--output_dir",
+        classifier,
+        "--max_updates",
+        1000,
+    )
 
     tagger = SSLAMTagger.from_pretrained(model)
     recordings = held_out_recordings(scenes)
-    clips = print_scenes(tagger, scenes, out)
-    print_recordings(tagger, recordings)
-    print_neighbours(encoder, recordings)
-
     evaluation = model / "evaluation" / f"{scenes.name}-test"
+    clips = print_scenes(tagger, scenes, out)
+    print_share_found(evaluation / "predictions.parquet", tagger.labels)
+    print_recordings(tagger, recordings)
+    print_neighbours({"classifier": model, "pre-trained encoder": encoder}, recordings)
+
     print("\nFiles:")
     for path, what in {
         model: "the classifier and its card, a folder for from_pretrained and for the Hub",

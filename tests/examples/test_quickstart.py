@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 
@@ -103,11 +105,25 @@ def test_neighbours_of_a_recording_are_the_most_similar_ones(monkeypatch, capsys
     vectors = [(2, 0), (1, 0.1), (0, 1), (1, 0)]
     clips = [Clip(str(path), np.array(vector, float)) for path, vector in zip(paths, vectors, strict=True)]
     monkeypatch.setattr(quickstart, "embed", lambda sources, model, pooling: clips)
-    quickstart.print_neighbours(Path("model"), {paths[0]: "bell", paths[2]: "drum"}, top_k=2)
+    quickstart.print_neighbours({"encoder": Path("model")}, {paths[0]: "bell", paths[2]: "drum"}, top_k=2)
     lines = capsys.readouterr().out.split("\n\n")[1:]
     assert [line.split()[1:] for line in lines[0].splitlines()] == [
         ["examples/sounds/drum/d.flac", "drum"],
         ["examples/sounds/bell/b.flac", "bell"],
     ]
     # The nearest neighbour of bell/a is drum/d; that of drum/c is bell/b.
-    assert lines[1] == "  0 of 2 held-out recordings have a nearest neighbour of their class.\n"
+    assert lines[1].splitlines()[1] == "    by embeddings of the encoder: 0 of 2"
+
+
+def test_share_of_sources_found(tmp_path, capsys):
+    rows = [
+        {"labels": ["a"], "scores": [0.9, 0.1, 0.2], "group": 1},
+        {"labels": ["a", "c"], "scores": [0.2, 0.9, 0.8], "group": 2},
+        {"labels": ["a", "b"], "scores": [0.2, 0.3, 0.1], "group": 2},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "predictions.parquet")
+    quickstart.print_share_found(tmp_path / "predictions.parquet", ["a", "b", "c"])
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "    1 source: 100% in 1 scenes",
+        "    2 sources: 75% in 2 scenes",
+    ]
