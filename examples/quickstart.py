@@ -156,18 +156,7 @@ def main() -> None:
     folders = ("--output_dir", probes, "--cache_dir", out / "features")
     run("training.linear_eval", "--model", encoder, "--data", scenes, *folders, *heads)
     config = CONFIGS / "finetune_tiny.yaml"
-    run(
-        "training.finetune",
-        "--config",
-        config,
-        *resumable,
-        "--model",
-        encoder,
-        "--output_dir",
-        classifier,
-        "--max_updates",
-        1000,
-    )
+    run("training.finetune", "--config", config, *resumable, "--model", encoder, "--output_dir", classifier)
 
     tagger = SSLAMTagger.from_pretrained(model)
     recordings = held_out_recordings(scenes)
