@@ -13,6 +13,7 @@ import pytest
 import soundfile
 
 from examples import quickstart
+from modeling_sslam import SSLAMFeatureExtractor
 from training.data.mixing.settings import SceneSettings
 from training.data.sources import open_scene_pools
 
@@ -96,6 +97,9 @@ def test_quickstart_runs_and_continues(repository, tmp_path, monkeypatch, capsys
     assert f"{num_right} of {len(pools['test'])} held-out recordings get their class first." in recordings
     assert neighbours.startswith(f" examples/sounds/{pools['test'].ids[0]} among the other 57 recordings:")
     assert len(re.findall(r"^  -?[01]\.\d{3}  examples/sounds/(\w+)/\w+\.flac +\1$", neighbours, re.M)) == 3
+    # Short recordings are padded with silence, as the configuration of pre-training says.
+    extractor = SSLAMFeatureExtractor.from_pretrained(tmp_path / "out" / "classifier" / "model")
+    assert extractor.padding_value == -15.94
     for line in files.strip().splitlines():
         assert Path(line.split()[0]).exists(), line
 
