@@ -15,7 +15,7 @@ NEEDS_NEW_HUB := $(INFERENCE)/embedding $(INFERENCE)/test_prefetch.py $(INFERENC
 .PHONY: help quickstart test test-transformers-5 test-transformers-4.57 test-fast coverage bench lint clean
 
 help:
-	@echo "make quickstart   pre-train, fine-tune, evaluate and use a tiny model, from sounds it generates"
+	@echo "make quickstart   pre-train, fine-tune, evaluate and use a tiny model, on the recordings of examples/sounds"
 	@echo "make test         lint, then the tests on transformers 5 and on 4.57"
 	@echo "make test-fast    the fast tests, on transformers 5: under a minute on two idle cores"
 	@echo "make coverage     the tests on transformers 5, with the lines that they miss (htmlcov/index.html)"

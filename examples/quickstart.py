@@ -2,10 +2,11 @@
 
     python -m examples.quickstart outputs/quickstart
 
-The steps: generate sounds, both stages of pre-training, fine-tuning with its evaluation, and a pipeline that labels
-sounds. Every step is a command of the project, which is printed before it runs. The encoder is tiny and is trained on
-about a thousand synthetic clips: the program shows the steps, not the quality that they can reach. After an
-interruption, a second call continues.
+The steps: mix the recordings of examples/sounds into scenes, both stages of pre-training, a linear evaluation of the
+encoder beside new weights and MFCCs, fine-tuning with its evaluation, and labels. Labels are printed for the first
+held-out scene with each number of sources, and for every held-out recording. A quarter of the recordings are held out:
+no scene that the model is trained on or chosen by has them. Every step is a command of the project, which is printed
+before it runs. After an interruption, a second call continues.
 """
 
 import argparse
@@ -16,20 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from transformers import Pipeline, pipeline
+import numpy as np
+import pyarrow.parquet as pq
 
-from modeling_sslam import SSLAMFeatureExtractor
-from modeling_sslam.common.audio import read_waveform
 from modeling_sslam.common.encoded_audio import EncodedAudio
+from modeling_sslam.inference import SSLAMTagger, embed
+from training.data.mixing.settings import read_settings
+from training.data.sources import open_scene_pools
 
 CONFIGS = Path("training/configs")
-RECORDINGS = Path("tests/fixtures/audio")
-# Descriptions of the recordings. The classifier has other classes.
-CONTENT = {"drum_cowbell.flac": "a cowbell", "guit_e_slide.flac": "an electric guitar, sliding"}
-# A held-out mixture of applause, a mosquito and a siren.
-EXAMPLE_CLIP = 8
-# As many labels are printed as the mixture has sources.
-NUM_SOURCES = 3
+SOUNDS = Path("examples/sounds")
+SPLITS = ("train=0.6", "validation=0.15", "test=0.25")
+MAX_SOURCES = 3
+# Events of similar level over faint noise, so that each source of a scene can be heard. The faintest noise is nearly
+# digital silence, as around a recording that is shorter than a clip.
+MIXING = ("--event-seconds", 1, 2.5, "--level", -90, -50, "--snr", 50, 60, "--pitch", -2, 2, "--stretch", 0.8, 1.25)
 
 
 def run(*arguments: object) -> None:
@@ -39,20 +41,96 @@ def run(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", *words], check=True)
 
 
-def clip_to_label(data: Path) -> dict[str, Any]:
-    """Return the test clip that the program labels and writes as a sound file."""
-    test = datasets.load_dataset(str(data), split="test").cast_column("audio", EncodedAudio())
-    return test[EXAMPLE_CLIP]
+def first_of_each_polyphony(scenes: Path) -> dict[int, dict[str, Any]]:
+    """Return the first test scene with each number of sources, by that number."""
+    # Streaming reads the files themselves. Otherwise `datasets` keeps a copy, which it also returns for another folder
+    # of the same name.
+    test = datasets.load_dataset(str(scenes), split="test", streaming=True).cast_column("audio", EncodedAudio())
+    found: dict[int, dict[str, Any]] = {}
+    for row in test:
+        found.setdefault(row["num_sources"], row)
+    return dict(sorted(found.items()))
 
 
-def print_labels(
-    labeller: Pipeline, extractor: SSLAMFeatureExtractor, name: str, audio: bytes | str, content: str
-) -> None:
-    """Print the labels of a sound beside the sounds that it contains."""
-    waveform = read_waveform(audio, extractor.sampling_rate, extractor.num_samples(extractor.max_length))
-    print(f"\n{name} contains {content}")
-    for label in labeller(waveform.numpy(), top_k=NUM_SOURCES):
-        print(f"  {label['score']:.2f}  {label['label']}")
+def held_out_recordings(scenes: Path) -> dict[Path, str]:
+    """Return the recordings of the test scenes and their classes."""
+    settings = read_settings(scenes / "scenes.yaml")
+    test = open_scene_pools(settings)["test"].mixer.sounds
+    return {SOUNDS / name: label for name, label in zip(test.ids, test.labels, strict=True)}
+
+
+def print_scenes(tagger: SSLAMTagger, scenes: Path, out: Path) -> list[Path]:
+    """Print the labels of some held-out scenes beside their sources, and write the scenes as sound files."""
+    print("\nHeld-out scenes, with as many labels as they have sources:")
+    files = []
+    for num_sources, row in first_of_each_polyphony(scenes).items():
+        path = out / f"{row['id']}.flac"
+        path.write_bytes(row["audio"]["bytes"])
+        files.append(path)
+        print(f"\n  {path} contains {', '.join(sorted(row['labels']))}")
+        for label in tagger.tag(path, top_k=num_sources):
+            wrong = "" if label["label"] in row["labels"] else "  (wrong)"
+            print(f"    {label['score']:.2f}  {label['label']}{wrong}")
+    return files
+
+
+def print_share_found(predictions: Path, labels: list[str]) -> None:
+    """Print the share of sources that are among the first labels of a scene, as many labels as it has sources.
+
+    Args:
+        predictions: The table of labels and scores that the evaluation wrote.
+        labels: The classes in the order of the scores.
+    """
+    found: dict[int, list[float]] = {}
+    for row in pq.read_table(predictions).to_pylist():
+        first = {labels[i] for i in np.argsort(row["scores"])[-len(row["labels"]) :]}
+        found.setdefault(row["group"], []).append(len(first & set(row["labels"])) / len(row["labels"]))
+    print("\n  Right labels among as many as a scene has sources:")
+    for num_sources, shares in sorted(found.items()):
+        print(f"    {num_sources} source{'s' * (num_sources > 1)}: {np.mean(shares):.0%} in {len(shares)} scenes")
+
+
+def print_recordings(tagger: SSLAMTagger, recordings: dict[Path, str]) -> None:
+    """Print the first label of each held-out recording beside its class."""
+    print(f"\nHeld-out recordings:\n\n  {'file':<50}{'class':<12}score  first label")
+    num_right = 0
+    for path, truth in recordings.items():
+        (label,) = tagger.tag(path, top_k=1)
+        right = label["label"] == truth
+        num_right += right
+        print(f"  {path!s:<50}{truth:<12} {label['score']:.2f}  {label['label']}{'' if right else '  (wrong)'}")
+    print(f"\n  {num_right} of {len(recordings)} held-out recordings get their class first.")
+
+
+def similarities(model: Path) -> tuple[list[Path], np.ndarray]:
+    """Return the paths of all recordings, and the cosine of their embeddings; of a recording and itself, -inf."""
+    clips = list(embed(str(SOUNDS), str(model), pooling="mean"))
+    vectors = np.stack([clip.embedding for clip in clips])
+    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    similarity = vectors @ vectors.T
+    np.fill_diagonal(similarity, -np.inf)
+    return [Path(clip.name) for clip in clips], similarity
+
+
+def print_neighbours(models: dict[str, Path], recordings: dict[Path, str], top_k: int = 3) -> None:
+    """Print the nearest neighbours of the first held-out recording, and how often neighbours share a class.
+
+    Args:
+        models: Models by their descriptions. The list of neighbours is that of the first one.
+        recordings: The held-out recordings and their classes. A class is the name of a recording's folder.
+        top_k: Number of neighbours in the list.
+    """
+    for number, (description, model) in enumerate(models.items()):
+        paths, similarity = similarities(model)
+        if number == 0:
+            query = paths.index(next(iter(recordings)))
+            print(f"\nNearest neighbours of {paths[query]} among the other {len(paths) - 1} recordings:\n")
+            for i in np.argsort(-similarity[query])[:top_k]:
+                print(f"  {similarity[query, i]:.3f}  {paths[i]!s:<50}{paths[i].parent.name}")
+            print("\n  Held-out recordings whose nearest neighbour has their class:")
+        nearest = {path: paths[similarity[i].argmax()] for i, path in enumerate(paths)}
+        num_right = sum(nearest[path].parent.name == label for path, label in recordings.items())
+        print(f"    by embeddings of the {description}: {num_right} of {len(recordings)}")
 
 
 def main() -> None:
@@ -60,42 +138,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for everything that the steps write")
     out = parser.parse_args().out
-    data, stage1, stage2, classifier = (out / name for name in ("data", "stage1", "stage2", "classifier"))
+    scenes, stage1, stage2, probes, classifier = (
+        out / name for name in ("scenes", "stage1", "stage2", "probes", "classifier")
+    )
 
-    if not data.exists():
-        run("training.soundscapes", data, "--clips", 1600, "--seconds", 2.58, "--max-sources", 3, "--plot")
-    common = ("--data", data, "--resume", "auto")
+    if not scenes.exists():
+        size = ("--clips", 2000, "--seconds", 2.58, "--max-sources", MAX_SOURCES)
+        run("training.soundscapes", scenes, "--sounds", SOUNDS, *size, "--splits", *SPLITS, *MIXING, "--plot")
+    resumable = ("--data", scenes, "--resume", "auto")
     config = CONFIGS / "pretrain_tiny.yaml"
-    run("training.pretrain", "--config", config, *common, "--output_dir", stage1, "--max_updates", 500)
+    run("training.pretrain", "--config", config, *resumable, "--output_dir", stage1, "--max_updates", 500)
     config = CONFIGS / "pretrain_tiny_stage2.yaml"
     init = ("--init_from", stage1 / "model")
-    run("training.pretrain", "--config", config, *common, *init, "--output_dir", stage2, "--max_updates", 200)
+    run("training.pretrain", "--config", config, *resumable, *init, "--output_dir", stage2, "--max_updates", 200)
+    encoder, model = stage2 / "model", classifier / "model"
+    heads = ("--layers", "all", "--poolings", "mean", "std", "--compare", "new_weights", "mfcc_forest")
+    folders = ("--output_dir", probes, "--cache_dir", out / "features")
+    run("training.linear_eval", "--model", encoder, "--data", scenes, *folders, *heads)
     config = CONFIGS / "finetune_tiny.yaml"
-    run("training.finetune", "--config", config, *common, "--model", stage2 / "model", "--output_dir", classifier)
+    run("training.finetune", "--config", config, *resumable, "--model", encoder, "--output_dir", classifier)
 
-    print("\nLabels of the classifier:")
-    model = classifier / "model"
-    labeller = pipeline("audio-classification", str(model), trust_remote_code=True)
-    extractor = SSLAMFeatureExtractor.from_pretrained(model)
-    clip = clip_to_label(data)
-    print_labels(labeller, extractor, clip["id"], clip["audio"]["bytes"], ", ".join(sorted(clip["labels"])))
-    for name, content in CONTENT.items():
-        print_labels(labeller, extractor, name, str(RECORDINGS / name), content)
-    sample = out / f"{clip['id']}.flac"
-    sample.write_bytes(clip["audio"]["bytes"])
+    tagger = SSLAMTagger.from_pretrained(model)
+    recordings = held_out_recordings(scenes)
+    evaluation = model / "evaluation" / f"{scenes.name}-test"
+    clips = print_scenes(tagger, scenes, out)
+    print_share_found(evaluation / "predictions.parquet", tagger.labels)
+    print_recordings(tagger, recordings)
+    print_neighbours({"classifier": model, "pre-trained encoder": encoder}, recordings)
 
-    evaluation = model / "evaluation" / f"{data.name}-test"
     print("\nFiles:")
     for path, what in {
         model: "the classifier and its card, a folder for from_pretrained and for the Hub",
-        stage2 / "model": "the pre-trained encoder",
+        encoder: "the pre-trained encoder",
         stage1 / "curves.png": "curves of stage 1",
         stage2 / "curves.png": "curves of stage 2",
+        probes / "heads.md": "linear evaluation of the encoder, of new weights and of MFCCs",
         classifier / "curves.png": "curves of fine-tuning",
         evaluation / "per_class.png": "average precision by class",
-        evaluation / "results.json": "all results on the test clips",
-        sample: "the clip above",
-        data / "soundscapes.png": "pictures of the sounds",
+        evaluation / "results.json": "all results on the test scenes",
+        **dict.fromkeys(clips, "a scene above"),
+        scenes / "soundscapes.png": "pictures of scenes and recordings",
     }.items():
         print(f"  {path}  {what}")
 

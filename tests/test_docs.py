@@ -115,7 +115,8 @@ def clone(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for source, name in {"hub_finetuned": "SSLAM_AS2M_Finetuned", "hub_pretrained": "SSLAM_pretrain"}.items():
         shutil.copytree(golden_dir / source, folder / "ta012" / name)
     shutil.copy(ROOT / "tests" / "fixtures" / "audio" / "misc_crow.flac", folder / "recording.flac")
-    (folder / "tests").symlink_to(ROOT / "tests")
+    for name in ("tests", "examples"):
+        (folder / name).symlink_to(ROOT / name)
     return folder
 
 

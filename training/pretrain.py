@@ -61,12 +61,15 @@ class ModelOverrides:
 
 @dataclass
 class FeatureConfig:
-    """Normalisation of the log-mel frames: (x - mean) / (2 * std)."""
+    """Normalisation of the log-mel frames, (x - mean) / (2 * std), and padding of short clips."""
 
     mean: float = field(
         default=DATASET_PRESETS["audioset"]["mean"], metadata={"help": "Mean of the data set's log-mel frames."}
     )
     std: float = field(default=DATASET_PRESETS["audioset"]["std"], metadata={"help": "Their standard deviation."})
+    padding_value: float = field(
+        default=0.0, metadata={"help": "Log-mel value of padding frames, before normalisation; -15.94 is silence."}
+    )
 
 
 @dataclass
@@ -189,6 +192,7 @@ def pretrain(config: PretrainConfig, stop: StopRequest) -> None:
         patch_size=model_config.patch_size,
         mean=config.features.mean,
         std=config.features.std,
+        padding_value=config.features.padding_value,
     )
     try:
         source = open_source(config.data)
