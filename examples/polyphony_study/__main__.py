@@ -48,7 +48,7 @@ from typing import Any
 
 import yaml
 
-from examples.polyphony_study.presets import PRESETS, Preset, words
+from examples.polyphony_study.presets import PRESETS, Options, Preset, words
 from examples.polyphony_study.report import FILES, write_report
 from examples.polyphony_study.steps import data_folder, steps_of_seed
 from modeling_sslam.common.files import write_text
@@ -149,14 +149,10 @@ def settle(out: Path, chosen: dict[str, Any]) -> tuple[Preset, dict[str, Any]]:
 def preset_of(chosen: dict[str, Any]) -> Preset:
     """Return the preset with the changes that the arguments ask for."""
     preset = PRESETS[chosen.get("preset", "cpu")]
-    scenes = {name: chosen[name] for name in ("clips", "seconds") if name in chosen}
-    recipes = {name: {"config": chosen[name]} for name in RECIPES if name in chosen}
-    return replace(
-        preset,
-        seeds=tuple(chosen.get("seeds", preset.seeds)),
-        scenes={**preset.scenes, **scenes},
-        **recipes,
-    )
+    scenes: Options = {name: chosen[name] for name in ("clips", "seconds") if name in chosen}
+    own: dict[str, Any] = {name: {"config": chosen[name]} for name in RECIPES if name in chosen}
+    own["seeds"] = tuple(chosen.get("seeds", preset.seeds))
+    return replace(preset, scenes={**preset.scenes, **scenes}, **own)
 
 
 def prepare(out: Path, preset: Preset, chosen: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -56,7 +56,7 @@ def write_report(out: Path, seeds: Sequence[int], num_finished: int, num_steps: 
         plot(scores, chance).savefig(temporary, dpi=110)
 
 
-def columns_of(scores: dict[str, object]) -> list[str]:
+def columns_of(scores: Mapping[str, object]) -> list[str]:
     """Return the numbers of sources in their order, and `ALL`."""
     return [*sorted((name for name in scores if name != ALL), key=int), ALL]
 
@@ -128,7 +128,7 @@ def table(scores: Scores, chance: dict[str, float], num_seeds: int, state: str) 
     Its first row has the mAP of random scores, which grows with the number of sources. A cell with fewer than all
     seeds names their number.
     """
-    columns = columns_of(dict(chance))
+    columns = columns_of(chance)
     head = ["", "encoder", *(f"{n} source{'s' if n != '1' else ''}" for n in columns if n != ALL), ALL]
     lines = [line(head), f"|{'---|' * len(head)}"]
     lines.append(line(["", "random scores", *(f"{100 * chance[n]:.1f}" for n in columns)]))
@@ -197,8 +197,8 @@ def as_json(
 
 
 def plot(scores: Scores, chance: dict[str, float]) -> Figure:
-    """Plot mAP by number of sources: a panel for each protocol, a bar with the interval over seeds for each encoder."""
-    columns = columns_of(dict(chance))
+    """Plot mAP by number of sources: a panel for each protocol, a bar with its interval for each encoder."""
+    columns = columns_of(chance)
     figure = Figure(figsize=(4.6 * len(PROTOCOLS), 4.4), layout="constrained")
     panels = figure.subplots(1, len(PROTOCOLS), sharey=True)
     for axes, (protocol, words) in zip(panels, PROTOCOLS.items(), strict=True):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +72,7 @@ def average_precisions(scores: np.ndarray, targets: np.ndarray, counts: np.ndarr
     return np.divide((hits * precision).sum(1), total, out=np.full(len(counts), np.nan), where=total > 0)
 
 
-@lru_cache(maxsize=None)
+@cache
 def resampled_scores(results: Path, sources: str) -> np.ndarray:
     """Return the mAP of an evaluation over resamples of its test clips, drawn with replacement.
 

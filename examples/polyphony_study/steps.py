@@ -40,8 +40,11 @@ class Step:
 
 
 def data_folder(out: Path) -> Path:
-    """Return the folder of the study's scenes."""
-    return out / "data"
+    """Return the folder of the study's scenes.
+
+    `datasets` caches facts about a local data set by the folder's name alone, so the name is not a common one.
+    """
+    return out / "polyphony_scenes"
 
 
 def seed_folder(out: Path, seed: int) -> Path:
