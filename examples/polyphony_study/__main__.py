@@ -47,13 +47,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from examples.polyphony_study.presets import PRESETS, Options, Preset, words
+from examples.polyphony_study.processes import run_seeds
 from examples.polyphony_study.report import FILES, write_report
 from examples.polyphony_study.steps import data_folder, steps_of_seed
 from modeling_sslam.common.files import write_text
 
 SETTINGS_FILE = "study.json"
+LOCK_FILE = ".study.lock"
 RECIPES = ("stage1", "stage2", "finetuning")
 # Arguments of a start that do not change the study.
 OF_A_START = ("out", "minutes", "prepare_only")
@@ -173,11 +176,6 @@ def prepare(out: Path, preset: Preset, chosen: dict[str, Any]) -> None:
 
 def study(out: Path, preset: Preset) -> None:
     """Run all steps that have not finished, and write the report after each."""
-    # Importing the training programs takes seconds, which `--help` and preparation do without.
-    from examples.polyphony_study.running import run_seeds
-    from training.run.config import TrainingError
-    from training.run.lock import locked_folder
-
     steps = [step for seed in preset.seeds for step in steps_of_seed(out, preset, seed)]
 
     def report() -> None:
@@ -187,10 +185,10 @@ def study(out: Path, preset: Preset) -> None:
 
     deadline = None if preset.minutes is None else time.time() + 60 * preset.minutes
     try:
-        with locked_folder(out):
+        with FileLock(out / LOCK_FILE, blocking=False):
             is_complete = run_seeds(out, preset, deadline, report)
-    except TrainingError as error:
-        sys.exit(f"error: {error}")
+    except Timeout:
+        sys.exit(f"error: Another process runs the study in {out}. Wait until it has ended, or name another OUT.")
     if not is_complete:
         print(f"\nStopped. This goes on: python -m examples.polyphony_study {shlex.quote(str(out))}")
     for path in (out / name for name in FILES):

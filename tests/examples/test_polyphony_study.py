@@ -21,13 +21,12 @@ from sklearn.metrics import average_precision_score
 from examples.polyphony_study import __main__ as command
 from examples.polyphony_study import intervals, report, running, scores, steps
 from examples.polyphony_study.presets import CPU, PRESETS, words
-from modeling_sslam.common.signals import StopRequest
 from training.arguments import parse
 
 SOURCES = ("1", "2", "all")
 
 
-# ----------------------------------------------------------------------------------------------------------- statistics
+# --------------------------------------------------------------------------------------------------------- statistics
 
 
 def test_average_precisions_equal_scikit_learns_with_weights():
@@ -57,7 +56,7 @@ def test_one_seed_has_no_interval():
     assert intervals.deviation([0.3]) == 0.0
 
 
-# --------------------------------------------------------------------------------------------------------------- report
+# ------------------------------------------------------------------------------------------------------------- report
 
 
 def write_evaluation(path: Path, quality: float, seed: int) -> None:
@@ -71,7 +70,7 @@ def write_evaluation(path: Path, quality: float, seed: int) -> None:
         each = [average_precision_score(targets[rows, k], values[rows, k]) for k in range(3)]
         return {"map": float(np.mean(each)), "chance_map": float(targets[rows].mean())}
 
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     names = ["bell", "dog", "rain"]
     content = {
         "metrics": mean_of(groups > 0),
@@ -186,7 +185,7 @@ def test_there_is_no_report_before_the_first_result(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-# ---------------------------------------------------------------------------------------------------- steps, settings
+# -------------------------------------------------------------------------------------------------- steps, settings
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -259,11 +258,17 @@ def test_wrong_arguments_end_the_command(tmp_path: Path, arguments: list[str], m
     assert not (tmp_path / "out").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------- a study
+# ----------------------------------------------------------------------------------------------------------- a study
 
 MODEL = {
-    **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
-    **{"max_length": 64, "max_position_embeddings": 8, "num_clones": 2, "decoder_num_layers": 1},
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_length": 64,
+    "max_position_embeddings": 8,
+    "num_clones": 2,
+    "decoder_num_layers": 1,
 }
 RUN = {"output_dir": "x", "data": {"source": "x"}, "batch_size": 4, "optimizer": {"warmup_updates": 1}}
 STAGE1 = RUN | {"max_updates": 6, "model": MODEL, "checkpoint": {"every": 2}}
@@ -293,17 +298,11 @@ def arguments(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_study_goes_on_after_it_was_killed(tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch):
-    """The first process is killed within stage 1, the second one is asked to stop later, and the third ends the study.
-
-    Without `--preset` the second and third start take all settings from the folder.
-    """
+def test_study_goes_on_after_it_was_killed(tmp_path: Path, arguments: list[str]):
+    """Later starts take all settings from the folder."""
     out = tmp_path / "out"
-    probe = ["--head.epochs", "2"]
-    monkeypatch.setattr(sys, "argv", ["study"])
     start = [sys.executable, "-m", "examples.polyphony_study", str(out)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    assert probe
     process = subprocess.Popen([*start, *arguments], env=environment, start_new_session=True)
     checkpoints = out / "seed-0" / "stage1" / "checkpoints"
     while process.poll() is None and not list(checkpoints.glob("step-*[0-9]")):
