@@ -56,7 +56,7 @@ CPU = Preset(
     scenes=_TINY_SCENES,
     synthesis={"max-sources": 5, "held-out": 0.15},
     mixing={"max-sources": 4, "event-seconds": [0.5, 2.5], "splits": ["train=0.7", "validation=0.15", "test=0.15"]},
-    programs={"data.num_workers": 1},
+    programs={"data.num_workers": 1, "watch.tracker": "none"},
     stage1={"config": CONFIGS / "pretrain_tiny.yaml"},
     stage2={"config": CONFIGS / "pretrain_tiny_stage2.yaml"},
     finetuning={"config": CONFIGS / "finetune_tiny.yaml"},
@@ -72,7 +72,12 @@ H200 = Preset(
     scenes={"clips": 4000, "seconds": 5.14},
     synthesis={"max-sources": 5, "held-out": 0.15},
     mixing={"max-sources": 4, "splits": ["train=0.7", "validation=0.15", "test=0.15"]},
-    programs={"data.num_workers": 4, "data.front_end": "device", "mixed_precision": "bf16"},
+    programs={
+        "data.num_workers": 4,
+        "data.front_end": "device",
+        "mixed_precision": "bf16",
+        "watch.tracker": "none",
+    },
     stage1={
         "config": CONFIGS / "pretrain_tiny.yaml",
         "model.hidden_size": 384,

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context, get_start_method, parent_process, set_start_method
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -17,7 +17,7 @@ from modeling_sslam.common.signals import StopRequest
 INTERVAL = 1.0
 
 
-def run_seed(out: Path, preset: Preset, seed: int, deadline: float | None) -> None:
+def run_seed(out: Path, preset: Preset, seed: int, deadline: float | None, start_method: str) -> None:
     """Run the steps of a seed, in a process that the study started for it.
 
     Args:
@@ -25,7 +25,9 @@ def run_seed(out: Path, preset: Preset, seed: int, deadline: float | None) -> No
         preset: Its settings.
         seed: The seed.
         deadline: Time at which to stop, in seconds since the epoch, or `None`.
+        start_method: How data workers start. A spawned process would spawn them, so that each imports all packages.
     """
+    set_start_method(start_method, force=True)
     if preset.processes > 1:
         # Progress bars of several processes would overwrite one another.
         folder = seed_folder(out, seed)
@@ -74,7 +76,8 @@ def run_seeds(out: Path, preset: Preset, deadline: float | None, report: Callabl
         while running or (waiting and not (stop.requested or failed)):
             while waiting and len(running) < preset.processes and not (stop.requested or failed):
                 seed = waiting.pop(0)
-                running[seed] = context.Process(target=run_seed, args=(out, preset, seed, deadline))
+                arguments = (out, preset, seed, deadline, get_start_method())
+                running[seed] = context.Process(target=run_seed, args=arguments)
                 running[seed].start()
             wait([process.sentinel for process in running.values()], INTERVAL)
             for seed, process in list(running.items()):

@@ -278,13 +278,14 @@ FINETUNING = RUN | {"max_updates": 2, "problem_type": "multi", "evaluate_every":
 
 @pytest.fixture
 def arguments(tmp_path: Path) -> list[str]:
-    """The arguments of a tiny study on real files: three classes of recordings, of tones and of noise."""
+    """The arguments of a tiny study on real files: four classes of recordings."""
     rng = np.random.default_rng(0)
     time_axis = np.arange(8000) / 16_000
     sounds = {
         "low": lambda: np.sin(2 * np.pi * rng.uniform(100, 200) * time_axis),
         "high": lambda: np.sin(2 * np.pi * rng.uniform(2000, 4000) * time_axis),
         "noise": lambda: rng.uniform(-1, 1, 8000),
+        "clicks": lambda: (np.arange(8000) % rng.integers(500, 900) < 20).astype(float),
     }
     for name, make in sounds.items():
         (tmp_path / "sounds" / name).mkdir(parents=True)
@@ -320,6 +321,13 @@ def test_study_goes_on_after_it_was_killed(tmp_path: Path, arguments: list[str])
     assert content["state"] == "complete"
     assert all(row["map"]["all"].keys() == {"0"} for row in content["scores"])
     assert {row["encoder"] for row in content["scores"]} == {*steps.ENCODERS, steps.FOREST}
+
+    # A step gives what its command gives in a process of its own.
+    step = steps.making(out, command.settle(out, {})[0], 0, "pma")
+    alone = [str(tmp_path / "alone") if word == str(step.result.parent) else word for word in step.arguments]
+    subprocess.run([sys.executable, "-m", step.program, *alone], env=environment, check=True)
+    weights = [folder / "model" / "model.safetensors" for folder in (step.result.parent, tmp_path / "alone")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
     again = subprocess.run(start, env=environment, capture_output=True, text=True)
     assert again.returncode == 0
