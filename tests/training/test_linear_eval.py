@@ -256,10 +256,18 @@ def test_all_kinds_of_heads_beside_new_weights_and_a_forest(run, sounds, capsys)
     assert "| MFCC + forest | forest |" in tables
     assert (out / "heads.png").stat().st_size > 10_000
     assert "MFCC + forest" in text
+    # Each rival has the files of its own chosen heads.
+    for rival, name in {"new_weights": "new weights", "mfcc_forest": "MFCC + forest"}.items():
+        (row,) = (r for r in results["best_heads"] if r["among"] == "all kinds" and r["encoder"].endswith(name))
+        files = [out / rival / f"fold{i}" / "results.json" for i in range(1, 5)]
+        found = [json.loads(path.read_text())["metrics"]["accuracy"] for path in files]
+        assert found == pytest.approx(row["test_accuracy_by_fold"])
+        assert files[0].with_name("predictions.parquet").exists()
     assert not (out / "sweep.csv").exists()
     # A single head leaves no tables of an earlier sweep.
     run(**settings | {"poolings": "mean", "layers": "last"}, **{"head.epochs": 2})
     assert not (out / "heads.csv").exists()
+    assert not (out / "mfcc_forest").exists()
 
 
 def test_all_kinds_of_heads_with_validation_clips_and_several_labels(run):

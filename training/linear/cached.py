@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -35,6 +35,7 @@ from training.linear.forest import cepstral_extractor
 from training.linear.heads import TOKEN_KINDS, Head
 from training.linear.kinds import fit_kinds
 from training.linear.lengths import length_advice, typical_seconds
+from training.linear.options import Rival
 from training.linear.results import (
     HeadSummary,
     number,
@@ -364,10 +365,7 @@ def fit_and_report(
     seconds = {"features": round(extraction, 2), "heads": round(time.perf_counter() - started, 2)}
 
     best = own.chosen()
-    chosen = {
-        test: next(result for result in results if result.head == head)
-        for test, results, head in zip(rounds, own.rounds, best.heads, strict=True)
-    }
+    chosen = dict(zip(rounds, own.chosen_results(), strict=True))
     metric, metric_name = next(iter(MAIN_METRICS[problem_type].items()))
     encoder_name, protocol = name_of_encoder(config), protocol_of(config)
     short_name = short_name_of(config)
@@ -392,6 +390,15 @@ def fit_and_report(
     }
 
     out, files = config.output_dir, []
+    for rival in get_args(Rival):
+        remove(out / rival)
+    for rival, entrant, contender in zip(dict.fromkeys(config.compare), entrants[1:], contenders[1:], strict=True):
+        tests = make_rounds(config, contender.sets).items()
+        for (test, clips), result in zip(tests, entrant.chosen_results(), strict=True):
+            title = f"{entrant.name}: {result.head}, split {test}"
+            place = out / rival / test if config.folds else out / rival
+            rival_facts = common_facts(config) | {"model": entrant.name, "head": str(result.head)}
+            files += write_results(place, evaluate_head(result, clips.test, encoder), title, rival_facts)
     evaluations = {}
     for test, clips in rounds.items():
         evaluations[test] = evaluate_head(chosen[test], clips.test, encoder)

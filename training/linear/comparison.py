@@ -61,6 +61,13 @@ class Entrant(NamedTuple):
         ]
         return chosen_summary(self.rounds, candidates, self.by_round)
 
+    def chosen_results(self) -> list[HeadResult]:
+        """Return the result of the best head by validation, for each test split."""
+        return [
+            next(result for result in results if result.head == head)
+            for results, head in zip(self.rounds, self.chosen().heads, strict=True)
+        ]
+
     @property
     def kinds(self) -> list[str]:
         """The kinds of its heads."""
