@@ -239,7 +239,12 @@ class Draws(NamedTuple):
 
     def to(self, device: torch.device) -> "Draws":
         """Copy to a device. The host does not wait for a GPU."""
-        return Draws(*(None if tensor is None else send(tensor, device) for tensor in self))
+        return Draws(
+            send(self.visible, device),
+            send(self.masked, device),
+            None if self.is_unmixed is None else send(self.is_unmixed, device),
+            None if self.mixed is None else send(self.mixed, device),
+        )
 
 
 class SSLAMDecoderLayer(nn.Conv2d):

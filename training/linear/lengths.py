@@ -22,7 +22,8 @@ def typical_seconds(source: Source) -> float | None:
     if source.mixer is not None or not Path(source.config.source).expanduser().exists():
         return None
     audio = (source.audio(row) for row in islice(source.rows([source.columns.audio]), MAX_CLIPS))
-    lengths = (duration_seconds(path if encoded is None else encoded) for encoded, path in audio if encoded or path)
+    sounds = (path if encoded is None else encoded for encoded, path in audio)
+    lengths = (duration_seconds(sound) for sound in sounds if sound)
     known = [length for length in lengths if length]
     return median(known) if known else None
 

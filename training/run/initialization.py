@@ -9,8 +9,7 @@ Networks", ICLR 2016), with the strong ones attenuated.
 from collections.abc import Iterable
 
 import torch
-
-from modeling_sslam.modeling_sslam import SSLAMPatchEmbeddings
+from torch import nn
 
 # Share of the largest eigenvalue below which a component counts as rounding and is not amplified.
 LEAST_EIGENVALUE = 1e-6
@@ -24,7 +23,7 @@ def patches_of(input_values: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 @torch.no_grad()
 def whiten_patches(
-    embeddings: SSLAMPatchEmbeddings, batches: Iterable[torch.Tensor], strength: float, generator: torch.Generator
+    embeddings: nn.Module, batches: Iterable[torch.Tensor], strength: float, generator: torch.Generator
 ) -> None:
     """Set the patch projection to a random rotation of the data's principal components.
 
@@ -32,7 +31,7 @@ def whiten_patches(
     mean patch is mapped to 0, and the mean variance of the outputs is 1.
 
     Args:
-        embeddings: The module whose projection is set, in place.
+        embeddings: An [`SSLAMPatchEmbeddings`], whose projection is set in place.
         batches: `input_values`, each `(batch_size, T, num_mel_bins)`; some thousand patches in all.
         strength: 0 keeps the variances of the components, 1 makes them equal.
         generator: Source of the rotation, on the CPU.
@@ -40,7 +39,7 @@ def whiten_patches(
     Raises:
         ValueError: If the patches are all alike.
     """
-    weight, bias = embeddings.projection.weight, embeddings.projection.bias
+    weight, bias = embeddings.get_parameter("projection.weight"), embeddings.get_parameter("projection.bias")
     hidden_size, patch_size = weight.shape[0], weight.shape[-1]
     count, total, products = 0, torch.zeros(patch_size**2).double(), torch.zeros(patch_size**2, patch_size**2).double()
     for input_values in batches:
@@ -56,5 +55,4 @@ def whiten_patches(
     projection = (rotation * variances ** (-strength / 2)) @ components[:, -kept:].T
     projection *= (hidden_size / (variances ** (1 - strength)).sum()).sqrt()
     weight.copy_(projection.view_as(weight))
-    if bias is not None:
-        bias.copy_(-projection @ mean)
+    bias.copy_(-projection @ mean)
