@@ -46,6 +46,7 @@ from modeling_sslam.common.recordings import AUDIO_SUFFIXES
 from modeling_sslam.modeling_sslam import linear_softmax_pooling
 from training.data.config import DataError
 from training.data.loader import make_loader
+from training.data.mixing.mixer import Mixer
 from training.data.sources import SHARD_SUFFIXES, Source
 
 logger = logging.getLogger(__name__)
@@ -365,9 +366,10 @@ def _files(path: Path, source: Source) -> Iterator[tuple[str, Path]]:
     for pattern in source.config.data_files or ():
         yield from ((name, Path(name)) for name in sorted(glob.glob(pattern, recursive=True)) or [pattern])
     if path.is_dir():
-        suffixes = AUDIO_SUFFIXES | {*SHARD_SUFFIXES, *TABLE_SUFFIXES}
-        files = (file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
-        yield from sorted((file.relative_to(path).as_posix(), file) for file in files)
+        yield from _files_in(path)
+    elif path.is_file() and source.mixer is not None:
+        yield path.name, path
+        yield from _files_of_scenes(source.mixer)
     elif path.is_file():
         yield path.name, path
         if (labels := path.with_suffix(".lbl")).exists():
@@ -377,6 +379,36 @@ def _files(path: Path, source: Source) -> Iterator[tuple[str, Path]]:
             _, name = source.audio(row)
             if name is not None:
                 yield name, Path(name)
+
+
+def _files_in(folder: Path) -> list[tuple[str, Path]]:
+    """Return the names and paths of the sound files, shards and tables in a folder, sorted by name."""
+    suffixes = AUDIO_SUFFIXES | {*SHARD_SUFFIXES, *TABLE_SUFFIXES}
+    files = (file for file in folder.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
+    return sorted((file.relative_to(folder).as_posix(), file) for file in files)
+
+
+def _files_of_scenes(mixer: Mixer) -> Iterator[tuple[str, Path]]:
+    """Yield the names and paths of the local files from which scenes are mixed, after a digest of all recordings."""
+    yield mixer.digest, Path(mixer.digest)
+    settings = mixer.settings
+    sources = {
+        settings.sounds: mixer.sounds,
+        settings.background: mixer.background,
+        settings.impulse_responses: mixer.impulse_responses,
+    }
+    for name, recordings in sources.items():
+        if name is None or recordings is None:
+            continue
+        path = Path(name).expanduser()
+        if path.is_dir():
+            yield from _files_in(path)
+        elif path.is_file():
+            yield path.name, path
+            for row in recordings.table:
+                _, file = recordings.audio(row)
+                if file is not None:
+                    yield file, Path(file)
 
 
 @torch.inference_mode()

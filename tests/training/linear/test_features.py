@@ -19,6 +19,7 @@ from training.linear.features import (
     cached_features,
     cached_tokens,
     check_room,
+    data_digest,
     pooled_states,
     read_features,
 )
@@ -168,6 +169,23 @@ def test_a_changed_file_of_a_listing_makes_new_features(tmp_path, make_folder, c
     second = cache(data=data)
     assert second.folder != first.folder
     np.testing.assert_allclose(second.pooled[1], first.pooled[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("listing", ["folder", "table"])
+def test_a_changed_recording_makes_new_features_of_scenes(tmp_path, write_sounds, listing):
+    """The same names can have other sounds."""
+    folder = write_sounds(tmp_path / "sounds")
+    (recording, *_) = files = sorted(folder.rglob("*.flac"))
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(["path,label", *(f"{file},{file.parent.name}" for file in files)]))
+    settings = tmp_path / "scenes.yaml"
+    sounds = folder if listing == "folder" else table
+    settings.write_text(f"{{sounds: {sounds}, max_sources: 2, splits: [train=1]}}")
+    data = DataConfig(str(settings))
+    before = data_digest(open_source(data))
+    assert data_digest(open_source(data)) == before
+    recording.write_bytes(recording.read_bytes() + b" ")
+    assert data_digest(open_source(data)) != before
 
 
 def test_float16_features_are_the_rounded_float32_ones(cache):
