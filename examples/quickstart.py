@@ -147,7 +147,7 @@ def main() -> None:
         run("training.soundscapes", scenes, "--sounds", SOUNDS, *size, "--splits", *SPLITS, *MIXING, "--plot")
     resumable = ("--data", scenes, "--resume", "auto")
     config = CONFIGS / "pretrain_tiny.yaml"
-    run("training.pretrain", "--config", config, *resumable, "--output_dir", stage1, "--max_updates", 500)
+    run("training.pretrain", "--config", config, *resumable, "--output_dir", stage1, "--max_updates", 1000)
     config = CONFIGS / "pretrain_tiny_stage2.yaml"
     init = ("--init_from", stage1 / "model")
     run("training.pretrain", "--config", config, *resumable, *init, "--output_dir", stage2, "--max_updates", 200)
