@@ -145,7 +145,9 @@ def cell(values: Sequence[float], num_seeds: int) -> str:
     """Return mean and standard deviation in per cent, with the number of values if it is not that of the seeds."""
     if not values:
         return "-"
-    text = f"{100 * statistics.mean(values):.1f} ± {100 * deviation(values):.1f}"
+    text = f"{100 * statistics.mean(values):.1f}"
+    if len(values) > 1:
+        text += f" ± {100 * deviation(values):.1f}"
     return text if len(values) == num_seeds else f"{text} (n = {len(values)})"
 
 
@@ -228,7 +230,9 @@ def bars(axes: Axes, columns: Sequence[str], by_sources: dict[str, dict[int, flo
     values = [list(by_sources.get(name, {}).values()) for name in columns]
     means = [statistics.mean(of_seeds) if of_seeds else 0.0 for of_seeds in values]
     intervals = [student_interval(of_seeds) for of_seeds in values]
-    halves = [0.0 if found is None else found.high - mean for found, mean in zip(intervals, means, strict=True)]
+    halves = [
+        float("nan") if found is None else found.high - mean for found, mean in zip(intervals, means, strict=True)
+    ]
     places = [position + (index - (len(ENCODERS) - 1) / 2) * width for position in range(len(columns))]
     style = {"ecolor": "0.25", "elinewidth": 0.8, "capsize": 1.5}
     axes.bar(places, means, width, yerr=halves, color=f"C{index}", label=label, error_kw=style)
