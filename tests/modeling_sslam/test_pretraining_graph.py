@@ -6,9 +6,11 @@ import pickle
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from modeling_sslam import SSLAMForPreTraining
-from modeling_sslam.modeling_sslam_pretraining import Draws
+from modeling_sslam.modeling_sslam_pretraining import Draws, mean_deviations
 
 
 @pytest.fixture(autouse=True)
@@ -104,3 +106,32 @@ def test_shapes_of_draws_do_not_depend_on_their_values(objective, make_model):
         assert isinstance(draws, Draws)
         shapes.add(tuple(None if tensor is None else tensor.shape for tensor in draws))
     assert len(shapes) == 1
+
+
+class Elsewhere(TorchDispatchMode):
+    """Collect the operators whose results lie on another device than "meta"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        devices = {leaf.device.type for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)}
+        if devices - {"meta"}:
+            self.operators.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize("objective", ["ua", "sslam"])
+def test_the_objective_makes_no_tensor_on_another_device(objective, make_model):
+    """A tensor on the CPU would make a GPU wait and forbid CUDA graphs. A device without values shows it here."""
+    meta = torch.device("meta")
+    model = make_model(objective).to(meta)
+    draws = model._draw(3, 4, None, None, None).to(meta)
+    with Elsewhere() as elsewhere:
+        terms, moments, _ = model._objective(torch.randn(3, 64, 32, device=meta), draws)
+        terms["loss"].backward()
+        mean_deviations(*moments)
+        model.update_teacher(0.5)
+    assert elsewhere.operators == []
