@@ -223,6 +223,7 @@ def test_pretraining_loads_without_this_package(tmp_path, make_config):
         "configuration_sslam.py",
         "modeling_sslam.py",
         "modeling_sslam_pretraining.py",
+        "transfers_sslam.py",
     }
     script = """
 import torch

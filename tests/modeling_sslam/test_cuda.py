@@ -144,9 +144,7 @@ def test_compiled_layer_is_banded_in_half_precision(make_config, compile_first):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("objective", "backend"), [("ua", "aot_eager"), ("sslam", "aot_eager"), ("sslam", "inductor")]
-)
+@pytest.mark.parametrize(("objective", "backend"), [("ua", "aot_eager"), ("sslam", "aot_eager"), ("ua", "inductor")])
 def test_compiled_objective_is_banded(make_config, objective, backend):
     """In bfloat16, loss and gradients of one graph with banded layers are as exact as those of the eager model."""
     torch.compiler.reset()

@@ -108,6 +108,7 @@ def test_embeddings_of_waveforms_are_equal(config, attention_mask):
     assert num_graphs() == 1
 
 
+@pytest.mark.slow
 def test_inductor_gives_equal_embeddings(config):
     """The compiler itself, with its C++, for the graph from waveforms to embeddings."""
     config.num_hidden_layers = 1
