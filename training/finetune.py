@@ -294,12 +294,16 @@ def train(config: FinetuneConfig, stop: StopRequest) -> dict[str, Evaluation]:
     run.accelerator.wait_for_everyone()
     splits = {config.validation_split: validation_data}
     if config.test_split is not None:
-        test_data = evaluation_data(config.data, config.validation_source, config.test_split)
-        splits[config.test_split] = replace(test_data, hold_out=0.0, held_out=False)
+        splits[config.test_split] = data_of_test(config, config.test_split)
     try:
         return {split: evaluate(evaluation_config(config, data), validation_source) for split, data in splits.items()}
     except EvaluationError as error:
         raise TrainingError(f"The run is complete, but its evaluation failed: {error}") from error
+
+
+def data_of_test(config: FinetuneConfig, split: str) -> EvaluationDataConfig:
+    """Return the settings to read a test split whole."""
+    return replace(evaluation_data(config.data, config.validation_source, split), hold_out=0.0, held_out=False)
 
 
 def settle(config: FinetuneConfig) -> tuple[FinetuneConfig, Task]:
@@ -312,6 +316,12 @@ def settle(config: FinetuneConfig) -> tuple[FinetuneConfig, Task]:
     has_epochs = config.epochs is not None
     task = find_task(config.data, config.label_file, config.problem_type, config.seed, count_clips=has_epochs)
     check_splits(config.data, config.validation_source, config.validation_split, config.test_split)
+    if config.test_split is not None:
+        # A split that is missing should not end a run after its training.
+        try:
+            task.source.read_as(data_of_test(config, config.test_split))
+        except (ValueError, FileNotFoundError) as error:
+            raise TrainingError(f"test_split={config.test_split!r}: {error} (null: no test)") from error
     changes: dict[str, Any] = {
         "validation_source": config.validation_source or config.data.source,
         "problem_type": task.labels_per_clip,

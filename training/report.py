@@ -147,7 +147,9 @@ def write_report(run_dir: Path) -> None:
     """
     rows = read_metrics(run_dir / "metrics.jsonl")
     if not rows:
-        raise FileNotFoundError(f"{run_dir} has no metrics.jsonl with a line in it: no run has logged there yet.")
+        runs = sorted(path.parent.name for path in run_dir.glob("*/metrics.jsonl"))
+        hint = f"name one of the runs in it, {', '.join(runs)}" if runs else "no run has logged there yet"
+        raise FileNotFoundError(f"{run_dir} has no metrics.jsonl with a line in it: {hint}.")
     try:
         with replacing(run_dir / "curves.png") as temporary:
             plot_curves(rows, temporary, run_dir.name)

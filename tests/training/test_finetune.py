@@ -17,6 +17,7 @@ from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraini
 from modeling_sslam.common.signals import StopRequest
 from training import finetune
 from training.arguments import parse
+from training.report import write_report
 from training.run import trainer
 from training.run.checkpointing import list_checkpoints
 from training.run.metrics_log import read_metrics
@@ -220,6 +221,12 @@ def test_each_fold_is_validated_by_a_model_trained_on_the_others(train, sounds, 
     assert summary["summary"]["accuracy"]["mean"] == pytest.approx(np.mean(accuracies))
     assert summary["summary"]["accuracy"]["std"] == pytest.approx(np.std(accuracies, ddof=1))
     assert "accuracy over 2 folds" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="name one of the runs in it, fold1, fold2"):
+        write_report(run)
+    # A test split that is missing ends the program before training.
+    with pytest.raises(SystemExit, match=r"test_split='test': .*fold1, fold2"):
+        train("late", data=folds, folds="fold1,fold2", test_split="test", **{"data.hold_out": 0})
+    assert not list((tmp_path / "late").glob("*/metrics.jsonl"))
 
 
 def test_the_test_split_is_whole_if_clips_are_held_out(train, table):
