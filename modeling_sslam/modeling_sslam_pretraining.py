@@ -239,12 +239,10 @@ class Draws(NamedTuple):
 
     def to(self, device: torch.device) -> "Draws":
         """Copy to a device. The host does not wait for a GPU."""
-        return Draws(
-            send(self.visible, device),
-            send(self.masked, device),
-            None if self.is_unmixed is None else send(self.is_unmixed, device),
-            None if self.mixed is None else send(self.mixed, device),
-        )
+        visible, masked = send(self.visible, device), send(self.masked, device)
+        if self.is_unmixed is None or self.mixed is None:
+            return Draws(visible, masked, None, None)
+        return Draws(visible, masked, send(self.is_unmixed, device), send(self.mixed, device))
 
 
 class SSLAMDecoderLayer(nn.Conv2d):
