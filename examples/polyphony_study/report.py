@@ -111,7 +111,8 @@ def statement(differences: Sequence[Difference]) -> str:
         lines.append(f"{words.capitalize()}, all clips, {num_seeds} seeds: {'; '.join(beyond)}.")
     num_beyond = sum(interval.excludes_zero for _, interval in known)
     lines.append(
-        f"Of all {len(known)} intervals, by protocol, objective and number of sources, {num_beyond} exclude zero; "
+        f"Of all {len(known)} intervals, by protocol, objective and number of sources, "
+        f"{num_beyond} {'excludes' if num_beyond == 1 else 'exclude'} zero; "
         f"{(1 - LEVEL) * len(known):.1f} would on average if no objective differed."
     )
     return "\n".join(lines)
@@ -217,6 +218,8 @@ def plot(scores: Scores, chance: dict[str, float]) -> Figure:
         axes.set_xlabel("sources in a clip")
         axes.set_title(words)
         axes.spines[["top", "right"]].set_visible(False)
+    # The intervals of two seeds can exceed the range of the mAP by far.
+    panels[0].set_ylim(0, 1)
     panels[0].set_ylabel(f"mAP, mean and {100 * LEVEL:.0f} % interval over seeds")
     handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False)
