@@ -364,6 +364,7 @@ def _open_split(config: DataConfig, path: Path) -> tuple[Part, Columns]:
         revision=config.revision,
         streaming=config.streaming,
         storage_options=http_options(config.read_timeout),
+        cache_dir=_cache_of(path) if path.is_dir() else None,
     )
     dataset = load()
     columns = find_columns(config, dataset.features)
@@ -371,6 +372,20 @@ def _open_split(config: DataConfig, path: Path) -> tuple[Part, Columns]:
         return StoredPart(dataset, columns), columns
     reopen = load if dataset.info.builder_name == "parquet" else None
     return StreamedPart(dataset, columns, reopen), columns
+
+
+def _cache_of(folder: Path) -> str:
+    """Return a cache folder for the present files of a local data set.
+
+    `datasets` names its own after the folder's last name and the card, so that it would take another data set of the
+    same name, or older files, for this one.
+    """
+    digest = hashlib.sha256(os.fsencode(folder.resolve()))
+    for parent, _, names in sorted(os.walk(folder)):
+        for name in sorted(names):
+            status = os.stat(os.path.join(parent, name))
+            digest.update(os.fsencode(f"\n{parent}/{name}\t{status.st_size}\t{status.st_mtime_ns}"))
+    return os.path.join(datasets.config.HF_DATASETS_CACHE, digest.hexdigest()[:16])
 
 
 def _load_from_disk(path: Path, split: str) -> list[datasets.Dataset]:

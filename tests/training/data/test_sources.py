@@ -6,11 +6,13 @@ import shutil
 import tarfile
 
 import datasets
+import pyarrow.parquet as pq
 import pytest
 
 from training.data.config import DataConfig
 from training.data.loader import make_loader
 from training.data.sources import open_source
+from training.preparation.shards import card_header
 
 
 def read_all(config, extractor, **kwargs):
@@ -71,6 +73,21 @@ def test_parquet_with_the_columns_of_audioset(tmp_path, write_parquet, extractor
     clips = read_all(config_for(tmp_path / "data", streaming=streaming, label_column="human_labels"), extractor)
     assert set(clips) == NAMES
     assert clips["clip004"][0] == ["class 1"]
+
+
+@pytest.mark.parametrize("streaming", [True, False], ids=["streaming", "cached"])
+def test_data_sets_of_one_name_are_told_apart(tmp_path, write_parquet, extractor, monkeypatch, streaming):
+    """Both folders are called "data" and have the same card; the second has other clips and another column."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for folder, sizes in (("a", [3]), ("b", [5])):
+        write_parquet(tmp_path / folder / "data" / "data", sizes)
+        (tmp_path / folder / "data" / "README.md").write_text(card_header(["train"]))
+    (shard,) = (tmp_path / "b" / "data" / "data").glob("*.parquet")
+    table = pq.read_table(shard)
+    pq.write_table(table.append_column("extra", [list(range(5))]), shard)
+    assert len(read_all(config_for(tmp_path / "a" / "data", streaming=False), extractor)) == 3
+    source = open_source(config_for(tmp_path / "b" / "data", streaming=streaming, group_column="extra"))
+    assert len(list(source.rows(["extra"]))) == 5
 
 
 def test_parquet_builder_with_data_files(tmp_path, write_parquet, extractor):
