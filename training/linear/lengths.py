@@ -22,7 +22,8 @@ def typical_seconds(source: Source) -> float | None:
     if source.mixer is not None or not Path(source.config.source).expanduser().exists():
         return None
     audio = (source.audio(row) for row in islice(source.rows([source.columns.audio]), MAX_CLIPS))
-    lengths = (duration_seconds(path if encoded is None else encoded) for encoded, path in audio if encoded or path)
+    files = (path if encoded is None else encoded for encoded, path in audio)
+    lengths = (duration_seconds(file) for file in files if file is not None)
     known = [length for length in lengths if length]
     return median(known) if known else None
 
