@@ -1,4 +1,4 @@
-"""What all kinds of heads share: setting and result of a fit, training, and metrics."""
+"""Settings and results of a fit, training and metrics, shared by the fits of all kinds of heads."""
 
 import copy
 import time
