@@ -352,7 +352,7 @@ def test_a_fine_tuned_model_gets_a_new_head(run, tmp_path, scapes):
         ({"mode": "published", "head.kinds": "knn"}, "mode=published fits one linear head"),
         ({"mode": "published", "compare": "mfcc_forest"}, "mode=published fits one linear head"),
         ({"random_weights": "true", "compare": "new_weights"}, "leave new_weights out of compare"),
-        ({"head.kinds": "linear,mlp"}, "must be some of linear, layers, attentive, prototypes, knn"),
+        ({"head.kinds": "linear,mlp"}, "must be some of linear, ridge, layers, attentive, prototypes, knn"),
         ({"head.kinds": "attentive", "token_cache_gib": 1e-6}, "token_cache_gib"),
         ({"token_cache_gib": 0}, "token_cache_gib=0.0 must be positive"),
         ({"attentive.queries": 0}, "attentive.queries=0 must be at least 1"),

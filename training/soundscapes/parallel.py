@@ -31,5 +31,9 @@ def map_in_order(
         yield from map(function, items)
         return
     context = get_context("spawn")
-    with ProcessPoolExecutor(num_processes, context, initializer, arguments) as pool:
+    pool = ProcessPoolExecutor(num_processes, context, initializer, arguments)
+    try:
         yield from pool.map(function, items, chunksize=8)
+    finally:
+        # After an interruption this waits for the chunks in work alone, even if others were still being submitted.
+        pool.shutdown(cancel_futures=True)

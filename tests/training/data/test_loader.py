@@ -251,7 +251,8 @@ def test_workers_survive_the_signal_that_ends_a_run(open_loader, number):
     first = take(batches, 1)
     # A forked worker has the command line of its parent; helpers of multiprocessing, from other tests, do not.
     main = psutil.Process()
-    workers = [child for child in main.children() if child.cmdline() == main.cmdline()]
+    alive = [child for child in main.children() if child.status() != psutil.STATUS_ZOMBIE]
+    workers = [child for child in alive if child.cmdline() == main.cmdline()]
     assert len(workers) == 2
     for worker in workers:
         worker.send_signal(number)
