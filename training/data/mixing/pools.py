@@ -97,7 +97,7 @@ def _check_division(source: str, sounds: dict[str, Recordings]) -> None:
     for split, recordings in sounds.items():
         if not len(recordings):
             raise ValueError(f"{source} has too few original recordings for the split {split}; leave it out.")
-        for group in set(recordings.groups):
+        for group in sorted(set(recordings.groups)):
             if split_of.setdefault(group, split) != split:
                 raise ValueError(
                     f"{source}: the original recording {group!r} is in the splits {split_of[group]} and {split}. Give "
