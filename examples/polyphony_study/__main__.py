@@ -49,10 +49,11 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from examples.polyphony_study.presets import PRESETS, Options, Preset, words
+from examples.polyphony_study.presets import PRESETS, Preset
 from examples.polyphony_study.processes import run_seeds
 from examples.polyphony_study.report import FILES, write_report
 from examples.polyphony_study.steps import data_folder, steps_of_seed
+from examples.steps.step import Options, words
 from modeling_sslam.common.files import write_text
 
 SETTINGS_FILE = "study.json"

@@ -3,14 +3,12 @@
 The recipes are the configuration files; a preset names them and changes what its time allows.
 """
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-CONFIGS = Path("training/configs")
+from examples.steps.step import Options
 
-# Options of a program: a value, or a list of values, by the option's name.
-Options = Mapping[str, object]
+CONFIGS = Path("training/configs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +120,3 @@ H200 = Preset(
 )
 
 PRESETS = {"cpu": CPU, "h200": H200}
-
-
-def words(options: Options) -> Iterator[str]:
-    """Yield the words of a command line that sets options to values."""
-    for name, value in options.items():
-        yield f"--{name}"
-        yield from map(str, value if isinstance(value, (list, tuple)) else [value])

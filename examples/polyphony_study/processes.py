@@ -37,7 +37,7 @@ def run_seed(out: Path, preset: Preset, seed: int, deadline: float | None, start
                 os.dup2(log.fileno(), descriptor)
     with StopRequest() as stop:
         # The training programs take seconds to import. The process of the study needs none of them.
-        from examples.polyphony_study.running import run_steps
+        from examples.steps.running import run_steps
 
         Thread(target=stop_in_time, args=(stop, deadline), daemon=True).start()
         run_steps(steps_of_seed(out, preset, seed), stop)

@@ -1,10 +1,10 @@
 """The steps of a study: each is one command, finished when its result exists."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from examples.polyphony_study.presets import Options, Preset, words
+from examples.polyphony_study.presets import Preset
+from examples.steps.step import Options, Step, words
 
 STAGE1 = "stage 1 alone"
 NEW_WEIGHTS = "new weights"
@@ -15,28 +15,6 @@ FOREST = "MFCC + forest"
 PROTOCOLS = {"linear": "linear probe", "prototypes": "prototype probe", "finetuned": "fine-tuning"}
 # Split on which every encoder is tested.
 TEST = "test"
-
-
-@dataclass(frozen=True)
-class Step:
-    """A command of the study.
-
-    Attributes:
-        program: Module of the program.
-        arguments: Its arguments.
-        result: What exists once the program has finished, and not before.
-        scratch: Folder that nobody needs once all steps that name it have finished.
-    """
-
-    program: str
-    arguments: tuple[str, ...]
-    result: Path
-    scratch: Path | None = None
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the step needs no run."""
-        return self.result.exists()
 
 
 def data_folder(out: Path) -> Path:
@@ -86,7 +64,7 @@ def making(out: Path, preset: Preset, seed: int, encoder: str) -> Step:
     model = folder / "model"
     if encoder == NEW_WEIGHTS:
         arguments = (str(model), *words({"like": first, "seed": seed}))
-        return Step("examples.polyphony_study.new_weights", arguments, model)
+        return Step("examples.steps.new_weights", arguments, model)
     if encoder == STAGE1:
         own = dict(preset.stage1)
     else:

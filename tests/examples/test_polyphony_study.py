@@ -19,8 +19,10 @@ from scipy.stats import ttest_rel
 from sklearn.metrics import average_precision_score
 
 from examples.polyphony_study import __main__ as command
-from examples.polyphony_study import intervals, report, running, scores, steps
-from examples.polyphony_study.presets import CPU, PRESETS, words
+from examples.polyphony_study import intervals, report, scores, steps
+from examples.polyphony_study.presets import CPU, PRESETS
+from examples.steps import running
+from examples.steps.step import words
 from training.arguments import parse
 
 SOURCES = ("1", "2", "all")

@@ -244,6 +244,10 @@ def test_all_kinds_of_heads_beside_new_weights_and_a_forest(run, sounds, capsys)
     assert best["test_accuracy"] == pytest.approx(np.mean(accuracies))
     encoders = {row["encoder"] for row in results["best_heads"] if row["among"] == "all kinds"}
     assert len(encoders) == 3
+    # Each kind, layer and pooling has one row, with the settings that the inner folds choose.
+    places = [(row["encoder"], row["kind"], row["layer"], row["pooling"]) for row in results["places"]]
+    assert len(set(places)) == len(places)
+    assert {place[0] for place in places} == encoders
     assert any(name.endswith("new weights") for name in encoders)
 
     rows = list(csv.DictReader((out / "heads.csv").open()))

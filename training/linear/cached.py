@@ -90,7 +90,8 @@ def evaluate_cached(config: LinearEvalConfig) -> None:
         config = replace(config, data=replace(config.data, split="+".join(config.folds)))
     check_results_dir(config)
     task = find_task(config.data, config.label_file, config.problem_type, config.seed, count_clips=True)
-    check_splits(config.data, config.validation_source, config.validation_split, config.test_split)
+    if not config.folds:
+        check_splits(config.data, config.validation_source, config.validation_split, config.test_split)
     config = replace(
         config,
         problem_type=task.labels_per_clip,
@@ -384,6 +385,11 @@ def fit_and_report(
             {"encoder": entrant.name, "among": kind or "all kinds"} | entrant.chosen(kind).as_full_row(metric)
             for entrant in entrants
             for kind in (None, *entrant.kinds)
+        ],
+        "places": [
+            {"encoder": entrant.name} | row.as_full_row(metric)
+            for entrant in entrants
+            for row in entrant.table_of_places()
         ],
         "seconds": seconds,
         "features": {name: str(features.folder) for name, features in sets.items()},

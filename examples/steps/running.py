@@ -12,8 +12,8 @@ from functools import partial
 
 import torch
 
-from examples.polyphony_study import new_weights
-from examples.polyphony_study.steps import Step
+from examples.steps import new_weights
+from examples.steps.step import Step
 from modeling_sslam.common.files import remove
 from modeling_sslam.common.signals import StopRequest
 from training.finetune import FinetuneConfig, finetune
@@ -38,7 +38,7 @@ def run_linear_eval(arguments: Sequence[str], stop: StopRequest) -> None:
 
 
 def run_new_weights(arguments: Sequence[str], stop: StopRequest) -> None:
-    """Run `examples.polyphony_study.new_weights` to its end."""
+    """Run `examples.steps.new_weights` to its end."""
     new_weights.main(arguments)
 
 
@@ -46,7 +46,7 @@ PROGRAMS: dict[str, Callable[[Sequence[str], StopRequest], None]] = {
     "training.pretrain": run_pretrain,
     "training.finetune": run_finetune,
     "training.linear_eval": run_linear_eval,
-    "examples.polyphony_study.new_weights": run_new_weights,
+    "examples.steps.new_weights": run_new_weights,
 }
 
 

@@ -1,6 +1,6 @@
 """Save an encoder with new weights, of the same architecture and front end as another one.
 
-python -m examples.polyphony_study.new_weights FOLDER --like runs/study/seed-0/stage1/model --seed 0
+python -m examples.steps.new_weights FOLDER --like runs/study/seed-0/stage1/model --seed 0
 """
 
 import argparse

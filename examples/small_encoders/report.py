@@ -1,0 +1,165 @@
+"""Tables and pictures of the study, from the steps that have finished."""
+
+import csv
+import io
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from examples.small_encoders.scores import BEST, FINETUNED, Score, gather_scores, head_name, layer_of
+from examples.small_encoders.settings import Study
+from examples.small_encoders.steps import FOREST, NEW_WEIGHTS, PRETRAINED
+from modeling_sslam.common.files import replacing, write_text
+
+FILES = ("scores.csv", "table.md", "curves.md", "curves.png")
+
+
+def write_report(out: Path, study: Study, state: str) -> None:
+    """Write all files of the report, from what there is so far.
+
+    Args:
+        out: Folder of the study.
+        study: Its settings.
+        state: What has finished, in words.
+    """
+    scores = gather_scores(out, study)
+    if not scores:
+        return
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(Score._fields)
+    writer.writerows(scores)
+    write_text(out / "scores.csv", text.getvalue())
+    write_text(out / "table.md", table(scores, study, state))
+    write_text(out / "curves.md", table_of_curves(scores, study))
+    if any(is_on_curve(score) for score in scores):
+        with replacing(out / "curves.png") as temporary:
+            plot(scores, study).savefig(temporary, dpi=110)
+
+
+def last_layer(scores: Iterable[Score], recipe: str) -> int:
+    """Return the number of the last layer of a recipe's encoders."""
+    return max((layer_of(score.head) or 0 for score in scores if score.recipe == recipe), default=0)
+
+
+def poolings_of(study: Study) -> list[str]:
+    """Return the poolings of the probes."""
+    poolings = study.probes["poolings"]
+    return list(map(str, poolings)) if isinstance(poolings, (list, tuple)) else [str(poolings)]
+
+
+def is_on_curve(score: Score) -> bool:
+    """Whether a score is of a checkpoint, and not of a finished encoder or a rival."""
+    return bool(score.update)
+
+
+def select(
+    scores: Iterable[Score], recipe: str, encoder: str, test: str, head: str, update: int | None = None
+) -> list[float]:
+    """Return the values of all seeds, in per cent."""
+    wanted = (recipe, encoder, test, head)
+    return [100 * s.value for s in scores if (s.recipe, s.encoder, s.test, s.head) == wanted and s.update == update]
+
+
+def table(scores: Sequence[Score], study: Study, state: str) -> str:
+    """Return a Markdown table for each test: encoders in rows, heads in columns, in per cent."""
+    metrics = {score.test: score.metric for score in scores}
+    lines = [
+        f"In per cent, mean and standard deviation over seeds; {state}. The best head is chosen without the test "
+        "clips. The poolings are of the last layer, by ridge regression.",
+    ]
+    for test in study.tests:
+        if test not in metrics:
+            continue
+        columns = [BEST, *poolings_of(study), *([FINETUNED] if test == study.finetuned_on else [])]
+        lines += ["", f"## {test}: {metrics[test]}", "", line(["recipe", "encoder", *columns])]
+        lines.append(line(["---"] * (len(columns) + 2)))
+        for recipe in study.recipes:
+            layer = last_layer(scores, recipe)
+            heads = [head if head in (BEST, FINETUNED) else head_name(layer, head) for head in columns]
+            for encoder in (PRETRAINED, NEW_WEIGHTS, FOREST):
+                update = None if encoder == PRETRAINED else 0
+                cells = [cell(select(scores, recipe, encoder, test, head, update)) for head in heads]
+                lines.append(line([recipe, encoder, *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def table_of_curves(scores: Sequence[Score], study: Study) -> str:
+    """Return a Markdown table for each recipe and test: updates in rows, heads in columns, in per cent."""
+    lines = ["Scores of checkpoints by update, in per cent, mean over the seeds of `curve_seeds`."]
+    for recipe in study.recipes:
+        layer = last_layer(scores, recipe)
+        columns = [BEST, *(head_name(layer, pooling) for pooling in poolings_of(study))]
+        for test in study.tests:
+            updates = updates_of(scores, recipe, test)
+            if not updates:
+                continue
+            lines += ["", f"## {recipe}, {test}", "", line(["updates", *columns])]
+            lines.append(line(["---"] * (len(columns) + 1)))
+            for update in (0, *updates):
+                encoder = PRETRAINED if update else NEW_WEIGHTS
+                cells = [cell(select(scores, recipe, encoder, test, head, update)) for head in columns]
+                lines.append(line([str(update or NEW_WEIGHTS), *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def updates_of(scores: Iterable[Score], recipe: str, test: str) -> list[int]:
+    """Return the updates whose checkpoints were tested."""
+    return sorted({s.update for s in scores if s.update and s.recipe == recipe and s.test == test})
+
+
+def cell(values: Sequence[float]) -> str:
+    """Return mean and standard deviation (n - 1)."""
+    if not values:
+        return "-"
+    text = f"{statistics.mean(values):.1f}"
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.1f}"
+
+
+def line(cells: Sequence[str]) -> str:
+    """Return a line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def plot(scores: Sequence[Score], study: Study) -> Figure:
+    """Plot the scores of checkpoints against updates: a row for each recipe, and for each test two panels.
+
+    The first panel of a test has the poolings of the last layer, the second has all layers with their last pooling.
+    Dotted lines are new weights.
+    """
+    recipes = [recipe for recipe in study.recipes if any(s.recipe == recipe and is_on_curve(s) for s in scores)]
+    tests = [test for test in study.tests if any(s.test == test and is_on_curve(s) for s in scores)]
+    figure = Figure(figsize=(1 + 3.6 * 2 * len(tests), 0.8 + 3.2 * len(recipes)), layout="constrained")
+    grid = figure.subplots(len(recipes), 2 * len(tests), squeeze=False)
+    poolings = poolings_of(study)
+    for row, recipe in zip(grid, recipes, strict=True):
+        layer = last_layer(scores, recipe)
+        for i, test in enumerate(tests):
+            of_poolings = {pooling: head_name(layer, pooling) for pooling in poolings}
+            of_layers = {f"layer {k}": head_name(k, poolings[-1]) for k in range(layer + 1)}
+            curves(row[2 * i], scores, recipe, test, {BEST: BEST} | of_poolings)
+            curves(row[2 * i + 1], scores, recipe, test, of_layers)
+            row[2 * i].set_title(f"{recipe}, {test}: layer {layer}", fontsize=9)
+            row[2 * i + 1].set_title(f"{recipe}, {test}: {poolings[-1]}", fontsize=9)
+    for axes in grid[-1]:
+        axes.set_xlabel("update")
+    figure.suptitle("Scores in per cent by update; dotted: new weights")
+    return figure
+
+
+def curves(axes: Axes, scores: Sequence[Score], recipe: str, test: str, heads: dict[str, str]) -> None:
+    """Draw a curve for each head, from new weights on."""
+    for i, (label, head) in enumerate(heads.items()):
+        values = {
+            update: select(scores, recipe, PRETRAINED, test, head, update)
+            for update in updates_of(scores, recipe, test)
+        }
+        means = {update: statistics.mean(found) for update, found in values.items() if found}
+        axes.plot(list(means), list(means.values()), marker=".", color=f"C{i}", label=label)
+        if new := select(scores, recipe, NEW_WEIGHTS, test, head, 0):
+            axes.axhline(statistics.mean(new), color=f"C{i}", linestyle=":", linewidth=1)
+    axes.legend(fontsize=7, ncols=2)
+    axes.grid(alpha=0.3)

@@ -1,0 +1,110 @@
+"""The steps of the study: each is one command, finished when its result exists."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
+
+from examples.small_encoders.settings import Recipe, Study
+from examples.steps.step import Options, Step, words
+
+NEW_WEIGHTS = "new weights"
+PRETRAINED = "pre-trained"
+ENCODERS = (PRETRAINED, NEW_WEIGHTS)
+FOREST = "MFCC + forest"
+
+
+def seed_folder(out: Path, recipe: str, seed: int) -> Path:
+    """Return the folder of a seed's runs."""
+    return out / recipe / f"seed-{seed}"
+
+
+def model_folder(out: Path, recipe: str, seed: int, encoder: str) -> Path:
+    """Return the folder of an encoder."""
+    return seed_folder(out, recipe, seed) / {PRETRAINED: "pretraining/model", NEW_WEIGHTS: "new_weights"}[encoder]
+
+
+def probe_results(out: Path, recipe: str, seed: int, test: str) -> Path:
+    """Return the results of the heads on the frozen encoder, on new weights and on MFCCs."""
+    return seed_folder(out, recipe, seed) / "probes" / test / "results.json"
+
+
+def curve_results(out: Path, recipe: str, seed: int, test: str, update: int) -> Path:
+    """Return the results of the heads on the checkpoint after an update."""
+    return seed_folder(out, recipe, seed) / "curves" / test / f"update-{update}" / "results.json"
+
+
+def finetuning_results(out: Path, recipe: str, seed: int, encoder: str) -> Path:
+    """Return the results of fine-tuning over folds."""
+    return seed_folder(out, recipe, seed) / f"finetuned-{encoder.replace(' ', '-')}" / "folds.json"
+
+
+def updates_with_checkpoint(recipe: Recipe) -> list[int]:
+    """Return the updates after which a recipe's pre-training has a checkpoint."""
+    settings = yaml.safe_load(Path(str(recipe.pretraining["config"])).read_text(encoding="utf-8"))
+    total = int(str(recipe.pretraining.get("max_updates", settings["max_updates"])))
+    every = int(str(recipe.pretraining.get("checkpoint.every", settings["checkpoint"]["every"])))
+    return sorted({*range(every, total, every), total})
+
+
+def steps_of_seed(out: Path, study: Study, recipe: str, seed: int, options: Sequence[str]) -> list[Step]:
+    """Return the steps of a recipe and a seed in their order.
+
+    Args:
+        out: Folder of the study.
+        study: Its settings.
+        recipe: Name of the recipe.
+        seed: The seed.
+        options: Further words of the command line of pre-training and fine-tuning.
+    """
+    settings = study.recipes[recipe]
+    pretrained, new = (model_folder(out, recipe, seed, encoder) for encoder in ENCODERS)
+    updates = updates_with_checkpoint(settings) if seed in study.curve_seeds else []
+    of_run: Options = {"seed": seed, "output_dir": pretrained.parent, "resume": "auto"}
+    if updates:
+        of_run = {**of_run, "checkpoint.keep": len(updates)}
+    making = (*words({**settings.pretraining, **of_run}), *options)
+    return [
+        Step("training.pretrain", making, pretrained),
+        *(probe(out, study, recipe, seed, test) for test in study.tests),
+        *(probe_of_update(out, study, recipe, seed, test, update) for test in study.tests for update in updates),
+        Step("examples.steps.new_weights", (str(new), *words({"like": pretrained, "seed": seed})), new),
+        *(finetuning(out, study, recipe, seed, encoder, options) for encoder in ENCODERS),
+    ]
+
+
+def probe(out: Path, study: Study, recipe: str, seed: int, test: str) -> Step:
+    """Return the step that tests the frozen encoder beside its rivals."""
+    model, result = model_folder(out, recipe, seed, PRETRAINED), probe_results(out, recipe, seed, test)
+    own = {"seed": seed, "compare": ["new_weights", "mfcc_forest"]}
+    return linear_eval(study, test, model, result, own)
+
+
+def probe_of_update(out: Path, study: Study, recipe: str, seed: int, test: str, update: int) -> Step:
+    """Return the step that tests the checkpoint after an update."""
+    model = seed_folder(out, recipe, seed) / "pretraining" / "checkpoints" / f"step-{update:08d}"
+    return linear_eval(study, test, model, curve_results(out, recipe, seed, test, update), {"seed": seed})
+
+
+def linear_eval(study: Study, test: str, model: Path, result: Path, own: Options) -> Step:
+    """Return a step of `training.linear_eval`."""
+    cache = result.parent / "features"
+    places = {"model": model, "output_dir": result.parent, "cache_dir": cache}
+    return Step(
+        "training.linear_eval", tuple(words({**study.tests[test], **study.probes, **own, **places})), result, cache
+    )
+
+
+def finetuning(out: Path, study: Study, recipe: str, seed: int, encoder: str, options: Sequence[str]) -> Step:
+    """Return the step that fine-tunes an encoder over folds."""
+    result = finetuning_results(out, recipe, seed, encoder)
+    model = {"model": model_folder(out, recipe, seed, encoder), "seed": seed, "resume": "auto"}
+    own = {**study.tests[study.finetuned_on], **study.recipes[recipe].finetuning, **model, "output_dir": result.parent}
+    return Step("training.finetune", (*words(own), *options), result)
+
+
+def all_steps(out: Path, study: Study, options: Sequence[str]) -> Iterator[list[Step]]:
+    """Yield the steps of each recipe and seed."""
+    for seed in study.seeds:
+        for recipe in study.recipes:
+            yield steps_of_seed(out, study, recipe, seed, options)

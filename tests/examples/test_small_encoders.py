@@ -1,0 +1,218 @@
+"""The study of small encoders: its settings, steps and report, and a whole study of a tiny size."""
+
+import csv
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import yaml
+
+from examples.small_encoders import __main__ as command
+from examples.small_encoders import report, scores, steps
+from examples.small_encoders.settings import DEFAULT_FILE, Recipe, Study, read_study
+from examples.steps import running
+from training.arguments import parse
+
+POOLINGS = ("mean", "max")
+
+
+# ---------------------------------------------------------------------------------------------------------- settings
+
+
+def test_programs_accept_the_arguments_of_every_step(tmp_path: Path):
+    classes = {
+        "training.pretrain": running.PretrainConfig,
+        "training.finetune": running.FinetuneConfig,
+        "training.linear_eval": running.LinearEvalConfig,
+    }
+    study = read_study(DEFAULT_FILE)
+    groups = list(steps.all_steps(tmp_path, study, ["--mixed_precision", "bf16"]))
+    assert len(groups) == len(study.seeds) * len(study.recipes)
+    for step in (step for group in groups for step in group):
+        if step.program in classes:
+            config = parse(classes[step.program], step.arguments)
+            assert step.result.is_relative_to(config.output_dir)
+
+
+def test_checkpoints_of_a_recipe(tmp_path: Path):
+    (tmp_path / "recipe.yaml").write_text("max_updates: 10\ncheckpoint:\n  every: 4\n")
+    options = {"config": tmp_path / "recipe.yaml"}
+    assert steps.updates_with_checkpoint(Recipe(options, {})) == [4, 8, 10]
+    assert steps.updates_with_checkpoint(Recipe({**options, "max_updates": 8}, {})) == [4, 8]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"finetuned_on": "x"}, "finetuned_on=x must be one of tests: ESC-10, digits, scenes"),
+        ({"finetuned_on": "digits"}, "finetuned_on=digits names a test without folds"),
+        ({"more": 1}, "must have the keys .*, and has curve_seeds, .*more"),
+        ({"recipes": {"tiny": {"pretraining": {}}}}, "recipes.tiny must have the keys finetuning, pretraining"),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path: Path, change: dict, message: str):
+    content = yaml.safe_load(DEFAULT_FILE.read_text())
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content | change))
+    with pytest.raises(ValueError, match=message):
+        read_study(tmp_path / "study.yaml")
+
+
+def test_wrong_arguments_end_the_command(tmp_path: Path):
+    with pytest.raises(SystemExit, match="has no recipe huge; it has tiny, small"):
+        command.main([str(tmp_path / "out"), "--recipes", "huge"])
+    with pytest.raises(SystemExit, match=r"none\.yaml cannot be read"):
+        command.main([str(tmp_path / "out"), "--config", "none.yaml"])
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+@pytest.fixture
+def study() -> Study:
+    """A study with two seeds, one recipe and one test."""
+    recipe = Recipe({"config": "x"}, {})
+    return Study((0, 1), {"tiny": recipe}, {"bells": {"folds": ["a"]}}, {"poolings": POOLINGS}, "bells", (0,))
+
+
+def write_heads(path: Path, values: dict[str, float]) -> None:
+    """Write the results of heads on two layers: the second layer is 0.1 better, and the best head is 0.2 better."""
+    path.parent.mkdir(parents=True)
+    places = [
+        {
+            "encoder": name,
+            "kind": "forest" if "forest" in name else "ridge",
+            "layer": layer,
+            "pooling": pooling,
+            "test_accuracy": value + layer / 10,
+        }
+        for name, value in values.items()
+        for layer in (0, 1)
+        for pooling in POOLINGS
+    ]
+    best = [{"encoder": name, "among": "all kinds", "test_accuracy": value + 0.2} for name, value in values.items()]
+    path.write_text(json.dumps({"metric": "accuracy", "best_heads": best, "places": places}))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """The folder of a study whose second seed has not been fine-tuned."""
+    for seed in (0, 1):
+        values = {"model": 0.5 + 0.02 * seed, "model, new weights": 0.3, "MFCC + forest": 0.4}
+        write_heads(steps.probe_results(tmp_path, "tiny", seed, "bells"), values)
+    for update in (2, 4):
+        write_heads(steps.curve_results(tmp_path, "tiny", 0, "bells", update), {"model": 0.4 + update / 100})
+    for i, encoder in enumerate(steps.ENCODERS):
+        path = steps.finetuning_results(tmp_path, "tiny", 0, encoder)
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"summary": {"accuracy": {"mean": 0.9 - 0.1 * i, "std": 0.01}}}))
+    return tmp_path
+
+
+def test_table_has_means_over_seeds(out: Path, study: Study):
+    report.write_report(out, study, "10 of 12 steps have finished")
+    lines = (out / "table.md").read_text().splitlines()
+    assert "10 of 12 steps have finished" in lines[0]
+    assert lines[2] == "## bells: accuracy"
+    assert lines[4] == "| recipe | encoder | best head | mean | max | fine-tuned |"
+    assert lines[6:] == [
+        "| tiny | pre-trained | 71.0 ± 1.4 | 61.0 ± 1.4 | 61.0 ± 1.4 | 90.0 |",
+        "| tiny | new weights | 50.0 ± 0.0 | 40.0 ± 0.0 | 40.0 ± 0.0 | 80.0 |",
+        "| tiny | MFCC + forest | 60.0 ± 0.0 | - | - | - |",
+    ]
+
+
+def test_curves_begin_with_new_weights(out: Path, study: Study):
+    report.write_report(out, study, "complete")
+    lines = (out / "curves.md").read_text().splitlines()
+    assert lines[4] == "| updates | best head | layer 1, mean | layer 1, max |"
+    assert [line.split(" | ")[:2] for line in lines[6:]] == [
+        ["| new weights", "50.0 ± 0.0"],
+        ["| 2", "62.0"],
+        ["| 4", "64.0"],
+    ]
+    assert (out / "curves.png").stat().st_size > 10_000
+    rows = list(csv.DictReader((out / "scores.csv").open()))
+    assert len(rows) == len(scores.gather_scores(out, study))
+    assert {row["seed"] for row in rows} == {"0", "1"}
+
+
+def test_there_is_no_report_before_the_first_result(tmp_path: Path, study: Study):
+    report.write_report(tmp_path, study, "0 of 12 steps have finished")
+    assert not list(tmp_path.iterdir())
+
+
+def test_study_without_curves_has_no_picture(out: Path, study: Study):
+    for update in (2, 4):
+        steps.curve_results(out, "tiny", 0, "bells", update).unlink()
+    report.write_report(out, replace(study, curve_seeds=()), "complete")
+    assert (out / "table.md").exists()
+    assert not (out / "curves.png").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------- a study
+
+MODEL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_length": 64,
+    "max_position_embeddings": 8,
+    "num_clones": 2,
+    "decoder_num_layers": 1,
+}
+RUN = {"output_dir": "x", "data": {"source": "x"}, "batch_size": 4, "optimizer": {"warmup_updates": 1}}
+
+
+def write_sounds(folder: Path) -> None:
+    """Write low and high tones in three folds."""
+    rng = np.random.default_rng(0)
+    for fold in ("fold1", "fold2", "fold3"):
+        for name, pitch in (("low", 200), ("high", 3000)):
+            (folder / fold / name).mkdir(parents=True)
+            for i in range(4):
+                tone = 0.3 * np.sin(2 * np.pi * pitch * rng.uniform(0.8, 1.2) * np.arange(8000) / 16_000)
+                soundfile.write(folder / fold / name / f"{i}.flac", tone, 16_000)
+
+
+@pytest.mark.slow
+def test_tiny_study(tmp_path: Path):
+    write_sounds(tmp_path / "sounds")
+    pretraining = RUN | {"max_updates": 4, "model": MODEL, "checkpoint": {"every": 2}}
+    (tmp_path / "pretraining.yaml").write_text(yaml.safe_dump(pretraining))
+    (tmp_path / "finetuning.yaml").write_text(yaml.safe_dump(RUN | {"max_updates": 2, "evaluate_every": 2}))
+    sounds = {"data.source": str(tmp_path / "sounds")}
+    settings = {
+        "seeds": [3],
+        "recipes": {
+            "tiny": {
+                "pretraining": sounds | {"config": str(tmp_path / "pretraining.yaml"), "data.split": "fold1+fold2"},
+                "finetuning": {"config": str(tmp_path / "finetuning.yaml")},
+            }
+        },
+        "tests": {"tones": sounds | {"folds": ["fold1", "fold2", "fold3"]}},
+        "probes": {"layers": "all", "poolings": ["mean", "max"], "head.kinds": "ridge"},
+        "finetuned_on": "tones",
+        "curve_seeds": [3],
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(settings))
+    out = tmp_path / "out"
+    start = [sys.executable, "-m", "examples.small_encoders", str(out), "--config", str(tmp_path / "study.yaml")]
+    done = subprocess.run([*start, "--", "--data.num_workers", "0"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "7 of 7 steps have finished" in done.stdout
+    assert not list(out.glob("**/features"))
+    table = (out / "table.md").read_text()
+    assert "complete" in table
+    assert "| - |" not in table.split("MFCC + forest |")[0]
+    assert "## tiny, tones" in (out / "curves.md").read_text()
+
+    again = subprocess.run(start, capture_output=True, text=True)
+    assert again.returncode == 0
+    assert "$ python" not in again.stdout
