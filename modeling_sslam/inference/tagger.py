@@ -57,10 +57,10 @@ class SSLAMTagger:
     >>> tagger = SSLAMTagger.from_pretrained("outputs/quickstart/classifier/model")
     >>> recording = "tests/fixtures/audio/guit_e_slide.flac"
     >>> tagger.tag(recording, top_k=2)
-    [{'label': 'organ_chord', 'score': 0.43...}, {'label': 'frog', 'score': 0.30...}]
+    [{'label': 'guitar', 'score': 0.99...}, {'label': 'tabla', 'score': 0.88...}]
     >>> timeline = tagger.timeline(recording, window=2.0, hop=0.5)
     >>> timeline.scores.shape
-    (6, 28)
+    (6, 8)
     ```
     """
 
