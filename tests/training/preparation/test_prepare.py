@@ -137,6 +137,20 @@ def test_esc50(make, extractor, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out-esc50", "source"]
 
 
+def test_esc10_is_the_marked_part_of_esc50(make, put, extractor):
+    rows = ["1-1-A-0.wav,1,0,dog,True", "2-2-A-49.wav,2,49,hand_saw,False", "3-3-A-1.wav,3,1,rooster,True"]
+    put("meta/esc50.csv", "filename,fold,target,category,esc10\n" + "\n".join(rows) + "\n")
+    for row in rows:
+        put(f"audio/{row.split(',')[0]}")
+    folder, report = make("esc50", esc10=True)
+    labels = {"fold1": {"1-1-A-0": ("dog",)}, "fold3": {"3-3-A-1": ("rooster",)}}
+    assert {split: read(folder, split, extractor) for split in labels} == labels
+    assert counts(report) == {"classes_without_clip": 8}
+    assert report["options"] == {"by_path": False, "esc10": True}
+    assert read_labels(folder / "labels.csv") == esc50.CLASSES_OF_ESC10
+    assert set(esc50.CLASSES_OF_ESC10) < set(esc50.CLASSES)
+
+
 def test_esc50_has_fifty_classes_in_the_published_order():
     assert len(set(esc50.CLASSES)) == 50
     assert [esc50.CLASSES[i] for i in (0, 1, 10, 20, 30, 36, 40, 49)] == [
