@@ -13,7 +13,7 @@ import soundfile
 import yaml
 
 from examples.small_encoders import __main__ as command
-from examples.small_encoders import report, scores, steps
+from examples.small_encoders import digits, report, scores, steps
 from examples.small_encoders.settings import DEFAULT_FILE, Recipe, Study, read_study
 from examples.steps import running
 from training.arguments import parse
@@ -216,3 +216,20 @@ def test_tiny_study(tmp_path: Path):
     again = subprocess.run(start, capture_output=True, text=True)
     assert again.returncode == 0
     assert "$ python" not in again.stdout
+
+
+def test_table_of_digits(tmp_path: Path, capsys: pytest.CaptureFixture):
+    names = ["3_jackson_4.wav", "3_jackson_5.wav", "0_theo_49.flac", "README.md", "acquire.py"]
+    for name in names:
+        path = tmp_path / "digits" / "recordings" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    digits.main([str(tmp_path / "digits"), str(tmp_path / "data" / "digits.csv")])
+    rows = list(csv.DictReader((tmp_path / "data" / "digits.csv").open()))
+    found = {Path(row["path"]).name: (row["label"], row["split"]) for row in rows}
+    expected = {"3_jackson_4.wav": ("3", "test"), "3_jackson_5.wav": ("3", "train"), "0_theo_49.flac": ("0", "train")}
+    assert found == expected
+    assert "2 recordings for training, 1 for testing" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="has no recordings"):
+        digits.main([str(tmp_path / "data"), str(tmp_path / "none.csv")])
+    assert not (tmp_path / "none.csv").exists()
