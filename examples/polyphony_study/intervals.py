@@ -22,17 +22,12 @@ class Interval(NamedTuple):
         return self.low > 0 or self.high < 0
 
 
-def deviation(values: Sequence[float]) -> float:
-    """Return the standard deviation (n - 1); 0 for one value."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
 def student_interval(values: Sequence[float]) -> Interval | None:
     """Return Student's interval of the mean of independent values; `None` for fewer than two."""
     if len(values) < 2:
         return None
     mean = statistics.mean(values)
-    half = float(t.ppf((1 + LEVEL) / 2, len(values) - 1)) * deviation(values) / len(values) ** 0.5
+    half = float(t.ppf((1 + LEVEL) / 2, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
     return Interval(mean - half, mean + half)
 
 

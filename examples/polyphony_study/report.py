@@ -8,14 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from examples.polyphony_study.intervals import (
-    LEVEL,
-    Difference,
-    Interval,
-    deviation,
-    percentile_interval,
-    student_interval,
-)
+from examples.polyphony_study.intervals import LEVEL, Difference, Interval, percentile_interval, student_interval
 from examples.polyphony_study.scores import (
     ALL,
     RESAMPLES,
@@ -26,6 +19,7 @@ from examples.polyphony_study.scores import (
     resampled_scores,
 )
 from examples.polyphony_study.steps import BASELINE, ENCODERS, FOREST, OBJECTIVES, PROTOCOLS
+from examples.steps.tables import cell, line
 from modeling_sslam.common.files import replacing, write_text
 
 FILES = ("results.json", "table.md", "differences.md", "table.png")
@@ -140,21 +134,6 @@ def table(scores: Scores, chance: dict[str, float], num_seeds: int, state: str) 
         lines.append(line([PROTOCOLS.get(protocol, ""), encoder, *cells]))
     title = f"mAP in per cent, mean and standard deviation over {num_seeds} seeds; {state}"
     return f"{title}\n\n" + "\n".join(lines) + "\n"
-
-
-def cell(values: Sequence[float], num_seeds: int) -> str:
-    """Return mean and standard deviation in per cent, with the number of values if it is not that of the seeds."""
-    if not values:
-        return "-"
-    text = f"{100 * statistics.mean(values):.1f}"
-    if len(values) > 1:
-        text += f" ± {100 * deviation(values):.1f}"
-    return text if len(values) == num_seeds else f"{text} (n = {len(values)})"
-
-
-def line(cells: Sequence[str]) -> str:
-    """Return a line of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
 
 
 def table_of_differences(differences: Sequence[Difference], text: str, state: str) -> str:

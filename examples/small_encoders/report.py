@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from examples.small_encoders.scores import BEST, FINETUNED, Score, gather_scores, head_name, layer_of
 from examples.small_encoders.settings import Study
 from examples.small_encoders.steps import FOREST, NEW_WEIGHTS, PRETRAINED
+from examples.steps.tables import cell, line
 from modeling_sslam.common.files import replacing, write_text
 
 FILES = ("scores.csv", "table.md", "curves.md", "curves.png")
@@ -59,9 +60,9 @@ def is_on_curve(score: Score) -> bool:
 def select(
     scores: Iterable[Score], recipe: str, encoder: str, test: str, head: str, update: int | None = None
 ) -> list[float]:
-    """Return the values of all seeds, in per cent."""
+    """Return the values of all seeds."""
     wanted = (recipe, encoder, test, head)
-    return [100 * s.value for s in scores if (s.recipe, s.encoder, s.test, s.head) == wanted and s.update == update]
+    return [s.value for s in scores if (s.recipe, s.encoder, s.test, s.head) == wanted and s.update == update]
 
 
 def table(scores: Sequence[Score], study: Study, state: str) -> str:
@@ -82,7 +83,7 @@ def table(scores: Sequence[Score], study: Study, state: str) -> str:
             heads = [head if head in (BEST, FINETUNED) else head_name(layer, head) for head in columns]
             for encoder in (PRETRAINED, NEW_WEIGHTS, FOREST):
                 update = None if encoder == PRETRAINED else 0
-                cells = [cell(select(scores, recipe, encoder, test, head, update)) for head in heads]
+                cells = [cell(select(scores, recipe, encoder, test, head, update), len(study.seeds)) for head in heads]
                 lines.append(line([recipe, encoder, *cells]))
     return "\n".join(lines) + "\n"
 
@@ -101,7 +102,8 @@ def table_of_curves(scores: Sequence[Score], study: Study) -> str:
             lines.append(line(["---"] * (len(columns) + 1)))
             for update in (0, *updates):
                 encoder = PRETRAINED if update else NEW_WEIGHTS
-                cells = [cell(select(scores, recipe, encoder, test, head, update)) for head in columns]
+                values = [select(scores, recipe, encoder, test, head, update) for head in columns]
+                cells = [cell(of_head, len(study.curve_seeds)) for of_head in values]
                 lines.append(line([str(update or NEW_WEIGHTS), *cells]))
     return "\n".join(lines) + "\n"
 
@@ -109,19 +111,6 @@ def table_of_curves(scores: Sequence[Score], study: Study) -> str:
 def updates_of(scores: Iterable[Score], recipe: str, test: str) -> list[int]:
     """Return the updates whose checkpoints were tested."""
     return sorted({s.update for s in scores if s.update and s.recipe == recipe and s.test == test})
-
-
-def cell(values: Sequence[float]) -> str:
-    """Return mean and standard deviation (n - 1)."""
-    if not values:
-        return "-"
-    text = f"{statistics.mean(values):.1f}"
-    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.1f}"
-
-
-def line(cells: Sequence[str]) -> str:
-    """Return a line of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
 
 
 def plot(scores: Sequence[Score], study: Study) -> Figure:
@@ -157,9 +146,9 @@ def curves(axes: Axes, scores: Sequence[Score], recipe: str, test: str, heads: d
             update: select(scores, recipe, PRETRAINED, test, head, update)
             for update in updates_of(scores, recipe, test)
         }
-        means = {update: statistics.mean(found) for update, found in values.items() if found}
+        means = {update: 100 * statistics.mean(found) for update, found in values.items() if found}
         axes.plot(list(means), list(means.values()), marker=".", color=f"C{i}", label=label)
         if new := select(scores, recipe, NEW_WEIGHTS, test, head, 0):
-            axes.axhline(statistics.mean(new), color=f"C{i}", linestyle=":", linewidth=1)
+            axes.axhline(100 * statistics.mean(new), color=f"C{i}", linestyle=":", linewidth=1)
     axes.legend(fontsize=7, ncols=2)
     axes.grid(alpha=0.3)

@@ -55,7 +55,6 @@ def test_interval_over_seeds_equals_scipys_paired_one():
 
 def test_one_seed_has_no_interval():
     assert intervals.student_interval([0.3]) is None
-    assert intervals.deviation([0.3]) == 0.0
 
 
 # ------------------------------------------------------------------------------------------------------------- report

@@ -121,8 +121,8 @@ def test_table_has_means_over_seeds(out: Path, study: Study):
     assert lines[2] == "## bells: accuracy"
     assert lines[4] == "| recipe | encoder | best head | mean | max | fine-tuned |"
     assert lines[6:] == [
-        "| tiny | pre-trained | 71.0 ± 1.4 | 61.0 ± 1.4 | 61.0 ± 1.4 | 90.0 |",
-        "| tiny | new weights | 50.0 ± 0.0 | 40.0 ± 0.0 | 40.0 ± 0.0 | 80.0 |",
+        "| tiny | pre-trained | 71.0 ± 1.4 | 61.0 ± 1.4 | 61.0 ± 1.4 | 90.0 (n = 1) |",
+        "| tiny | new weights | 50.0 ± 0.0 | 40.0 ± 0.0 | 40.0 ± 0.0 | 80.0 (n = 1) |",
         "| tiny | MFCC + forest | 60.0 ± 0.0 | - | - | - |",
     ]
 
