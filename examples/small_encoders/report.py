@@ -35,10 +35,11 @@ def write_report(out: Path, study: Study, state: str) -> None:
     writer.writerows(scores)
     write_text(out / "scores.csv", text.getvalue())
     write_text(out / "table.md", table(scores, study, state))
-    write_text(out / "curves.md", table_of_curves(scores, study))
-    if any(is_on_curve(score) for score in scores):
+    of_curves = [score for score in scores if score.seed in study.curve_seeds]
+    if any(is_on_curve(score) for score in of_curves):
+        write_text(out / "curves.md", table_of_curves(of_curves, study))
         with replacing(out / "curves.png") as temporary:
-            plot(scores, study).savefig(temporary, dpi=110)
+            plot(of_curves, study).savefig(temporary, dpi=110)
 
 
 def last_layer(scores: Iterable[Score], recipe: str) -> int:

@@ -132,7 +132,7 @@ def test_curves_begin_with_new_weights(out: Path, study: Study):
     lines = (out / "curves.md").read_text().splitlines()
     assert lines[4] == "| updates | best head | layer 1, mean | layer 1, max |"
     assert [line.split(" | ")[:2] for line in lines[6:]] == [
-        ["| new weights", "50.0 ± 0.0"],
+        ["| new weights", "50.0"],
         ["| 2", "62.0"],
         ["| 4", "64.0"],
     ]
