@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import yaml
-
-from examples.small_encoders.settings import Recipe, Study
+from examples.small_encoders.settings import Study
 from examples.steps.step import Options, Step, words
+from training.arguments import parse
 
 NEW_WEIGHTS = "new weights"
 PRETRAINED = "pre-trained"
@@ -39,12 +38,13 @@ def finetuning_results(out: Path, recipe: str, seed: int, encoder: str) -> Path:
     return seed_folder(out, recipe, seed) / f"finetuned-{encoder.replace(' ', '-')}" / "folds.json"
 
 
-def updates_with_checkpoint(recipe: Recipe) -> list[int]:
-    """Return the updates after which a recipe's pre-training has a checkpoint."""
-    settings = yaml.safe_load(Path(str(recipe.pretraining["config"])).read_text(encoding="utf-8"))
-    total = int(str(recipe.pretraining.get("max_updates", settings["max_updates"])))
-    every = int(str(recipe.pretraining.get("checkpoint.every", settings["checkpoint"]["every"])))
-    return sorted({*range(every, total, every), total})
+def updates_with_checkpoint(arguments: Sequence[str]) -> list[int]:
+    """Return the updates after which a pre-training with these arguments has a checkpoint."""
+    # This import takes seconds, which --help should not.
+    from training.pretrain import PretrainConfig
+
+    config = parse(PretrainConfig, arguments)
+    return sorted({*range(config.checkpoint.every, config.max_updates, config.checkpoint.every), config.max_updates})
 
 
 def steps_of_seed(out: Path, study: Study, recipe: str, seed: int, options: Sequence[str]) -> list[Step]:
@@ -59,11 +59,11 @@ def steps_of_seed(out: Path, study: Study, recipe: str, seed: int, options: Sequ
     """
     settings = study.recipes[recipe]
     pretrained, new = (model_folder(out, recipe, seed, encoder) for encoder in ENCODERS)
-    updates = updates_with_checkpoint(settings) if seed in study.curve_seeds else []
-    of_run: Options = {"seed": seed, "output_dir": pretrained.parent, "resume": "auto"}
-    if updates:
-        of_run = {**of_run, "checkpoint.keep": len(updates)}
+    of_run = {"seed": seed, "output_dir": pretrained.parent, "resume": "auto"}
     making = (*words({**settings.pretraining, **of_run}), *options)
+    updates = updates_with_checkpoint(making) if seed in study.curve_seeds else []
+    if updates:
+        making = (*making, *words({"checkpoint.keep": len(updates)}))
     return [
         Step("training.pretrain", making, pretrained),
         *(probe(out, study, recipe, seed, test) for test in study.tests),

@@ -40,10 +40,10 @@ def test_programs_accept_the_arguments_of_every_step(tmp_path: Path):
 
 
 def test_checkpoints_of_a_recipe(tmp_path: Path):
-    (tmp_path / "recipe.yaml").write_text("max_updates: 10\ncheckpoint:\n  every: 4\n")
-    options = {"config": tmp_path / "recipe.yaml"}
-    assert steps.updates_with_checkpoint(Recipe(options, {})) == [4, 8, 10]
-    assert steps.updates_with_checkpoint(Recipe({**options, "max_updates": 8}, {})) == [4, 8]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RUN | {"max_updates": 10, "checkpoint": {"every": 4}}))
+    arguments = ["--config", str(tmp_path / "recipe.yaml")]
+    assert steps.updates_with_checkpoint(arguments) == [4, 8, 10]
+    assert steps.updates_with_checkpoint([*arguments, "--max_updates", "8"]) == [4, 8]
 
 
 @pytest.mark.parametrize(
