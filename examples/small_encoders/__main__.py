@@ -7,18 +7,19 @@ and the data on which encoders are tested. docs/small_encoders.md says how to ge
 
 For every recipe and seed, an encoder is pre-trained. On each test, ridge regression reads its frozen features, layer
 by layer and pooling by pooling; new weights of the same architecture and MFCCs with a random forest are tested beside
-it. With folds, the head is chosen by inner folds. Then the encoder and new weights are fine-tuned over the folds. Of
-the seeds in `curve_seeds`, all checkpoints are tested.
+it. With folds, inner folds choose the head. Then the encoder and new weights are fine-tuned over the folds of the test
+`finetuned_on`. All checkpoints of the seeds in `curve_seeds` are tested.
 
 OUT gets:
 
 - table.md: a table for each test, mean and standard deviation over seeds;
 - curves.md and curves.png: scores by update;
-- scores.csv: every score of every seed, layer and pooling.
+- scores.csv: every score of every seed, layer and pooling;
+- study.json: the settings, which later starts must not change. Recipes, tests and seeds can be added.
 
 Every step is a command, which is printed before it runs. Finished steps are not repeated: after an interruption, the
-same command goes on. Words after `--` are added to the commands of pre-training and fine-tuning. On a CPU with
-bfloat16 instructions these save time:
+same command goes on. Words after `--` are added to the commands of pre-training and fine-tuning. These save time on a
+CPU with bfloat16 instructions:
 
     python -m examples.small_encoders OUT -- --mixed_precision bf16 --compile true --memory fast
 """
@@ -32,7 +33,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from examples.small_encoders.report import FILES, write_report
-from examples.small_encoders.settings import DEFAULT_FILE, Study, read_study
+from examples.small_encoders.settings import DEFAULT_FILE, Study, read_study, record_settings
 from examples.small_encoders.steps import all_steps
 from modeling_sslam.common.signals import StopRequest
 
@@ -52,12 +53,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {arguments.config} has no recipe {unknown.pop()}; it has {', '.join(study.recipes)}.")
     study = replace(
         study,
-        seeds=tuple(arguments.seeds or study.seeds),
+        seeds=tuple(dict.fromkeys(arguments.seeds or study.seeds)),
         recipes={
             name: recipe for name, recipe in study.recipes.items() if name in (arguments.recipes or study.recipes)
         },
     )
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"error: {arguments.out} cannot be the study's folder: {error.strerror}. Name another OUT.")
     try:
         with FileLock(arguments.out / LOCK_FILE, blocking=False):
             run(arguments.out, study, words[at + 1 :])
@@ -82,10 +86,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def run(out: Path, study: Study, options: Sequence[str]) -> None:
     """Run all steps that have not finished, and write the report after each recipe and seed."""
     # The training programs take seconds to import, which --help should not.
-    from examples.steps.running import run_steps
+    from examples.steps.running import check_arguments, run_steps
 
     groups = list(all_steps(out, study, options))
     steps = [step for group in groups for step in group]
+    check_arguments(steps)
+    try:
+        record_settings(out, study)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     with StopRequest() as stop:
         for group in groups:
             is_complete = run_steps(group, stop)

@@ -2,7 +2,7 @@
 
     python -m examples.small_encoders.digits free-spoken-digit-dataset data/digits.csv
 
-The table has the columns path, label and split. A recording is called DIGIT_SPEAKER_INDEX; those with index 0 to 4 are
+The table has the columns path, label and split. File names are DIGIT_SPEAKER_INDEX; recordings with index 0 to 4 are
 the test recordings.
 """
 

@@ -19,12 +19,12 @@ FILES = ("scores.csv", "table.md", "curves.md", "curves.png")
 
 
 def write_report(out: Path, study: Study, state: str) -> None:
-    """Write all files of the report, from what there is so far.
+    """Write all files of the report, from the steps that have finished.
 
     Args:
         out: Folder of the study.
         study: Its settings.
-        state: What has finished, in words.
+        state: State of the study, in words.
     """
     scores = gather_scores(out, study)
     if not scores:
@@ -54,7 +54,7 @@ def poolings_of(study: Study) -> list[str]:
 
 
 def is_on_curve(score: Score) -> bool:
-    """Whether a score is of a checkpoint, and not of a finished encoder or a rival."""
+    """Return whether a score is of a checkpoint, and not of a finished encoder or a rival."""
     return bool(score.update)
 
 
@@ -70,8 +70,8 @@ def table(scores: Sequence[Score], study: Study, state: str) -> str:
     """Return a Markdown table for each test: encoders in rows, heads in columns, in per cent."""
     metrics = {score.test: score.metric for score in scores}
     lines = [
-        f"In per cent, mean and standard deviation over seeds; {state}. The best head is chosen without the test "
-        "clips. The poolings are of the last layer, by ridge regression.",
+        f"State: {state}. Scores are means and standard deviations over seeds, in per cent. The best head is chosen "
+        "without the test clips. The columns of poolings are ridge regression on the last layer.",
     ]
     for test in study.tests:
         if test not in metrics:
@@ -91,7 +91,7 @@ def table(scores: Sequence[Score], study: Study, state: str) -> str:
 
 def table_of_curves(scores: Sequence[Score], study: Study) -> str:
     """Return a Markdown table for each recipe and test: updates in rows, heads in columns, in per cent."""
-    lines = ["Scores of checkpoints by update, in per cent, mean over the seeds of `curve_seeds`."]
+    lines = ["Scores of checkpoints by update are means over the seeds of `curve_seeds`, in per cent."]
     for recipe in study.recipes:
         layer = last_layer(scores, recipe)
         columns = [BEST, *(head_name(layer, pooling) for pooling in poolings_of(study))]

@@ -19,6 +19,8 @@ from examples.small_encoders.steps import (
 
 BEST = "best head"
 FINETUNED = "fine-tuned"
+# The main metric of clips with one label, and of clips with any number.
+MAIN_METRICS = {"accuracy", "map"}
 
 
 class Score(NamedTuple):
@@ -51,7 +53,7 @@ def head_name(layer: int, pooling: str) -> str:
 
 
 def layer_of(head: str) -> int | None:
-    """Return the layer that a head reads; `None` if the name is not of a layer and pooling."""
+    """Return the layer that a head reads; `None` if its name has none."""
     found = re.match(r"layer (\d+), ", head)
     return int(found[1]) if found else None
 
@@ -65,7 +67,7 @@ def gather_scores(out: Path, study: Study) -> list[Score]:
         for score in (
             *(s for test in study.tests for s in probe_scores(out, recipe, seed, test)),
             *(s for test in study.tests for s in curve_scores(out, recipe, seed, test)),
-            *finetuning_scores(out, recipe, seed, study.finetuned_on),
+            *(finetuning_scores(out, recipe, seed, study.finetuned_on) if study.finetuned_on else ()),
         )
     ]
 
@@ -97,15 +99,18 @@ def head_scores(path: Path, recipe: str, seed: int, update: int | None, test: st
 
     yield from (score(row, BEST) for row in found["best_heads"] if row["among"] == "all kinds")
     for row in found["places"]:
-        if row["kind"] != "forest":
+        # The tables have one kind of head, so that a layer and pooling is one score.
+        if row["kind"] == "ridge":
             yield score(row, head_name(row["layer"], row["pooling"]))
 
 
 def finetuning_scores(out: Path, recipe: str, seed: int, test: str) -> Iterator[Score]:
-    """Yield the accuracy of fine-tuning, the mean over folds."""
+    """Yield the main metric of fine-tuning, the mean over folds."""
     for encoder in ENCODERS:
         path = finetuning_results(out, recipe, seed, encoder)
         if path.exists():
             summary = json.loads(path.read_text(encoding="utf-8"))["summary"]
             update = None if encoder == PRETRAINED else 0
-            yield Score(recipe, seed, update, encoder, test, FINETUNED, "accuracy", summary["accuracy"]["mean"])
+            # The summary lacks a metric that a fold does not have.
+            for metric in MAIN_METRICS & summary.keys():
+                yield Score(recipe, seed, update, encoder, test, FINETUNED, metric, summary[metric]["mean"])

@@ -58,18 +58,18 @@ def steps_of_seed(out: Path, study: Study, recipe: str, seed: int, options: Sequ
         options: Further words of the command line of pre-training and fine-tuning.
     """
     settings = study.recipes[recipe]
-    pretrained, new = (model_folder(out, recipe, seed, encoder) for encoder in ENCODERS)
+    pretrained = model_folder(out, recipe, seed, PRETRAINED)
     of_run = {"seed": seed, "output_dir": pretrained.parent, "resume": "auto"}
-    making = (*words({**settings.pretraining, **of_run}), *options)
+    making = (*words(settings.pretraining), *options, *words(of_run))
     updates = updates_with_checkpoint(making) if seed in study.curve_seeds else []
     if updates:
-        making = (*making, *words({"checkpoint.keep": len(updates)}))
+        # An interrupted run has further checkpoints, which must not displace these.
+        making = (*making, *words({"checkpoint.keep": updates[-1]}))
     return [
         Step("training.pretrain", making, pretrained),
         *(probe(out, study, recipe, seed, test) for test in study.tests),
         *(probe_of_update(out, study, recipe, seed, test, update) for test in study.tests for update in updates),
-        Step("examples.steps.new_weights", (str(new), *words({"like": pretrained, "seed": seed})), new),
-        *(finetuning(out, study, recipe, seed, encoder, options) for encoder in ENCODERS),
+        *(finetuning(out, study, recipe, seed, study.finetuned_on, options) if study.finetuned_on else ()),
     ]
 
 
@@ -95,12 +95,15 @@ def linear_eval(study: Study, test: str, model: Path, result: Path, own: Options
     )
 
 
-def finetuning(out: Path, study: Study, recipe: str, seed: int, encoder: str, options: Sequence[str]) -> Step:
-    """Return the step that fine-tunes an encoder over folds."""
-    result = finetuning_results(out, recipe, seed, encoder)
-    model = {"model": model_folder(out, recipe, seed, encoder), "seed": seed, "resume": "auto"}
-    own = {**study.tests[study.finetuned_on], **study.recipes[recipe].finetuning, **model, "output_dir": result.parent}
-    return Step("training.finetune", (*words(own), *options), result)
+def finetuning(out: Path, study: Study, recipe: str, seed: int, test: str, options: Sequence[str]) -> Iterator[Step]:
+    """Yield the steps that make new weights and fine-tune both encoders over the folds of a test."""
+    pretrained, new = (model_folder(out, recipe, seed, encoder) for encoder in ENCODERS)
+    yield Step("examples.steps.new_weights", (str(new), *words({"like": pretrained, "seed": seed})), new)
+    settings = {**study.tests[test], **study.recipes[recipe].finetuning}
+    for encoder, model in zip(ENCODERS, (pretrained, new), strict=True):
+        result = finetuning_results(out, recipe, seed, encoder)
+        of_run = {"model": model, "seed": seed, "output_dir": result.parent, "resume": "auto"}
+        yield Step("training.finetune", (*words(settings), *options, *words(of_run)), result)
 
 
 def all_steps(out: Path, study: Study, options: Sequence[str]) -> Iterator[list[Step]]:

@@ -16,6 +16,7 @@ from examples.steps import new_weights
 from examples.steps.step import Step
 from modeling_sslam.common.files import remove
 from modeling_sslam.common.signals import StopRequest
+from training.arguments import parse
 from training.finetune import FinetuneConfig, finetune
 from training.linear_eval import LinearEvalConfig, linear_eval
 from training.pretrain import PretrainConfig, pretrain
@@ -50,6 +51,32 @@ PROGRAMS: dict[str, Callable[[Sequence[str], StopRequest], None]] = {
 }
 
 
+CONFIGS: dict[str, type] = {
+    "training.pretrain": PretrainConfig,
+    "training.finetune": FinetuneConfig,
+    "training.linear_eval": LinearEvalConfig,
+}
+
+
+def check_arguments(steps: Sequence[Step]) -> None:
+    """Parse the arguments of all steps that have not finished, so that a wrong one is found before the first runs.
+
+    Raises:
+        SystemExit: If an argument is wrong. The reason has been printed.
+    """
+    for step in steps:
+        if step.program in CONFIGS and not step.is_finished:
+            try:
+                parse(CONFIGS[step.program], step.arguments)
+            except SystemExit as error:
+                raise SystemExit(f"error: this step has a wrong argument, see above: {command_of(step)}") from error
+
+
+def command_of(step: Step) -> str:
+    """Return the command line of a step."""
+    return f"python -m {shlex.join([step.program, *step.arguments])}"
+
+
 def run_steps(steps: Sequence[Step], stop: StopRequest) -> bool:
     """Run the steps that have not finished, one after the other.
 
@@ -64,17 +91,17 @@ def run_steps(steps: Sequence[Step], stop: StopRequest) -> bool:
         SystemExit: If a program failed. It has printed or holds the reason.
     """
     for step in steps:
-        if step.is_finished:
-            continue
-        if stop.requested:
-            return False
-        print(f"\n$ python -m {shlex.join([step.program, *step.arguments])}", flush=True)
-        PROGRAMS[step.program](step.arguments, stop)
-        forget()
+        if not step.is_finished:
+            if stop.requested:
+                return False
+            print(f"\n$ {command_of(step)}", flush=True)
+            PROGRAMS[step.program](step.arguments, stop)
+            forget()
         if not step.is_finished:
             if stop.requested:
                 return False
             raise RuntimeError(f"{step.program} ended, but {step.result} does not exist.")
+        # An earlier start may have ended before this.
         remove_scratch(step, steps)
     return True
 

@@ -191,14 +191,9 @@ def test_there_is_no_report_before_the_first_result(tmp_path: Path):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_programs_accept_the_arguments_of_every_step(name: str, tmp_path: Path):
-    classes = {
-        "training.pretrain": running.PretrainConfig,
-        "training.finetune": running.FinetuneConfig,
-        "training.linear_eval": running.LinearEvalConfig,
-    }
     for step in steps.steps_of_seed(tmp_path, PRESETS[name], 2):
-        if step.program in classes:
-            config = parse(classes[step.program], step.arguments)
+        if step.program in running.CONFIGS:
+            config = parse(running.CONFIGS[step.program], step.arguments)
             assert config.seed == 2
             assert step.result.is_relative_to(config.output_dir)
 

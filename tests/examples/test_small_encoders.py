@@ -14,8 +14,10 @@ import yaml
 
 from examples.small_encoders import __main__ as command
 from examples.small_encoders import digits, report, scores, steps
-from examples.small_encoders.settings import DEFAULT_FILE, Recipe, Study, read_study
+from examples.small_encoders.settings import DEFAULT_FILE, Recipe, Study, read_study, record_settings
 from examples.steps import running
+from examples.steps.step import Step
+from modeling_sslam.common.signals import StopRequest
 from training.arguments import parse
 
 POOLINGS = ("mean", "max")
@@ -24,19 +26,19 @@ POOLINGS = ("mean", "max")
 # ---------------------------------------------------------------------------------------------------------- settings
 
 
-def test_programs_accept_the_arguments_of_every_step(tmp_path: Path):
-    classes = {
-        "training.pretrain": running.PretrainConfig,
-        "training.finetune": running.FinetuneConfig,
-        "training.linear_eval": running.LinearEvalConfig,
-    }
-    study = read_study(DEFAULT_FILE)
-    groups = list(steps.all_steps(tmp_path, study, ["--mixed_precision", "bf16"]))
+@pytest.mark.parametrize("name", ["study.yaml", "grid.yaml"])
+def test_programs_accept_the_arguments_of_every_step(tmp_path: Path, name: str):
+    study = read_study(DEFAULT_FILE.with_name(name))
+    options = ["--mixed_precision", "bf16", "--output_dir", "elsewhere", "--seed", "7"]
+    groups = list(steps.all_steps(tmp_path, study, options))
     assert len(groups) == len(study.seeds) * len(study.recipes)
+    assert any(step.program == "training.finetune" for step in groups[0]) == (study.finetuned_on is not None)
     for step in (step for group in groups for step in group):
-        if step.program in classes:
-            config = parse(classes[step.program], step.arguments)
+        if step.program in running.CONFIGS:
+            config = parse(running.CONFIGS[step.program], step.arguments)
+            # The study decides on folders and seeds; words after `--` do not.
             assert step.result.is_relative_to(config.output_dir)
+            assert config.seed in study.seeds
 
 
 def test_checkpoints_of_a_recipe(tmp_path: Path):
@@ -46,13 +48,33 @@ def test_checkpoints_of_a_recipe(tmp_path: Path):
     assert steps.updates_with_checkpoint([*arguments, "--max_updates", "8"]) == [4, 8]
 
 
+def test_pretraining_keeps_the_checkpoints_of_curves_after_interruptions(tmp_path: Path, study: Study):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RUN | {"max_updates": 10, "checkpoint": {"every": 4}}))
+    study = replace(study, recipes={"tiny": Recipe({"config": tmp_path / "recipe.yaml"})})
+    config = parse(running.PretrainConfig, steps.steps_of_seed(tmp_path, study, "tiny", 0, [])[0].arguments)
+    # An interruption after any update can add a checkpoint.
+    assert config.checkpoint.keep >= config.max_updates
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"finetuned_on": "x"}, "finetuned_on=x must be one of tests: ESC-10, digits, scenes"),
         ({"finetuned_on": "digits"}, "finetuned_on=digits names a test without folds"),
         ({"more": 1}, "must have the keys .*, and has curve_seeds, .*more"),
-        ({"recipes": {"tiny": {"pretraining": {}}}}, "recipes.tiny must have the keys finetuning, pretraining"),
+        ({"recipes": {"tiny": {"finetuning": {}}}}, "recipes.tiny must have the keys finetuning, pretraining"),
+        ({"recipes": ["tiny"]}, r"recipes=\['tiny'\] must have an entry for each name"),
+        ({"recipes": {"tiny": {"pretraining": None}}}, "recipes.tiny.pretraining=None must be options"),
+        ({"tests": {}}, "tests={} must have an entry for each name, and at least one"),
+        ({"tests": {"a/b": {}}}, "tests has the name 'a/b'; a name is a folder"),
+        ({"recipes": {"table.md": {"pretraining": {}}}}, "recipes has the name 'table.md'"),
+        ({"tests": {"a": {"data": {"source": "x"}}}}, "tests.a.data is a section; write its options with dots"),
+        ({"probes": {"layers": "all"}}, "probes.poolings=None must be a list of poolings"),
+        ({"probes": {"poolings": ["all"]}}, "must be a list of poolings without all"),
+        ({"seeds": 3}, "seeds=3 must be a list of different integers"),
+        ({"seeds": [0, 0]}, "must be a list of different integers"),
+        ({"seeds": [], "curve_seeds": []}, "seeds is empty"),
+        ({"curve_seeds": [9]}, "has 9, which must also be one of seeds"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path: Path, change: dict, message: str):
@@ -68,6 +90,48 @@ def test_wrong_arguments_end_the_command(tmp_path: Path):
     with pytest.raises(SystemExit, match=r"none\.yaml cannot be read"):
         command.main([str(tmp_path / "out"), "--config", "none.yaml"])
     assert not (tmp_path / "out").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="file cannot be the study's folder"):
+        command.main([str(tmp_path / "file")])
+
+
+def test_wrong_options_of_a_late_step_end_the_command_before_its_first_step(tmp_path: Path, capsys):
+    content = yaml.safe_load(DEFAULT_FILE.read_text())
+    content["recipes"]["small"]["finetuning"]["loss"] = "hinge"
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(SystemExit, match=r"this step has a wrong argument, see above: python -m training\.finetune"):
+        command.main([str(tmp_path / "out"), "--config", str(tmp_path / "study.yaml")])
+    printed = capsys.readouterr()
+    assert "--loss takes" in printed.err
+    assert "$ python" not in printed.out
+
+
+def test_changed_settings_are_refused(tmp_path: Path, study: Study):
+    (tmp_path / "recipe.yaml").write_text("max_updates: 10\n")
+    study = replace(study, recipes={"tiny": Recipe({"config": tmp_path / "recipe.yaml"})})
+    record_settings(tmp_path, study)
+    record_settings(tmp_path, replace(study, seeds=(0, 1, 2), tests=study.tests | {"new": {}}))
+    record_settings(tmp_path, study)
+    changes = {
+        "probes": replace(study, probes={"poolings": ["cls"]}),
+        "tests.new": replace(study, tests={"new": {"data.source": "other"}}),
+        # The checkpoints of a seed that had no curve are gone.
+        "curve_seeds: 1": replace(study, curve_seeds=(0, 1)),
+    }
+    for name, changed in changes.items():
+        with pytest.raises(ValueError, match=f"has other settings of {name}: .* Restore it"):
+            record_settings(tmp_path, changed)
+    (tmp_path / "recipe.yaml").write_text("max_updates: 20\n")
+    with pytest.raises(ValueError, match=r"has other settings of recipes\.tiny"):
+        record_settings(tmp_path, study)
+
+
+def test_scratch_of_a_finished_step_is_removed_at_the_next_start(tmp_path: Path):
+    (tmp_path / "results.json").touch()
+    (tmp_path / "features").mkdir()
+    step = Step("training.linear_eval", (), tmp_path / "results.json", tmp_path / "features")
+    assert running.run_steps([step], StopRequest())
+    assert not (tmp_path / "features").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------ report
@@ -125,6 +189,20 @@ def test_table_has_means_over_seeds(out: Path, study: Study):
         "| tiny | new weights | 50.0 ± 0.0 | 40.0 ± 0.0 | 40.0 ± 0.0 | 80.0 (n = 1) |",
         "| tiny | MFCC + forest | 60.0 ± 0.0 | - | - | - |",
     ]
+
+
+def test_table_has_one_kind_of_heads_and_the_metric_of_the_test(out: Path, study: Study):
+    path = steps.probe_results(out, "tiny", 0, "bells")
+    found = json.loads(path.read_text())
+    found["places"] += [row | {"kind": "linear"} for row in found["places"]]
+    path.write_text(json.dumps(found))
+    path = steps.finetuning_results(out, "tiny", 0, steps.PRETRAINED)
+    path.write_text(json.dumps({"summary": {"map": {"mean": 0.7}, "mean_auc": {"mean": 0.8}}}))
+    report.write_report(out, study, "complete")
+    assert (
+        "| tiny | pre-trained | 71.0 ± 1.4 | 61.0 ± 1.4 | 61.0 ± 1.4 | 70.0 (n = 1) |"
+        in (out / "table.md").read_text()
+    )
 
 
 def test_curves_begin_with_new_weights(out: Path, study: Study):

@@ -222,6 +222,19 @@ ALL_KINDS = {
 ONE_OF_EACH = {"knn.neighbours": 3, "ridge.strengths": 0.1}
 
 
+def test_folds_of_a_folder_without_other_splits(run, sounds, tmp_path):
+    for path in sorted(sounds.parent.glob("*.flac")):
+        number = int(path.stem[-2:])
+        target = tmp_path / "folds" / f"fold{1 + number // 2 % 3}" / path.stem[:-2] / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(path)
+    settings = {"data": tmp_path / "folds", "head.kinds": "ridge", "poolings": "mean"}
+    _, results = run(**settings, folds="fold1,fold2,fold3")
+    assert len(results["best_head"]["test_accuracy_by_fold"]) == 3
+    with pytest.raises(SystemExit, match="fold9"):
+        run("missing", **settings, folds="fold1,fold2,fold9")
+
+
 def test_all_kinds_of_heads_beside_new_weights_and_a_forest(run, sounds, capsys):
     settings = {"data": sounds, "folds": "fold1,fold2,fold3,fold4", "poolings": "mean,std", "layers": "1,last"}
     out, results = run(**settings, **ALL_KINDS, compare="new_weights,mfcc_forest", **{"head.epochs": 2})

@@ -2,8 +2,8 @@
 
 SOURCE is the data set as downloaded: `meta/esc50.csv` with the columns `filename`, `fold`, `target` and `category`,
 and `audio/*.wav`. The folds become the splits fold1 to fold5: train on four and test on the fifth, each in turn.
-Classes are in the order of `target`. With `--esc10`, only ESC-10 is prepared: 400 of these recordings, in ten classes,
-under a CC BY licence; the column `esc10` marks them.
+Classes are in the order of `target`. With `--esc10`, only ESC-10 is prepared: 400 of these recordings in ten classes,
+under a CC BY licence. The column `esc10` marks them.
 """
 
 from pathlib import Path
