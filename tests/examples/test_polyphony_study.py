@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -256,24 +257,9 @@ def test_wrong_arguments_end_the_command(tmp_path: Path, arguments: list[str], m
 
 # ----------------------------------------------------------------------------------------------------------- a study
 
-MODEL = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_length": 64,
-    "max_position_embeddings": 8,
-    "num_clones": 2,
-    "decoder_num_layers": 1,
-}
-RUN = {"output_dir": "x", "data": {"source": "x"}, "batch_size": 4, "optimizer": {"warmup_updates": 1}}
-STAGE1 = RUN | {"max_updates": 6, "model": MODEL, "checkpoint": {"every": 2}}
-STAGE2 = RUN | {"max_updates": 2, "model": {"num_clones": 2}}
-FINETUNING = RUN | {"max_updates": 2, "problem_type": "multi", "evaluate_every": 2}
-
 
 @pytest.fixture
-def arguments(tmp_path: Path) -> list[str]:
+def arguments(tmp_path: Path, tiny_run: dict[str, Any], tiny_pretraining: dict[str, Any]) -> list[str]:
     """The arguments of a tiny study on real files: four classes of recordings."""
     rng = np.random.default_rng(0)
     time_axis = np.arange(8000) / 16_000
@@ -288,7 +274,12 @@ def arguments(tmp_path: Path) -> list[str]:
         for i in range(6):
             soundfile.write(tmp_path / "sounds" / name / f"{i}.flac", 0.3 * make(), 16_000)
     options = ["--sounds", str(tmp_path / "sounds"), "--clips", "40", "--seconds", "0.64", "--seeds", "0"]
-    for name, recipe in {"stage1": STAGE1, "stage2": STAGE2, "finetune": FINETUNING}.items():
+    recipes = {
+        "stage1": tiny_pretraining | {"max_updates": 6},
+        "stage2": tiny_run | {"max_updates": 2, "model": {"num_clones": 2}},
+        "finetune": tiny_run | {"max_updates": 2, "problem_type": "multi", "evaluate_every": 2},
+    }
+    for name, recipe in recipes.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
         options += [f"--{name}_config", str(tmp_path / f"{name}.yaml")]
     return options

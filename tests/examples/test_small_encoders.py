@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,15 +42,17 @@ def test_programs_accept_the_arguments_of_every_step(tmp_path: Path, name: str):
             assert config.seed in study.seeds
 
 
-def test_checkpoints_of_a_recipe(tmp_path: Path):
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RUN | {"max_updates": 10, "checkpoint": {"every": 4}}))
+def test_checkpoints_of_a_recipe(tmp_path: Path, tiny_run: dict[str, Any]):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_run | {"max_updates": 10, "checkpoint": {"every": 4}}))
     arguments = ["--config", str(tmp_path / "recipe.yaml")]
     assert steps.updates_with_checkpoint(arguments) == [4, 8, 10]
     assert steps.updates_with_checkpoint([*arguments, "--max_updates", "8"]) == [4, 8]
 
 
-def test_pretraining_keeps_the_checkpoints_of_curves_after_interruptions(tmp_path: Path, study: Study):
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RUN | {"max_updates": 10, "checkpoint": {"every": 4}}))
+def test_pretraining_keeps_the_checkpoints_of_curves_after_interruptions(
+    tmp_path: Path, study: Study, tiny_run: dict[str, Any]
+):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_run | {"max_updates": 10, "checkpoint": {"every": 4}}))
     study = replace(study, recipes={"tiny": Recipe({"config": tmp_path / "recipe.yaml"})})
     config = parse(running.PretrainConfig, steps.steps_of_seed(tmp_path, study, "tiny", 0, [])[0].arguments)
     # An interruption after any update can add a checkpoint.
@@ -235,18 +238,6 @@ def test_study_without_curves_has_no_picture(out: Path, study: Study):
 
 # ----------------------------------------------------------------------------------------------------------- a study
 
-MODEL = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_length": 64,
-    "max_position_embeddings": 8,
-    "num_clones": 2,
-    "decoder_num_layers": 1,
-}
-RUN = {"output_dir": "x", "data": {"source": "x"}, "batch_size": 4, "optimizer": {"warmup_updates": 1}}
-
 
 def write_sounds(folder: Path) -> None:
     """Write low and high tones in three folds."""
@@ -260,11 +251,11 @@ def write_sounds(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_tiny_study(tmp_path: Path):
+def test_tiny_study(tmp_path: Path, tiny_run: dict[str, Any], tiny_pretraining: dict[str, Any]):
     write_sounds(tmp_path / "sounds")
-    pretraining = RUN | {"max_updates": 4, "model": MODEL, "checkpoint": {"every": 2}}
+    pretraining = tiny_pretraining | {"max_updates": 4}
     (tmp_path / "pretraining.yaml").write_text(yaml.safe_dump(pretraining))
-    (tmp_path / "finetuning.yaml").write_text(yaml.safe_dump(RUN | {"max_updates": 2, "evaluate_every": 2}))
+    (tmp_path / "finetuning.yaml").write_text(yaml.safe_dump(tiny_run | {"max_updates": 2, "evaluate_every": 2}))
     sounds = {"data.source": str(tmp_path / "sounds")}
     settings = {
         "seeds": [3],
