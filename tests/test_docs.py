@@ -41,7 +41,7 @@ PLACEHOLDER = "NAME"
 TREE_LINE = re.compile(r"(?P<indent> *)(?P<names>\S+(?: \S+)*)(?: {2,}.*)?")
 
 # Shell programs that pages use beside those of this repository.
-OTHER_PROGRAMS = {"cd", "cp", "find", "git", "hf", "ls", "mkdir", "pip", "pre-commit"}
+OTHER_PROGRAMS = {"apt-get", "cd", "cp", "find", "git", "hf", "ls", "mkdir", "pip", "pre-commit"}
 
 
 class Parsed(BaseException):
