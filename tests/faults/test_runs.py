@@ -338,12 +338,13 @@ def test_what_a_killed_preparation_unpacked_is_removed_by_the_next(table, monkey
     work = tmp_path / "work"
 
     def killed():
-        prepare.DATASETS["esc50"].list_clips = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
+        prepare.DATASETS["esc50"].list_clips = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
         prepare.main(["esc50", archive, str(work / "out")])
 
     child = fork.Process(target=killed)
     child.start()
     child.join()
+    assert child.exitcode == -signal.SIGKILL
     assert list(work.rglob("00.flac"))
     prepare.main(["esc50", archive, str(work / "out")])
     assert [path.name for path in work.iterdir()] == ["out"]
