@@ -15,7 +15,7 @@ OUT gets:
 - table.md: a table for each test, mean and standard deviation over seeds;
 - curves.md and curves.png: scores by update;
 - scores.csv: every score of every seed, layer and pooling;
-- study.json: the settings, which later starts must not change. Recipes, tests and seeds can be added.
+- study.json: the settings and options, which later starts must not change. Recipes, tests and seeds can be added.
 
 Every step is a command, which is printed before it runs. Finished steps are not repeated: after an interruption, the
 same command goes on. Words after `--` are added to the commands of pre-training and fine-tuning. These save time on a
@@ -51,20 +51,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     if unknown := set(arguments.recipes) - set(study.recipes):
         sys.exit(f"error: {arguments.config} has no recipe {unknown.pop()}; it has {', '.join(study.recipes)}.")
-    study = replace(
-        study,
-        seeds=tuple(dict.fromkeys(arguments.seeds or study.seeds)),
-        recipes={
-            name: recipe for name, recipe in study.recipes.items() if name in (arguments.recipes or study.recipes)
-        },
-    )
+    study = replace(study, seeds=tuple(dict.fromkeys((*study.seeds, *arguments.seeds))))
+    chosen = [
+        (seed, recipe)
+        for seed in arguments.seeds or study.seeds
+        for recipe in study.recipes
+        if recipe in (arguments.recipes or study.recipes)
+    ]
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         sys.exit(f"error: {arguments.out} cannot be the study's folder: {error.strerror}. Name another OUT.")
     try:
         with FileLock(arguments.out / LOCK_FILE, blocking=False):
-            run(arguments.out, study, words[at + 1 :])
+            run(arguments.out, study, chosen, words[at + 1 :])
     except Timeout:
         sys.exit(f"error: Another process runs the study in {arguments.out}. Wait, or name another OUT.")
 
@@ -78,26 +78,26 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the study")
     parser.add_argument("--config", type=Path, default=DEFAULT_FILE, metavar="FILE", help="settings of the study")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[], help="seeds (default: those of the settings)")
-    parser.add_argument("--recipes", nargs="+", default=[], help="recipes (default: all of the settings)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[], help="run these seeds now (default: all)")
+    parser.add_argument("--recipes", nargs="+", default=[], help="run these recipes now (default: all)")
     return parser.parse_args(argv)
 
 
-def run(out: Path, study: Study, options: Sequence[str]) -> None:
-    """Run all steps that have not finished, and write the report after each recipe and seed."""
+def run(out: Path, study: Study, chosen: Sequence[tuple[int, str]], options: Sequence[str]) -> None:
+    """Run the unfinished steps of the chosen seeds and recipes, and write the report after each of them."""
     # The training programs take seconds to import, which --help should not.
-    from examples.steps.running import check_arguments, run_steps
+    from examples.steps.running import check_steps, run_steps
 
-    groups = list(all_steps(out, study, options))
-    steps = [step for group in groups for step in group]
-    check_arguments(steps)
+    groups = all_steps(out, study, options)
+    steps = [step for group in groups.values() for step in group]
+    check_steps([step for key in chosen for step in groups[key]])
     try:
-        record_settings(out, study)
+        record_settings(out, study, options)
     except ValueError as error:
         sys.exit(f"error: {error}")
     with StopRequest() as stop:
-        for group in groups:
-            is_complete = run_steps(group, stop)
+        for key in chosen:
+            is_complete = run_steps(groups[key], stop)
             num_finished = sum(step.is_finished for step in steps)
             state = "complete" if num_finished == len(steps) else f"{num_finished} of {len(steps)} steps have finished"
             write_report(out, study, state)

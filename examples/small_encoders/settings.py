@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -139,8 +139,13 @@ def check_seeds(content: Any, where: str) -> None:
         raise ValueError(f"{where}={content!r} must be a list of different integers, such as [0, 1]")
 
 
-def record_settings(out: Path, study: Study) -> None:
+def record_settings(out: Path, study: Study, options: Sequence[str]) -> None:
     """Record the settings of a study in its folder. Recipes, tests and seeds may be added later.
+
+    Args:
+        out: Folder of the study.
+        study: Its settings.
+        options: Further words of the command line of pre-training and fine-tuning.
 
     Raises:
         ValueError: If a setting differs from the one that an earlier start recorded.
@@ -150,12 +155,13 @@ def record_settings(out: Path, study: Study) -> None:
     now |= {f"tests.{name}": options for name, options in study.tests.items()}
     now |= {f"curve_seeds: {seed}": seed in study.curve_seeds for seed in study.seeds}
     now |= {"probes": study.probes} | ({"finetuned_on": study.finetuned_on} if study.finetuned_on else {})
+    now["words after --"] = list(options)
     now = json.loads(json.dumps(now, default=str))
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if changed := [name for name in now if name in before and now[name] != before[name]]:
         raise ValueError(
-            f"{path} has other settings of {', '.join(changed)}: the file of settings or a configuration was changed "
-            "since an earlier start. Restore it, use a new name for what is different, or name another OUT."
+            f"{path} has other settings of {', '.join(changed)}: the command, the file of settings or a configuration "
+            "has changed since an earlier start. Restore it, use a new name for what differs, or name another OUT."
         )
     write_text(path, json.dumps(before | now, indent=1) + "\n")
 

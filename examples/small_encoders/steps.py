@@ -106,8 +106,10 @@ def finetuning(out: Path, study: Study, recipe: str, seed: int, test: str, optio
         yield Step("training.finetune", (*words(settings), *options, *words(of_run)), result)
 
 
-def all_steps(out: Path, study: Study, options: Sequence[str]) -> Iterator[list[Step]]:
-    """Yield the steps of each recipe and seed."""
-    for seed in study.seeds:
-        for recipe in study.recipes:
-            yield steps_of_seed(out, study, recipe, seed, options)
+def all_steps(out: Path, study: Study, options: Sequence[str]) -> dict[tuple[int, str], list[Step]]:
+    """Return the steps by seed and recipe."""
+    return {
+        (seed, recipe): steps_of_seed(out, study, recipe, seed, options)
+        for seed in study.seeds
+        for recipe in study.recipes
+    }

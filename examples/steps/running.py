@@ -8,6 +8,7 @@ steps.
 import gc
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,6 +18,8 @@ from examples.steps.step import Step
 from modeling_sslam.common.files import remove
 from modeling_sslam.common.signals import StopRequest
 from training.arguments import parse
+from training.data.config import DataError
+from training.data.sources import open_source
 from training.finetune import FinetuneConfig, finetune
 from training.linear_eval import LinearEvalConfig, linear_eval
 from training.pretrain import PretrainConfig, pretrain
@@ -58,18 +61,30 @@ CONFIGS: dict[str, type] = {
 }
 
 
-def check_arguments(steps: Sequence[Step]) -> None:
-    """Parse the arguments of all steps that have not finished, so that a wrong one is found before the first runs.
+def check_steps(steps: Sequence[Step]) -> None:
+    """Parse the arguments and open the data of all steps that have not finished, before the first of them runs.
 
     Raises:
-        SystemExit: If an argument is wrong. The reason has been printed.
+        SystemExit: If an argument is wrong, or data are missing or lack a column or a split that is named.
     """
+    configs = {}
     for step in steps:
         if step.program in CONFIGS and not step.is_finished:
             try:
-                parse(CONFIGS[step.program], step.arguments)
+                configs[step] = parse(CONFIGS[step.program], step.arguments)
             except SystemExit as error:
                 raise SystemExit(f"error: this step has a wrong argument, see above: {command_of(step)}") from error
+    opened = set()
+    for step, config in configs.items():
+        folds = getattr(config, "folds", [])
+        data = replace(config.data, split="+".join(folds)) if folds else config.data
+        if repr(data) in opened:
+            continue
+        try:
+            open_source(data)
+        except (OSError, ValueError, DataError) as error:
+            raise SystemExit(f"error: {error}\nThis step has no data: {command_of(step)}") from error
+        opened.add(repr(data))
 
 
 def command_of(step: Step) -> str:

@@ -31,7 +31,7 @@ POOLINGS = ("mean", "max")
 def test_programs_accept_the_arguments_of_every_step(tmp_path: Path, name: str):
     study = read_study(DEFAULT_FILE.with_name(name))
     options = ["--mixed_precision", "bf16", "--output_dir", "elsewhere", "--seed", "7"]
-    groups = list(steps.all_steps(tmp_path, study, options))
+    groups = list(steps.all_steps(tmp_path, study, options).values())
     assert len(groups) == len(study.seeds) * len(study.recipes)
     assert any(step.program == "training.finetune" for step in groups[0]) == (study.finetuned_on is not None)
     for step in (step for group in groups for step in group):
@@ -109,12 +109,33 @@ def test_wrong_options_of_a_late_step_end_the_command_before_its_first_step(tmp_
     assert "$ python" not in printed.out
 
 
+@pytest.mark.parametrize("of_data", [{"data.source": "none.csv"}, {"data.split": "fold9"}])
+def test_missing_data_of_a_late_step_end_the_command_before_its_first_step(
+    tmp_path: Path, capsys, of_data: dict[str, str]
+):
+    write_sounds(tmp_path / "sounds")
+    source = {"data.source": str(tmp_path / "sounds")}
+    content = yaml.safe_load(DEFAULT_FILE.read_text())
+    recipe = content["recipes"]["tiny"]
+    recipe["pretraining"] |= source | {"data.split": "fold1"}
+    bad = source | {"data.split": "fold1"} | of_data
+    tests = {"tones": source | {"folds": ["fold1", "fold2"]}, "last": bad}
+    (tmp_path / "study.yaml").write_text(
+        yaml.safe_dump(content | {"recipes": {"tiny": recipe}, "tests": tests, "finetuned_on": "tones"})
+    )
+    with pytest.raises(
+        SystemExit, match=r"(?s)(none\.csv|fold9).*This step has no data: python -m training\.linear_eval"
+    ):
+        command.main([str(tmp_path / "out"), "--config", str(tmp_path / "study.yaml")])
+    assert "$ python" not in capsys.readouterr().out
+
+
 def test_changed_settings_are_refused(tmp_path: Path, study: Study):
     (tmp_path / "recipe.yaml").write_text("max_updates: 10\n")
     study = replace(study, recipes={"tiny": Recipe({"config": tmp_path / "recipe.yaml"})})
-    record_settings(tmp_path, study)
-    record_settings(tmp_path, replace(study, seeds=(0, 1, 2), tests=study.tests | {"new": {}}))
-    record_settings(tmp_path, study)
+    record_settings(tmp_path, study, [])
+    record_settings(tmp_path, replace(study, seeds=(0, 1, 2), tests=study.tests | {"new": {}}), [])
+    record_settings(tmp_path, study, [])
     changes = {
         "probes": replace(study, probes={"poolings": ["cls"]}),
         "tests.new": replace(study, tests={"new": {"data.source": "other"}}),
@@ -123,10 +144,12 @@ def test_changed_settings_are_refused(tmp_path: Path, study: Study):
     }
     for name, changed in changes.items():
         with pytest.raises(ValueError, match=f"has other settings of {name}: .* Restore it"):
-            record_settings(tmp_path, changed)
+            record_settings(tmp_path, changed, [])
+    with pytest.raises(ValueError, match="has other settings of words after --: the command, "):
+        record_settings(tmp_path, study, ["--compile", "true"])
     (tmp_path / "recipe.yaml").write_text("max_updates: 20\n")
     with pytest.raises(ValueError, match=r"has other settings of recipes\.tiny"):
-        record_settings(tmp_path, study)
+        record_settings(tmp_path, study, [])
 
 
 def test_scratch_of_a_finished_step_is_removed_at_the_next_start(tmp_path: Path):
@@ -282,7 +305,9 @@ def test_tiny_study(tmp_path: Path, tiny_run: dict[str, Any], tiny_pretraining: 
     assert "| - |" not in table.split("MFCC + forest |")[0]
     assert "## tiny, tones" in (out / "curves.md").read_text()
 
-    again = subprocess.run(start, capture_output=True, text=True)
+    # The report is of all seeds, whichever ran last.
+    options = ["--seeds", "3", "--", "--data.num_workers", "0"]
+    again = subprocess.run([*start, *options], capture_output=True, text=True)
     assert again.returncode == 0
     assert "$ python" not in again.stdout
 
