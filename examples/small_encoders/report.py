@@ -3,7 +3,7 @@
 import csv
 import io
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -67,26 +67,46 @@ def select(
 
 
 def table(scores: Sequence[Score], study: Study, state: str) -> str:
-    """Return a Markdown table for each test: encoders in rows, heads in columns, in per cent."""
-    metrics = {score.test: score.metric for score in scores}
+    """Return Markdown tables in per cent: the best head on all tests, then all heads on each test."""
+    metrics = {score.test: score.metric for score in scores if score.test in study.tests}
     lines = [
         f"State: {state}. Scores are means and standard deviations over seeds, in per cent. The best head is chosen "
         "without the test clips. The columns of poolings are ridge regression on the last layer.",
     ]
-    for test in study.tests:
-        if test not in metrics:
-            continue
-        columns = [BEST, *poolings_of(study), *([FINETUNED] if test == study.finetuned_on else [])]
-        lines += ["", f"## {test}: {metrics[test]}", "", line(["recipe", "encoder", *columns])]
-        lines.append(line(["---"] * (len(columns) + 2)))
-        for recipe in study.recipes:
-            layer = last_layer(scores, recipe)
-            heads = [head if head in (BEST, FINETUNED) else head_name(layer, head) for head in columns]
-            for encoder in (PRETRAINED, NEW_WEIGHTS, FOREST):
-                update = None if encoder == PRETRAINED else 0
-                cells = [cell(select(scores, recipe, encoder, test, head, update), len(study.seeds)) for head in heads]
-                lines.append(line([recipe, encoder, *cells]))
+    best = {f"{test}: {metric}": (test, BEST) for test, metric in metrics.items()}
+    lines += ["", "## Best head", "", *rows(scores, study, best)]
+    for test, metric in metrics.items():
+        heads = [BEST, *poolings_of(study), *([FINETUNED] if test == study.finetuned_on else [])]
+        lines += ["", f"## {test}: {metric}", "", *rows(scores, study, {head: (test, head) for head in heads})]
     return "\n".join(lines) + "\n"
+
+
+def rows(scores: Sequence[Score], study: Study, columns: Mapping[str, tuple[str, str]]) -> Iterator[str]:
+    """Yield the lines of a table: recipes and their encoders in rows.
+
+    Args:
+        scores: The scores.
+        study: The settings.
+        columns: By the title of a column a test, and `BEST`, `FINETUNED` or a pooling of the last layer.
+    """
+    yield line(["recipe", "encoder", *columns])
+    yield line(["---"] * (len(columns) + 2))
+    for recipe in study.recipes:
+        layer = last_layer(scores, recipe)
+        for encoder in (PRETRAINED, NEW_WEIGHTS, FOREST):
+            update = None if encoder == PRETRAINED else 0
+            of_columns = [
+                select(
+                    scores,
+                    recipe,
+                    encoder,
+                    test,
+                    head if head in (BEST, FINETUNED) else head_name(layer, head),
+                    update,
+                )
+                for test, head in columns.values()
+            ]
+            yield line([recipe, encoder, *(cell(values, len(study.seeds)) for values in of_columns)])
 
 
 def table_of_curves(scores: Sequence[Score], study: Study) -> str:
