@@ -66,13 +66,14 @@ def shift_and_stretch(waveform: np.ndarray, rate: int, pitch: Fraction, stretch:
         stretch: Ratio of the new duration to the old one.
 
     Returns:
-        float32 of about `stretch * num_samples` samples.
+        float32 of about `stretch * num_samples` samples. Sounds of two samples or less are not stretched.
     """
     result = torch.from_numpy(waveform)
     # Resampling shortens the sound by the pitch ratio, so the vocoder lengthens it by as much more.
     factor = float(pitch) * stretch
-    size = 1 << round(math.log2(VOCODER_SECONDS * rate))
-    if factor != 1 and len(result) > size // 2:
+    # The window of a short sound is the shortest power of two that holds the sound.
+    size = min(1 << round(math.log2(VOCODER_SECONDS * rate)), 1 << (len(result) - 1).bit_length())
+    if factor != 1 and size >= VOCODER_OVERLAP:
         hop, window = size // VOCODER_OVERLAP, torch.hann_window(size)
         spectrum = torch.stft(result, size, hop, window=window, return_complex=True)
         advance = torch.linspace(0, math.pi * hop, size // 2 + 1)[:, None]

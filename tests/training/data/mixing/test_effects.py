@@ -42,8 +42,18 @@ def test_a_sound_without_changes_stays_as_it_is():
     np.testing.assert_array_equal(shift_and_stretch(sound, RATE, Fraction(1), 1.0), sound)
 
 
-def test_a_sound_shorter_than_the_vocoder_window_is_not_lost():
-    assert rms(shift_and_stretch(tone(1000, 0.02), RATE, pitch_ratio(2), 1.2)) > 0.1
+@pytest.mark.parametrize("num_samples", [3, 4, 5, 31, 320, 512, 513, 1024, 1025])
+def test_a_sound_shorter_than_the_vocoder_window_has_its_length_changed(num_samples):
+    for semitones, stretch in ((2, 1.2), (0, 0.7), (-3, 1.5)):
+        changed = shift_and_stretch(tone(1000)[:num_samples], RATE, pitch_ratio(semitones), stretch)
+        assert len(changed) == pytest.approx(stretch * num_samples, abs=2)
+        assert np.isfinite(changed).all()
+        assert rms(changed) > 0.1
+
+
+def test_two_samples_are_not_stretched():
+    for num_samples in (1, 2):
+        assert len(shift_and_stretch(tone(1000)[:num_samples], RATE, Fraction(1), 1.5)) == num_samples
 
 
 @pytest.mark.parametrize("semitones", np.linspace(-12, 12, 49).tolist())
