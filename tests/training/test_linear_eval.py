@@ -122,7 +122,7 @@ def test_a_head_becomes_a_model_that_the_pipeline_runs(run, scapes, capsys, laye
     out, results = run(layers=layer, poolings=pooling)
 
     text = capsys.readouterr().out
-    assert "fast mode (cached)" in text
+    assert "cached mode" in text
     assert results["mode"] == "cached"
     assert "computed once, without augmentation" in results["protocol"]
     assert results["num_clips"] == {"test": {"train": 42, "validation": 9, "test": 9}}
@@ -382,7 +382,7 @@ def test_a_fine_tuned_model_gets_a_new_head(run, tmp_path, scapes):
         ({"test_split": "nowhere"}, "--test_split null"),
         ({"test_split": "validation", "validation_split": "nowhere"}, "--data.hold_out 0.1"),
         ({"problem_type": "single"}, "train clips do not have one label each"),
-        ({"head.learning_rate": 1e30}, "head on layer 2, cls is not finite; lower head.learning_rate"),
+        ({"head.learning_rate": 1e30}, "head on layer 2, cls is not finite. Lower head.learning_rate"),
         ({"model": "/no/such/folder", "mode": "published"}, "/no/such/folder"),
         ({"model": "/no/such/folder"}, "/no/such/folder"),
     ],
@@ -447,7 +447,7 @@ def test_two_processes_give_the_results_of_one(run, launch, scapes, encoder, tmp
         *("--cache_dir", tmp_path / "cache", "--poolings", "cls,mean", "--head.epochs", 5, "--data.num_workers", 0),
         *("--batch_size", 5, "--watch.tracker", "none"),
     )
-    assert text.count("fast mode (cached)") == 1
+    assert text.count("cached mode") == 1
     both = json.loads((tmp_path / "both" / "results.json").read_text())
     assert both["num_clips"] == alone["num_clips"]
     for one, other in zip(alone["heads"], both["heads"], strict=True):
