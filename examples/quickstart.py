@@ -6,10 +6,10 @@ The steps are:
 
 1. Mix the recordings of examples/sounds into scenes.
 2. Pre-train an encoder in stage 1 and stage 2.
-3. Evaluate linear heads on the encoder, on new (random) weights and MFCCs with a random forest.
+3. Compare linear heads on the encoder, linear heads on new (random) weights, and a random forest on MFCCs.
 4. Fine-tune a classifier, and evaluate it on the test scenes.
 5. Print labels for every held-out recording, for the first test scene of a bass drum and a cymbal, and for the first
-   test scene with each number of sources.
+   test scene with each number of sources. Print the nearest neighbours of a held-out recording.
 
 A quarter of the recordings are held out: they occur only in test scenes. Steps 1 to 4 run commands of the project,
 which are printed first. After an interruption, a second call continues.
