@@ -210,6 +210,11 @@ def finetune(config: FinetuneConfig, stop: StopRequest) -> dict[str, Evaluation]
     """
     if not config.folds:
         return train(config, stop)
+    if config.data.hold_out:
+        raise TrainingError(
+            f"data.hold_out={config.data.hold_out:g} would replace the folds as validation clips, and no fold would "
+            "be tested; with folds set it to 0."
+        )
     results: dict[str, Evaluation] = {}
     for fold in config.folds:
         others = "+".join(other for other in config.folds if other != fold)

@@ -135,33 +135,37 @@ def updates_of(scores: Iterable[Score], recipe: str, test: str) -> list[int]:
 
 
 def plot(scores: Sequence[Score], study: Study) -> Figure:
-    """Plot the scores of checkpoints against updates: a row for each recipe, and for each test two panels.
+    """Plot the scores of checkpoints against updates: a column for each test, and for each recipe two rows.
 
-    The first panel of a test has the poolings of the last layer, the second has all layers with their last pooling.
+    The first row of a recipe has the poolings of the last layer, the second has all layers with their last pooling.
     Dotted lines are new weights.
     """
     recipes = [recipe for recipe in study.recipes if any(s.recipe == recipe and is_on_curve(s) for s in scores)]
     tests = [test for test in study.tests if any(s.test == test and is_on_curve(s) for s in scores)]
-    figure = Figure(figsize=(1 + 3.6 * 2 * len(tests), 0.8 + 3.2 * len(recipes)), layout="constrained")
-    grid = figure.subplots(len(recipes), 2 * len(tests), squeeze=False)
+    metrics = {score.test: score.metric for score in scores}
     poolings = poolings_of(study)
-    for row, recipe in zip(grid, recipes, strict=True):
+    figure = Figure(figsize=(1.6 + 3 * len(tests), 0.6 + 5.2 * len(recipes)), layout="constrained")
+    grid = iter(figure.subplots(2 * len(recipes), len(tests), squeeze=False))
+    for recipe in recipes:
         layer = last_layer(scores, recipe)
-        for i, test in enumerate(tests):
-            of_poolings = {pooling: head_name(layer, pooling) for pooling in poolings}
-            of_layers = {f"layer {k}": head_name(k, poolings[-1]) for k in range(layer + 1)}
-            curves(row[2 * i], scores, recipe, test, {BEST: BEST} | of_poolings)
-            curves(row[2 * i + 1], scores, recipe, test, of_layers)
-            row[2 * i].set_title(f"{recipe}, {test}: layer {layer}", fontsize=9)
-            row[2 * i + 1].set_title(f"{recipe}, {test}: {poolings[-1]}", fontsize=9)
-    for axes in grid[-1]:
-        axes.set_xlabel("update")
+        heads_of_rows = {
+            f"layer {layer}": {BEST: BEST} | {pooling: head_name(layer, pooling) for pooling in poolings},
+            poolings[-1]: {f"layer {k}": head_name(k, poolings[-1]) for k in range(layer + 1)},
+        }
+        for name, heads in heads_of_rows.items():
+            panels = next(grid)
+            for axes, test in zip(panels, tests, strict=True):
+                draw_curves(axes, scores, recipe, test, heads)
+                axes.set_title(f"{test}: {metrics[test]}", fontsize=9)
+            panels[0].set_ylabel(f"{recipe}, {name}")
+            panels[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.supxlabel("update")
     figure.suptitle("Scores in per cent by update; dotted: new weights")
     return figure
 
 
-def curves(axes: Axes, scores: Sequence[Score], recipe: str, test: str, heads: dict[str, str]) -> None:
-    """Draw a curve for each head, from new weights on."""
+def draw_curves(axes: Axes, scores: Sequence[Score], recipe: str, test: str, heads: Mapping[str, str]) -> None:
+    """Draw a curve for each head, and a dotted line for new weights."""
     for i, (label, head) in enumerate(heads.items()):
         values = {
             update: select(scores, recipe, PRETRAINED, test, head, update)
@@ -171,5 +175,4 @@ def curves(axes: Axes, scores: Sequence[Score], recipe: str, test: str, heads: d
         axes.plot(list(means), list(means.values()), marker=".", color=f"C{i}", label=label)
         if new := select(scores, recipe, NEW_WEIGHTS, test, head, 0):
             axes.axhline(100 * statistics.mean(new), color=f"C{i}", linestyle=":", linewidth=1)
-    axes.legend(fontsize=7, ncols=2)
     axes.grid(alpha=0.3)

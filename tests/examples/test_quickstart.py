@@ -63,6 +63,12 @@ def test_every_class_has_held_out_recordings(pools):
     assert len(set(pools["train"].labels)) == 8
 
 
+def test_readme_says_how_many_recordings_are_trained_on_and_held_out(repository, pools):
+    text = " ".join((repository / "README.md").read_text().split())
+    assert f"trained for minutes on {len(pools['train'])} recordings" in text
+    assert f"holds {len(pools['test'])} recordings out" in text
+
+
 @pytest.mark.slow
 def test_quickstart_runs_and_continues(repository, tmp_path, monkeypatch, capsys, pools):
     commands = []

@@ -331,6 +331,13 @@ def test_held_out_clips_replace_a_validation_split(run, sounds):
     assert on_held_out["num_clips"] == {"held out": size | {"test": size["validation"]}}
 
 
+def test_a_share_that_holds_out_no_clip_is_refused(run, sounds):
+    """Otherwise the first of several heads would count as the best by validation."""
+    settings = {"data": sounds, "data.split": "fold1+fold2+fold3", "test_split": "fold4", "layers": "all"}
+    with pytest.raises(SystemExit, match="hold_out=1e-06 holds out none of the 18 training clips"):
+        run(**settings, **{"data.hold_out": 1e-6})
+
+
 def test_published_mode_is_fine_tuning_with_a_frozen_encoder(run, encoder, capsys):
     changes = {"mode": "published", "batch_size": 8, "head.epochs": 2, "poolings": "mean"}
     out, results = run(**changes, **{"head.learning_rate": 0.02})
@@ -428,6 +435,13 @@ def test_training_clips_cannot_be_test_clips(run, sounds, tmp_path):
         run(data=folder, **{"data.hold_out": 0.3})
     _, results = run(data=folder, test_split="null", **{"data.hold_out": 0.3})
     assert results["metric"] == "accuracy"
+    with pytest.raises(SystemExit, match=r"24 of the 24 clips of fold2 are also in fold1"):
+        run("folds", data=folder, folds="fold1,fold2,fold3")
+
+
+def test_folds_that_overlap_are_refused(run, sounds):
+    with pytest.raises(SystemExit, match=r"6 of the 12 clips of fold2\+fold3 are also in fold1\+fold2"):
+        run(data=sounds, folds="fold1+fold2,fold2+fold3,fold4")
 
 
 def test_validation_clips_from_another_source(run, sounds):

@@ -479,7 +479,7 @@ def _open_recordings(settings: SceneSettings, source: str, split: str, with_labe
         groups.append(None if columns.group is None else str(row[columns.group]))
     if settings.group_by is not None:
         matches = [re.search(settings.group_by, id_) for id_ in ids]
-        if with_labels and not any(matches):
+        if with_labels and ids and not any(matches):
             raise ValueError(f"{source}: group_by={settings.group_by!r} matches no name, such as {ids[0]!r}.")
         if with_labels and not all(matches):
             unmatched = [id_ for id_, match in zip(ids, matches, strict=True) if not match]

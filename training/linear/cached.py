@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -107,8 +107,7 @@ def evaluate_cached(config: LinearEvalConfig) -> None:
     setup = setup_of(config, encoder)
     name = short_name_of(config)
     contenders = [contender_of(name, config, encoder, heads, accelerator)]
-    if not config.folds:
-        check_apart(contenders[0].sets)
+    check_apart(contenders[0].sets, by_fold=bool(config.folds))
     for rival in dict.fromkeys(config.compare):
         if rival == "new_weights":
             new = freeze_encoder(replace(config, random_weights=True, compare=[]), task, accelerator)
@@ -265,21 +264,31 @@ def extract_splits(
     return sets
 
 
-def check_apart(sets: dict[str, FeatureSet]) -> None:
-    """Check that the other splits share no clips with the first. They share clips if the data have no splits.
+def check_apart(sets: dict[str, FeatureSet], by_fold: bool) -> None:
+    """Check that no training clip is a test clip. All clips are both if the data have no splits.
+
+    Args:
+        sets: The features of the training clips and of other splits, or those of each fold.
+        by_fold: Whether all splits are trained on. Otherwise only the first is.
 
     Raises:
-        TrainingError: If a split shares clips with the first.
+        TrainingError: If a split shares clips with one that is trained on.
     """
-    (_, train), *others = sets.items()
-    rows = {id_: row for row, id_ in enumerate(train.ids)}
-    for name, part in others:
+    first, *others = sets.items()
+    pairs = combinations(sets.items(), 2) if by_fold else ((first, other) for other in others)
+    for (trained_on, train), (name, part) in pairs:
+        rows = {id_: row for row, id_ in enumerate(train.ids)}
         # Equal names are not enough: in some data sets, clips of different splits share them.
         shared = [
             id_
             for id_, pooled in zip(part.ids, part.pooled, strict=True)
             if id_ in rows and (pooled == train.pooled[rows[id_]]).all()
         ]
+        if shared and by_fold:
+            raise TrainingError(
+                f"{len(shared)} of the {len(part.ids)} clips of {name} are also in {trained_on}, such as {shared[0]}. "
+                "Folds are splits of the data that share no clips."
+            )
         if shared:
             raise TrainingError(
                 f"{len(shared)} of the {len(part.ids)} {name} clips are training clips, such as {shared[0]}. If the "

@@ -11,6 +11,7 @@ from training.data.selection import is_on_side
 from training.linear.config import LinearEvalConfig
 from training.linear.features import FeatureSet
 from training.linear.heads import Head
+from training.run.config import TrainingError
 
 
 class Clips:
@@ -99,13 +100,21 @@ def make_rounds(config: LinearEvalConfig, sets: dict[str, FeatureSet]) -> dict[s
     Args:
         config: The settings, which give each split its purpose.
         sets: The features of "train" and, if they exist, "validation" and "test". With folds, the features of each.
+
+    Raises:
+        TrainingError: If `data.hold_out` holds out none of the training clips.
     """
 
     def hold_out(train: list[FeatureSet]) -> tuple[Clips, Clips]:
         rest, held_out = (
-            partial(is_on_side, epoch=0, fraction=config.data.hold_out, held_out=side) for side in (False, True)
+            Clips(train, partial(is_on_side, epoch=0, fraction=config.data.hold_out, held_out=side))
+            for side in (False, True)
         )
-        return Clips(train, rest), Clips(train, held_out)
+        if config.data.hold_out and not len(held_out):
+            raise TrainingError(
+                f"data.hold_out={config.data.hold_out:g} holds out none of the {len(rest)} training clips; increase it."
+            )
+        return rest, held_out
 
     if config.folds:
         return {

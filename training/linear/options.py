@@ -56,7 +56,7 @@ class RidgeConfig:
 
 @dataclass
 class NeighbourConfig:
-    """Nearest neighbours: the mean label of the k training clips with the greatest cosine similarity."""
+    """Nearest neighbours: the mean label of the k nearest training clips, weighted by their cosine similarity."""
 
     neighbours: list[int] = field(
         default_factory=lambda: [1, 3, 5, 10, 20],

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from training.linear.neighbours import LEAST_DEVIATION
+from training.run.config import TrainingError
 
 
 class RidgeHead(NamedTuple):
@@ -35,6 +36,9 @@ def solve_ridge(features: torch.Tensor, targets: torch.Tensor, strengths: Sequen
         features: Features of shape `(N, width)`.
         targets: Targets of shape `(N, K)`, 0 or 1.
         strengths: Strengths of the penalty, each positive.
+
+    Raises:
+        TrainingError: If rounding errors exceed a strength, so that the equations have no solution.
     """
     deviation, mean = torch.std_mean(features, dim=0, correction=0)
     scale = torch.where(deviation < LEAST_DEVIATION, 0.0, 1 / deviation.clamp(min=LEAST_DEVIATION))
@@ -49,7 +53,10 @@ def solve_ridge(features: torch.Tensor, targets: torch.Tensor, strengths: Sequen
     for strength in strengths:
         system = gram.clone()
         system.diagonal().add_(strength * num_clips)
-        solution = torch.cholesky_solve(right, torch.linalg.cholesky(system))
+        factor, failed = torch.linalg.cholesky_ex(system)
+        if failed:
+            raise TrainingError(f"ridge.strengths: {strength:g} is too small for float32; leave it out.")
+        solution = torch.cholesky_solve(right, factor)
         weight = (standard.T @ solution if is_wide else solution) * scale[:, None]
         heads.append(RidgeHead(weight, centre - mean @ weight))
     return heads

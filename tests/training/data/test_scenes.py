@@ -259,6 +259,12 @@ def test_a_wrong_split_and_selections_of_clips_are_refused(write_settings):
         open_source(DataConfig(str(write_settings(**changes))))
 
 
+def test_a_table_without_rows_is_named(write_settings, tmp_path):
+    (tmp_path / "empty.csv").write_text("path,label\n")
+    with pytest.raises(ValueError, match=r"empty\.csv has too few original recordings for the split train"):
+        open_source(DataConfig(str(write_settings(sounds="empty.csv", group_by="take."))))
+
+
 def test_names_that_group_by_does_not_match_are_originals_and_named(write_settings, caplog):
     pools = open_scene_pools(read_settings(write_settings(group_by=r"(?:low|middle)/(take\d)")))
     assert "does not match 8 of 24 names, such as 'high/take0-0.flac'" in caplog.text

@@ -6,6 +6,7 @@ import torch
 from sklearn.linear_model import Ridge
 
 from training.linear.ridge import solve_ridge
+from training.run.config import TrainingError
 
 STRENGTHS = [0.01, 1.0]
 
@@ -36,3 +37,11 @@ def test_a_stronger_penalty_gives_smaller_weights():
     features = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
     weak, strong = solve_ridge(features, (features[:, :2] > 0).float(), STRENGTHS)
     assert strong.weight.norm() < 0.7 * weak.weight.norm()
+
+
+def test_a_strength_below_the_rounding_errors_is_named():
+    """The features have rank 8, so that only the penalty makes the equations solvable."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(60, 8, generator=generator) @ torch.randn(8, 300, generator=generator)
+    with pytest.raises(TrainingError, match=r"ridge.strengths: 1e-09 is too small"):
+        solve_ridge(features, (features[:, :2] > 0).float(), [0.01, 1e-9])
