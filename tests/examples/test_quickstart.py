@@ -65,8 +65,8 @@ def test_every_class_has_held_out_recordings(pools):
 
 def test_readme_says_how_many_recordings_are_trained_on_and_held_out(repository, pools):
     text = " ".join((repository / "README.md").read_text().split())
-    assert f"trained for minutes on {len(pools['train'])} recordings" in text
-    assert f"holds {len(pools['test'])} recordings out" in text
+    assert f"trained for minutes on scenes from {len(pools['train'])} recordings" in text
+    assert f"{len(pools['test'])} of the recordings are held out" in text
 
 
 @pytest.mark.slow
