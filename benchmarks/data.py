@@ -2,17 +2,18 @@
 
     python -m benchmarks.data [--rounds 5] [--workers N] [--clips-per-worker 128]
 
-The shards resemble those of agkphysics/AudioSet: 10 s of FLAC at 48 kHz and 24 bits (as its card says), in stereo (a
-clip there takes 1.39 MB, and one channel without compression takes 1.44 MB). Each clip mixes two soundscapes into two
-channels. Some sounds occur several times under different names.
+The shards resemble those of agkphysics/AudioSet: 10 s of FLAC at 48 kHz and 24 bits, as its card says. They are
+stereo, because a clip there takes 1.39 MB, and one channel without compression would take 1.44 MB. Each clip mixes two
+soundscapes into two channels. Some clips occur several times under different names.
 
 A pass makes a loader, starts its workers and reads all clips once. Its processor time covers this process and the
 workers, including their start. "clips/s per core" divides the clips by this time, so other programs on the machine
 hardly affect it. The rival is a plain pipeline with the same number of workers: torch's DataLoader over clips in
-memory, and clip by clip soundfile.read, torchaudio's resample and kaldi.fbank, padding and normalisation.
+memory. It processes each clip by itself, with soundfile.read, torchaudio's resample and kaldi.fbank, padding and
+normalisation.
 
 Each stage is also timed alone, over the same clips, in this process on one thread. "The rest" is the time of a pass
-without workers that no stage accounts for: collating, checking, shuffling.
+without workers that is not spent in any stage: collating, checking, shuffling.
 
 `python -m benchmarks gpu` measures the pipeline beside the steps that it feeds.
 """
@@ -144,14 +145,14 @@ class Pass:
 
     def __call__(self) -> None:
         # A virtual machine may return idle memory to its host. Getting it back takes ten times as long as reusing
-        # memory that another process has just freed, and the first pass after a pause would pay for that.
+        # memory that another process has just freed, which would slow down the first pass after a pause.
         np.ones(WARM_BYTES, np.uint8)
         start, before = time.perf_counter(), processor_seconds()
         given = sum(len(batch) for batch in self.make_batches())
         self.processor_seconds.append(processor_seconds() - before)
         self.seconds.append(time.perf_counter() - start)
         if given != self.num_clips:
-            raise RuntimeError(f"A pass gave {given} clips of {self.num_clips}.")
+            raise RuntimeError(f"A pass gave {given} of {self.num_clips} clips.")
 
 
 def stages(folder: Path, extractor: SSLAMFeatureExtractor, num_clips: int) -> dict[str, Callable[[], object]]:

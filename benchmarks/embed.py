@@ -5,8 +5,8 @@
 
 The whole command is timed: reading, decoding, resampling, filter bank, model, pooling, Parquet on disk. The rival is
 the model alone, on the same number of ready batches of the same size. Rounds of both take turns, so that other load on
-the machine affects both alike. Ratios are those of the medians: of wall-clock time, and of processor time, which other
-programs hardly affect.
+the machine affects both alike. The two ratios are of the medians of wall-clock time, and of processor time, which
+other programs hardly affect.
 """
 
 import argparse

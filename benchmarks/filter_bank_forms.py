@@ -1,4 +1,4 @@
-"""Errors of the forms that the filter bank can have on a GPU, on the CPU and without a clock.
+"""Rounding errors of possible forms of the filter bank on a GPU, simulated on the CPU without measuring time.
 
     python -m benchmarks.filter_bank_forms
 

@@ -1,10 +1,11 @@
-"""Memory of a fine-tuning update of the base size with 48 clips of 10 s in bfloat16, against 24 GB.
+"""Memory of a fine-tuning update of the base size with 48 clips of 10 s in bfloat16, compared with 24 GB.
 
     python -m benchmarks.finetuning_memory [--batch_size 48] [--gradient_checkpointing]
 
-On a GPU the program runs the update and reads the peak. Without a GPU it counts bytes. The memory that autograd keeps
-for the backward pass (each storage once) grows linearly with the batch, so two small batches on the CPU give that of a
-large one. Weights, gradients and AdamW's two moments in float32 are added. Workspaces of kernels are not counted.
+On a GPU, the program runs the update and reads the peak. Without a GPU, it counts bytes on the CPU. The memory that
+autograd keeps for the backward pass (each storage once) grows linearly with the batch size. The program extrapolates
+it from two small batches, and adds weights, gradients and AdamW's two moments in float32. Workspaces of kernels are
+not counted.
 """
 
 import argparse

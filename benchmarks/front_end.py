@@ -2,9 +2,10 @@
 
     python -m benchmarks.front_end                   # 64 clips of 10 s, on one thread and on two
 
-The rival is the published computation. It takes one clip at a time: subtract the mean, torchaudio's `kaldi.fbank`,
-pad, normalise; then it stacks the clips. Both start from the same list of waveforms and take turns. Peak memory is the
-memory of a run in a new process beyond the waveforms, divided by the bytes of the waveforms.
+The rival is the published computation. For one clip at a time, it subtracts the mean, calls torchaudio's
+`kaldi.fbank`, pads and normalises; then it stacks the clips. Both start from the same list of waveforms and take
+turns. Peak memory is the memory of a run in a new process in addition to the waveforms, divided by the bytes of the
+waveforms.
 
 `python -m benchmarks gpu` measures the filter bank on a GPU.
 """

@@ -2,10 +2,10 @@
 
 The products of a run of the *eager* model are recorded: linear layers, convolutions as matrix products, the two
 products of attention, and the products of the gradients in a backward pass. Each product is then computed at its own
-shape and dtype, with ready and contiguous operands, by the fastest kernel on this machine (oneDNN's some rows at a
-time). Its FLOPs are 2 * batch * rows * inner * columns. The limit leaves out everything else, such as
-normalisation, activation, softmax and copies, and products that are recomputed to save memory, as in the backward
-passes of attention and of the decoder.
+shape and dtype, with ready and contiguous operands, by the fastest kernel on this machine. oneDNN's kernel computes
+some rows at a time. The FLOPs of a product are 2 * batch * rows * inner * columns. The limit excludes everything else,
+such as normalisation, activation, softmax and copies. It also excludes products that are recomputed to save memory, as
+in the backward passes of attention and of the decoder.
 """
 
 import math
@@ -106,15 +106,15 @@ def gemm_runner(
     Args:
         products: Products and their counts.
         device: Device to compute on.
-        kernels: Kernels to choose from. "torch" is `torch.bmm`; "onednn" is oneDNN's linear layer, which torch has for
-            CPUs beside the library that `torch.mm` calls there in float32; "packed" is oneDNN's with the second factor
-            in oneDNN's own layout, as inference may have its weights ready.
+        kernels: Kernels to choose from. "torch" is `torch.bmm`. "onednn" is oneDNN's linear layer, which torch offers
+            on CPUs in addition to the library that `torch.mm` calls there in float32. "packed" is the same with the
+            second factor in oneDNN's own layout, in which inference may hold its weights.
     """
     fastest = []
     for product, count in products.items():
         candidates = dict(_kernels(product, device, kernels))
         timings = time_in_turn(candidates, rounds=7, device=device)
-        # Compare best times: other load on the machine in these milliseconds must not decide.
+        # Compare the best times, because other load on the machine may disturb single calls of some milliseconds.
         fastest.append((candidates[min(timings, key=lambda name: min(timings[name].repeats))], count))
 
     @torch.no_grad()
@@ -148,7 +148,7 @@ def _kernels(
 def _multiply_by_onednn(left: Iterable[torch.Tensor], right: Iterable[torch.Tensor]) -> None:
     """Compute products some rows at a time and drop them.
 
-    A large result is new memory, and clearing its pages can take a fifth of the product's own time or more.
+    A large result would be new memory. Clearing its pages can take a fifth of the product's own time or more.
     """
     for rows, weight in zip(left, right, strict=True):
         for part in rows.split(ROWS_AT_A_TIME):

@@ -2,12 +2,16 @@
 
     python -m benchmarks.inference
 
-On the CPU the base size computes clips of 10 s from `input_values`. "as loaded" is the model of `from_pretrained`, at
-torch's own rate; "use_onednn" is that model after `modeling_sslam.onednn_sslam.use_onednn`, as the training programs
-run it; "optimised" is the model after `modeling_sslam.inference.optimize_for_cpu`, in float32, bfloat16 and int8, as
-the `sslam` commands run it. The rivals are transformers' ASTForAudioClassification of the same width and depth, which
-cuts a clip into overlapping patches, 1214 tokens where SSLAM has 513; and a plain transcription of SSLAM with eager
-attention. Fidelity is the least cosine over clips between CLS embeddings and those of the model as loaded, on
+On the CPU, the base size computes clips of 10 s from `input_values`, in these forms:
+
+- "as loaded": the model of `from_pretrained`, with torch's own kernels;
+- "use_onednn": the model after `modeling_sslam.onednn_sslam.use_onednn`, as the training programs run it;
+- "optimised": the model after `modeling_sslam.inference.optimize_for_cpu`, in float32, bfloat16 and int8, as the
+  `sslam` commands run it.
+
+One rival is transformers' ASTForAudioClassification of the same width and depth. It cuts a clip into overlapping
+patches and has 1214 tokens, where SSLAM has 513. The other is a plain transcription of SSLAM with eager attention.
+Fidelity is the lowest cosine similarity over clips between the CLS embeddings and those of the model as loaded, on
 soundscapes and with random weights.
 
 `python -m benchmarks gpu` measures inference on a GPU.

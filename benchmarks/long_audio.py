@@ -3,9 +3,9 @@
     python -m benchmarks.long_audio                  # base size, 48 windows of 2 s from stereo FLAC at 44.1 kHz
     python -m benchmarks.long_audio --memory         # peak memory of a tiny model for a minute, an hour and ten hours
 
-The whole command except loading the model is timed: decoding, resampling, filter bank, windows, model, events, the
+The whole command is timed except for loading the model: decoding, resampling, filter bank, windows, model, events, the
 table of all scores, and the picture. The rival is the model alone, on the same number of ready batches of the same
-size. Rounds of both take turns, so that other load on the machine affects both alike. Ratios are those of the medians.
+size. Rounds of both take turns, so that other load on the machine affects both alike. Ratios are of the medians.
 """
 
 import argparse

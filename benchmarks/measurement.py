@@ -1,4 +1,4 @@
-"""Measurement of times in turn, of ratios round by round, and of peak memory in a separate process."""
+"""Time contestants in turn, take ratios round by round, and measure peak memory in a separate process."""
 
 import multiprocessing
 import os
@@ -55,8 +55,9 @@ def time_in_turn(
         rounds: Measured rounds.
         device: Device that the functions use. Each turn ends when its work is finished.
         warmup_rounds: Rounds before the measured ones.
-        turn_seconds: Length of a turn. A contestant is called as often as fits, but at least once, by its time in the
-            latest warm-up round. A GPU then has work in its queue, as in a program that does not wait for each call.
+        turn_seconds: Length of a turn. A contestant is called as often as fits into a turn, but at least once. The
+            number follows from its time in the latest warm-up round. Several calls keep a GPU's queue filled, as in a
+            program that does not wait for each call.
 
     Returns:
         Seconds of a call, by contestant.
@@ -115,8 +116,8 @@ class PeakMemory:
     """Peak memory of a run in bytes.
 
     Attributes:
-        of_run: Memory beyond the state at the start of the run: its results and intermediate values.
-        in_all: Memory beyond the bare process, before anything was set up: weights and inputs too.
+        of_run: Memory in addition to that at the start of the run: results and intermediate values.
+        in_all: Memory in addition to that of the bare process: weights and inputs, too.
     """
 
     of_run: int
@@ -126,8 +127,8 @@ class PeakMemory:
 def peak_memory(set_up: Callable[[], Callable[[], object]]) -> PeakMemory:
     """Measure the peak memory of the function that `set_up` returns, called once in a new process.
 
-    In a new process no earlier run has left memory that this one could reuse. Resident memory counts on a CPU, and
-    allocated memory on a GPU if the run uses one.
+    In a new process, no earlier run has left memory that this one could reuse. The figure is resident memory on a CPU,
+    and allocated memory on a GPU if the run uses one.
 
     Args:
         set_up: A module-level function (or a `functools.partial` of one), which the new process imports.

@@ -2,9 +2,9 @@
 
     python -m benchmarks.onnx_inference              # base size, batches of 8 clips of 10 s
 
-Encoder and classifier with random weights are exported as by `python -m conversion --to onnx`, and run on other batch
-sizes and lengths than those of the export. Both runtimes have the same number of threads. The model in torch runs
-after `use_onednn`.
+An encoder and a classifier with random weights are exported as `python -m conversion --to onnx` exports them. They run
+on other batch sizes and lengths than those of the export. Both runtimes have the same number of threads. The model in
+torch runs after `use_onednn`.
 """
 
 import tempfile

@@ -2,12 +2,13 @@
 
     python -m benchmarks.pretraining_step
 
-A step of the second stage (objective "sslam") at the base size on the CPU in float32: forward, backward, clipping,
-AdamW, the teacher's update. Ours runs as `training.pretrain` runs it, with `use_onednn`. The benchmark leaves out the
-training programs' settings of glibc's heap: they hold for a whole process, so the transcription would run with them,
-too. `python -m benchmarks gpu` measures the steps of both stages on a GPU.
+The benchmark times a step of the second stage (objective "sslam") at the base size on the CPU in float32: forward and
+backward pass, gradient clipping, AdamW and the teacher's update. Our step runs as in `training.pretrain`, with
+`use_onednn`. The benchmark does not apply the training programs' settings of glibc's heap. They hold for a whole
+process, so they would also change the transcription. `python -m benchmarks gpu` measures the steps of both stages on a
+GPU.
 
-Peak memory is measured in a second step in a process of its own, with weights, gradients and the optimiser's state.
+Peak memory is that of a second step in a separate process, and includes weights, gradients and the optimiser's state.
 """
 
 from collections import Counter
@@ -72,7 +73,7 @@ def make_update(model: SSLAMForPreTraining, half_precision: bool) -> Callable[[t
 
     def update(input_values: torch.Tensor) -> None:
         if model.device.type == "cuda":
-            # CUDA graphs, if the model is compiled to some, may reuse the memory of the step before.
+            # If the model runs as CUDA graphs, they may reuse the memory of the previous step.
             torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(model.device.type, torch.bfloat16, enabled=half_precision):
             loss = model(input_values).loss

@@ -2,10 +2,11 @@
 
     python -m benchmarks.scaling [--picture benchmarks/scaling.png]
 
-The base size runs on a GPU (bfloat16, compiled) if there is one, else on the CPU (float32, `use_onednn`): the
-classifier in inference against batch size (clips of 10 s) and against length (one clip), both beside the Audio
-Spectrogram Transformer where it takes such clips, and the pre-training step against clones (2 clips). Each point is
-timed in this process; its peak memory is measured in a process of its own and includes weights and inputs.
+The base size runs on a GPU (bfloat16, compiled) if there is one, and otherwise on the CPU (float32, `use_onednn`). The
+classifier runs in inference against batch size (clips of 10 s) and against length (one clip), beside the Audio
+Spectrogram Transformer where that takes such clips. The pre-training step runs against the number of clones (2 clips).
+Each point is timed in this process. Its peak memory is measured in a separate process, and includes weights and
+inputs.
 """
 
 from collections.abc import Callable

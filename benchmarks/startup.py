@@ -3,12 +3,13 @@
     python -m benchmarks.startup [--rounds 7]
 
 Imports are timed in new processes that take turns: `import torch, transformers` alone, then with transformers' Auto
-classes, with `modeling_sslam` and with its model. Imported packages are counted where the optional ones are installed.
+classes, with `modeling_sslam`, and with its model. The benchmark also counts the optional packages that these imports
+load, if they are installed.
 
-Loading is timed in one process that has imported everything, with the file in the page cache, against reading the file
-into memory (`Path.read_bytes`). safetensors maps the file rather than reading it, so weights are fetched when they are
-used. Therefore both are also timed with a sum over all weights. `safetensors.torch.load_file`, which gives the mapped
-weights without a model, is recorded too.
+Loading is timed in one process that has imported everything, with the file in the page cache. The rival reads the file
+into memory (`Path.read_bytes`). safetensors maps the file rather than reading it, so weights are fetched at their
+first use. Both are therefore also timed with a sum over all weights. `safetensors.torch.load_file`, which returns the
+mapped weights without a model, is recorded, too.
 """
 
 import importlib.util

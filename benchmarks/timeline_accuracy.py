@@ -6,13 +6,13 @@ Short windows resolve time better; long windows recognise sounds better.
     python -m benchmarks.timeline_accuracy soundscapes --model MODEL --windows 0.5 1 2 --hop 0.1 --out accuracy.json
 
 [`SSLAMTagger.timeline`] finds the events of each recording. The field's standard library, sed_eval (Mesaros et al.,
-Applied Sciences 2016; `pip install ".[benchmarks]"`), compares them with the true ones:
+Applied Sciences 2016; `pip install ".[benchmarks]"`), compares them with the true events:
 
 - segment-based F1: whether a class is active in each segment of 1 s, micro-averaged;
 - event-based F1: the right class, the onset within 200 ms, the offset within 200 ms or 20 % of the event's length.
 
-For every window length the threshold with the best segment-based F1 on `--tune-split` is chosen. The figures are those
-of `--split`. The data set is a folder that `datasets` reads, with the columns `audio` and `events` (lists of `label`,
+For every window length, `--tune-split` chooses the threshold with the best segment-based F1. The figures are from
+`--split`. The data set is a folder that `datasets` reads, with the columns `audio` and `events` (lists of `label`,
 `onset` and `offset` in seconds), as `python -m training.soundscapes` writes it.
 """
 
@@ -92,7 +92,7 @@ def evaluate(
 
 
 def events_at(timeline: Timeline, settings: EventSettings) -> list[Event]:
-    """Detect the events of a timeline anew, with other settings than it was made with."""
+    """Detect the events of a timeline again, with other settings than those that it was made with."""
     detector = EventDetector(settings)
     detector.push(timeline.scores)
     return to_events(detector.finish(), timeline.borders, timeline.labels, settings)

@@ -1,10 +1,10 @@
-"""Train a classifier on frozen features: embed the clips once, then fit in seconds.
+"""Train a classifier on frozen features: embed the clips once, then fit the classifier in seconds.
 
     python -m training.soundscapes soundscapes --clips 600 --seconds 3 --max-sources 1
     python -m examples.classify_with_features outputs/quickstart/classifier/model soundscapes
 
-The data set needs the columns `id`, `audio` and `labels` and the splits train and test. The features are the mean over
-a clip's patches. The CLS token (`pooling="cls"`) or another layer may serve better for other data.
+The data set needs the columns `id`, `audio` and `labels`, and the splits train and test. The feature vector of a clip
+is the mean over its patches. On other data, the CLS token (`pooling="cls"`) or another layer may work better.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main() -> None:
     classifier = make_pipeline(StandardScaler(), OneVsRestClassifier(LogisticRegression(C=0.1, max_iter=1000)))
     classifier.fit(train, binarizer.transform(train_labels))
 
-    # A classifier needs clips of its class in training, and an average precision needs clips of its class in the test.
+    # A class needs training clips for its classifier, and test clips for its average precision.
     known = [[label for label in labels if label in binarizer.classes_] for labels in test_labels]
     targets, scores = binarizer.transform(known), classifier.predict_proba(test)
     precision = {

@@ -2,11 +2,17 @@
 
     python -m examples.quickstart outputs/quickstart
 
-The steps: mix the recordings of examples/sounds into scenes, both stages of pre-training, a linear evaluation of the
-encoder beside new weights and MFCCs, fine-tuning with its evaluation, and labels. Labels are printed for every
-held-out recording, for the first held-out scene of a bass drum and a cymbal, and for the first with each number of
-sources. A quarter of the recordings are held out: no scene that the model is trained on or chosen by has them. Every
-step is a command of the project, which is printed before it runs. After an interruption, a second call continues.
+The steps are:
+
+1. Mix the recordings of examples/sounds into scenes.
+2. Pre-train an encoder in stage 1 and stage 2.
+3. Compare linear heads on the encoder, linear heads on new (random) weights, and a random forest on MFCCs.
+4. Fine-tune a classifier, and evaluate it on the test scenes.
+5. Print labels for every held-out recording, for the first test scene of a bass drum and a cymbal, and for the first
+   test scene with each number of sources. Print the nearest neighbours of a held-out recording.
+
+A quarter of the recordings are held out: they occur only in test scenes. Steps 1 to 4 run commands of the project,
+which are printed first. After an interruption, a second call continues.
 """
 
 import argparse
@@ -31,8 +37,8 @@ SPLITS = ("train=0.6", "validation=0.15", "test=0.25")
 MAX_SOURCES = 3
 # Sources of the scene that README.md shows.
 EXAMPLE_SOURCES = {"bass_drum", "cymbal"}
-# Events of similar level over faint noise, so that each source of a scene can be heard. The faintest noise is nearly
-# digital silence, as around a recording that is shorter than a clip.
+# Events have similar levels over faint noise, so each source of a scene is audible. The faintest noise is nearly
+# digital silence, which also surrounds a recording that is shorter than a clip.
 MIXING = ("--event-seconds", 1, 2.5, "--level", -90, -50, "--snr", 50, 60, "--pitch", -2, 2, "--stretch", 0.8, 1.25)
 
 
@@ -45,8 +51,8 @@ def run(*arguments: object) -> None:
 
 def example_scenes(scenes: Path) -> list[dict[str, Any]]:
     """Return the first test scene of `EXAMPLE_SOURCES`, and the first with each number of sources."""
-    # Streaming reads the files themselves. Otherwise `datasets` keeps a copy, which it also returns for another folder
-    # of the same name.
+    # Streaming reads the files themselves. Without it, `datasets` keeps a copy, and returns that copy also for another
+    # folder of the same name.
     test = datasets.load_dataset(str(scenes), split="test", streaming=True).cast_column("audio", EncodedAudio())
     found: dict[int, dict[str, Any]] = {}
     for row in test:
@@ -63,7 +69,7 @@ def held_out_recordings(scenes: Path) -> dict[Path, str]:
 
 def print_scenes(tagger: SSLAMTagger, scenes: Path, out: Path) -> list[Path]:
     """Print the labels of some held-out scenes beside their sources, and write the scenes as sound files."""
-    print("\nHeld-out scenes, with as many labels as they have sources:")
+    print("\nTest scenes, each with as many labels as it has sources:")
     files = []
     for row in example_scenes(scenes):
         path = out / f"{row['id']}.flac"
@@ -77,7 +83,7 @@ def print_scenes(tagger: SSLAMTagger, scenes: Path, out: Path) -> list[Path]:
 
 
 def print_share_found(predictions: Path, labels: list[str]) -> None:
-    """Print the share of sources that are among the first labels of a scene, as many labels as it has sources.
+    """Print the share of sources that are among the top labels of a scene, which are as many as it has sources.
 
     Args:
         predictions: The table of labels and scores that the evaluation wrote.
@@ -87,25 +93,25 @@ def print_share_found(predictions: Path, labels: list[str]) -> None:
     for row in pq.read_table(predictions).to_pylist():
         first = {labels[i] for i in np.argsort(row["scores"])[-len(row["labels"]) :]}
         found.setdefault(row["group"], []).append(len(first & set(row["labels"])) / len(row["labels"]))
-    print("\n  Right labels among as many as a scene has sources:")
+    print("\n  Share of the sources among the top labels of a scene, as many labels as it has sources:")
     for num_sources, shares in sorted(found.items()):
         print(f"    {num_sources} source{'s' * (num_sources > 1)}: {np.mean(shares):.0%} in {len(shares)} scenes")
 
 
 def print_recordings(tagger: SSLAMTagger, recordings: dict[Path, str]) -> None:
-    """Print the first label of each held-out recording beside its class."""
-    print(f"\nHeld-out recordings:\n\n  {'file':<50}{'class':<12}score  first label")
+    """Print the top label of each held-out recording beside its class."""
+    print(f"\nHeld-out recordings:\n\n  {'file':<50}{'class':<12}score  top label")
     num_right = 0
     for path, truth in recordings.items():
         (label,) = tagger.tag(path, top_k=1)
         right = label["label"] == truth
         num_right += right
         print(f"  {path!s:<50}{truth:<12} {label['score']:.2f}  {label['label']}{'' if right else '  (wrong)'}")
-    print(f"\n  {num_right} of {len(recordings)} held-out recordings get their class first.")
+    print(f"\n  The top label is right for {num_right} of {len(recordings)} held-out recordings.")
 
 
 def similarities(model: Path) -> tuple[list[Path], np.ndarray]:
-    """Return the paths of all recordings, and the cosine of their embeddings; of a recording and itself, -inf."""
+    """Return the paths of all recordings and the cosine similarities of their embeddings, -inf on the diagonal."""
     clips = list(embed(str(SOUNDS), str(model), pooling="mean"))
     vectors = np.stack([clip.embedding for clip in clips])
     vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -118,7 +124,7 @@ def print_neighbours(models: dict[str, Path], recordings: dict[Path, str], top_k
     """Print the nearest neighbours of the first held-out recording, and how often neighbours share a class.
 
     Args:
-        models: Models by their descriptions. The list of neighbours is that of the first one.
+        models: Models by their descriptions. The first one gives the list of neighbours.
         recordings: The held-out recordings and their classes. A class is the name of a recording's folder.
         top_k: Number of neighbours in the list.
     """
@@ -129,7 +135,7 @@ def print_neighbours(models: dict[str, Path], recordings: dict[Path, str], top_k
             print(f"\nNearest neighbours of {paths[query]} among the other {len(paths) - 1} recordings:\n")
             for i in np.argsort(-similarity[query])[:top_k]:
                 print(f"  {similarity[query, i]:.3f}  {paths[i]!s:<50}{paths[i].parent.name}")
-            print("\n  Held-out recordings whose nearest neighbour has their class:")
+            print("\n  Held-out recordings whose nearest neighbour has the same class:")
         nearest = {path: paths[similarity[i].argmax()] for i, path in enumerate(paths)}
         num_right = sum(nearest[path].parent.name == label for path, label in recordings.items())
         print(f"    by embeddings of the {description}: {num_right} of {len(recordings)}")
@@ -138,7 +144,7 @@ def print_neighbours(models: dict[str, Path], recordings: dict[Path, str], top_k
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder for everything that the steps write")
+    parser.add_argument("out", type=Path, help="folder for all files that the steps write")
     out = parser.parse_args().out
     scenes, stage1, stage2, probes, classifier = (
         out / name for name in ("scenes", "stage1", "stage2", "probes", "classifier")

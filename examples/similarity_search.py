@@ -1,9 +1,9 @@
-"""Find the places in recordings that sound like a query: nearest neighbours with FAISS in the table of `sslam embed`.
+"""Find the places in recordings that sound most like a query, with FAISS on the embeddings that `sslam embed` wrote.
 
     sslam embed tests/fixtures/audio --model outputs/quickstart/classifier/model --out embeddings --window 1 --hop 0.5
     python -m examples.similarity_search embeddings tests/fixtures/audio/misc_crow.flac
 
-The query's first window is embedded with the model and the settings of the table.
+The first window of the query is embedded with the model and settings that `sslam embed` used.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from modeling_sslam.inference import embed
 
 
 def unit_vectors(vectors: np.ndarray) -> np.ndarray:
-    """Scale vectors to length 1, so that their inner product is the cosine similarity."""
+    """Scale vectors to unit length. Their inner product is then the cosine similarity."""
     vectors = np.array(vectors, dtype=np.float32)
     faiss.normalize_L2(vectors)
     return vectors
@@ -27,14 +27,17 @@ def unit_vectors(vectors: np.ndarray) -> np.ndarray:
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("embeddings", type=Path, help="folder that sslam embed wrote with pooling cls or mean")
+    parser.add_argument("embeddings", type=Path, help="folder that sslam embed wrote with --pooling cls or mean")
     parser.add_argument("query", help="sound file to compare with")
     parser.add_argument("--top-k", type=int, default=5, help="number of places to print (default: 5)")
     arguments = parser.parse_args()
 
     settings = json.loads((arguments.embeddings / "settings.json").read_text())
     if settings["pooling"] not in ("cls", "mean") or settings["layer"] == "all":
-        parser.error(f"{arguments.embeddings} has several vectors a window; use --pooling cls or mean, and one layer.")
+        parser.error(
+            f"{arguments.embeddings} has several vectors per window. Run sslam embed with --pooling cls or mean and "
+            "one --layer."
+        )
 
     rows = pq.read_table(arguments.embeddings / "data").to_pandas()
     vectors = unit_vectors(np.stack(rows["embedding"]))
@@ -48,7 +51,7 @@ def main() -> None:
     similarities, neighbours = index.search(unit_vectors(query.embedding[None]), arguments.top_k)
     names = rows["path" if "path" in rows else "id"]
     for similarity, i in zip(similarities[0], neighbours[0], strict=True):
-        if i >= 0:  # FAISS returns -1 where there are fewer vectors than neighbours
+        if i >= 0:  # FAISS returns -1 if there are fewer vectors than requested neighbours
             print(f"{similarity:.3f}  {names[i]}  {rows['start'][i]:.2f} to {rows['end'][i]:.2f} s")
 
 

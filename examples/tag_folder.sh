@@ -1,5 +1,5 @@
 #!/bin/sh
-# Write the labels of every recording in a folder to a CSV file, and print in how many files each label was found.
+# Write the labels of every recording in a folder to a CSV file, and print the number of files that have each label.
 #
 #     sh examples/tag_folder.sh outputs/quickstart/classifier/model tests/fixtures/audio tags.csv
 #

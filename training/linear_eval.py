@@ -1,4 +1,4 @@
-"""Evaluation of a frozen encoder on a labelled data set, by linear heads and heads of other kinds.
+"""Evaluate a frozen encoder on a labelled data set, by linear heads and heads of other kinds.
 
     python -m training.linear_eval --model DIR --data SOURCE --output_dir OUT                        # takes seconds
     python -m training.linear_eval --model DIR --data SOURCE --output_dir OUT --layers all --poolings all
@@ -8,31 +8,42 @@
         --model DIR --data SOURCE --output_dir OUT
 
 The linear head is the published classifier: LayerNorm and a linear layer on a clip's pooled states, with the losses
-of fine-tuning. In both modes, the head after its best epoch on the validation clips is tested.
+of fine-tuning. In both modes, the validation clips choose the epoch whose head is tested.
 
-- `--mode cached`, the fast mode: every clip passes through the encoder once, without augmentation. The pooled states
-  of all layers stay in `cache_dir`, where later calls with the same encoder and data find them. Heads are fitted on
-  these features, all heads of a sweep over layers and poolings at once. Several devices can share the first part.
-- `--mode published`: the frozen encoder computes every clip anew in every epoch, augmented as in fine-tuning.
+- `--mode cached` (default): every clip passes through the encoder once, without augmentation. The pooled states of all
+  layers stay in `cache_dir`, where later calls with the same encoder and data find them. Several devices can share
+  this part. All heads of a sweep over layers, poolings and kinds are then fitted on these features at once.
+- `--mode published`: the frozen encoder computes every clip again in every epoch, augmented as in fine-tuning.
 
-Kinds of heads in the fast mode, named by `head.kinds`: `linear`; `ridge`, linear in closed form, which is exact, fast
-and the first choice for small data sets; `layers`, linear on a weighted sum of all layers;
-`attentive`, learned queries over patch tokens; `prototypes`, the greatest similarity of learned (binary) prototypes to
-a patch token; `knn`, nearest neighbours. `few_shot.shots` adds nearest class means of a few clips, drawn many times.
-`attentive` and `prototypes` read patch tokens, which are cached as float16 for the chosen layers alone. Several heads
-need a choice: by the validation clips, by clips held out, or with `folds` by inner folds. The other folds then choose
-layer, pooling, kind and settings for each test fold by cross-validation, and the mean over test folds is of these
-choices. `compare` adds new weights of the same architecture, and MFCCs with a random forest, to the same tables.
+`head.kinds` names the kinds of heads in cached mode:
 
-Accepts `training.finetune` configurations. Only classes, splits, clip length and architecture are used; published mode
-also uses augmentation, loss and batch size. The section `head` sets learning rate, epochs and all else of how a head
-is fitted.
+- `linear`: the published classifier;
+- `ridge`: ridge regression in closed form. It is exact and fast, and the first choice for small data sets;
+- `layers`: `linear` on a weighted sum of all layers;
+- `attentive`: learned queries over patch tokens;
+- `prototypes`: the greatest similarity of learned (binary) prototypes to a patch token;
+- `knn`: nearest neighbours.
 
-OUT receives results.json, which names the mode (so does all printed output), and model/, the encoder with its head
-for `pipeline("audio-classification")`. The fast mode also writes tables and pictures of the best head (by validation)
-by class and group, for a sweep of linear heads sweep.csv and sweep.png, and for several heads or encoders heads.md and
-heads.csv, with the cost of each head, and heads.png, the metric by layer and kind. The published mode also writes the
-files of fine-tuning.
+`attentive` and `prototypes` read patch tokens, which are cached as float16 and only for the chosen layers.
+`few_shot.shots` adds classification by nearest class means of a few clips, drawn many times.
+
+If there are several heads, the validation clips or the clips held out choose one. With `folds`, cross-validation over
+the other folds chooses layer, pooling, kind and settings for each test fold; the reported metric is the mean over test
+folds. `compare` adds new weights of the same architecture, and MFCCs with a random forest, to the same tables.
+
+The program accepts configurations of `training.finetune`. It uses only their classes, splits, clip length and
+architecture; published mode also uses augmentation, loss and batch size. The section `head` sets learning rate, epochs
+and all other settings of the fit.
+
+The program writes these files to OUT:
+
+- results.json, which names the mode, as all printed output does;
+- model/, the encoder with its head for `pipeline("audio-classification")`;
+- in cached mode, tables and pictures of the best head (by validation), by class and group;
+- for a sweep of linear heads, sweep.csv and sweep.png;
+- for several heads or encoders, heads.md and heads.csv with the cost of each head, and heads.png with the metric by
+  layer and kind;
+- in published mode, the files of fine-tuning.
 """
 
 from collections.abc import Sequence

@@ -18,12 +18,12 @@ class Interval(NamedTuple):
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether zero lies outside."""
+        """Whether zero lies outside the interval."""
         return self.low > 0 or self.high < 0
 
 
 def student_interval(values: Sequence[float]) -> Interval | None:
-    """Return Student's interval of the mean of independent values; `None` for fewer than two."""
+    """Return Student's confidence interval of the mean of independent values; `None` for fewer than two values."""
     if len(values) < 2:
         return None
     mean = statistics.mean(values)
@@ -32,7 +32,7 @@ def student_interval(values: Sequence[float]) -> Interval | None:
 
 
 def percentile_interval(values: np.ndarray) -> Interval:
-    """Return the interval between the outer percentiles of resampled values."""
+    """Return the interval that contains the central share `LEVEL` of resampled values."""
     low, high = np.nanquantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(low), float(high))
 
@@ -41,11 +41,11 @@ class Difference(NamedTuple):
     """The difference in mAP between an encoder and the baseline, paired by seed.
 
     Attributes:
-        protocol: How the encoders are tested.
+        protocol: The test of the encoders.
         encoder: The encoder.
         sources: Number of sources of the test clips.
-        by_seed: The difference with each seed.
-        within: For each seed, the interval over resamples of the test clips.
+        by_seed: The difference for each seed.
+        within: The interval over resamples of the test clips, for each seed.
     """
 
     protocol: str

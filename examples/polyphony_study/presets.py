@@ -1,6 +1,6 @@
-"""Sizes of the study: settings of every program that it runs, as data.
+"""Sizes of the study, as settings of every program that it runs.
 
-The recipes are the configuration files; a preset names them and changes what its time allows.
+The recipes are the configuration files. A preset names them, and overrides settings to fit its time.
 """
 
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ class Preset:
     """Settings of a study.
 
     Attributes:
-        seeds: Each is the seed of one run of everything.
+        seeds: The seeds. Each repeats the whole study.
         scenes: Options of `training.soundscapes`.
-        synthesis: Further options without recordings.
-        mixing: Further options with recordings.
-        programs: Options that all training programs get.
+        synthesis: Further options of `training.soundscapes` without recordings.
+        mixing: Further options of `training.soundscapes` with recordings.
+        programs: Options of all training programs.
         stage1: Options of `training.pretrain` in stage 1.
         stage2: Options of `training.pretrain` in stage 2.
         finetuning: Options of `training.finetune`.
@@ -28,7 +28,7 @@ class Preset:
         linear: Further options of the linear probe.
         prototypes: Further options of the prototype probe.
         processes: Number of seeds that run at the same time, each in a process of its own.
-        minutes: Time after which the study stops; `None` for no limit.
+        minutes: Minutes after which the study stops; `None` for no limit.
     """
 
     seeds: tuple[int, ...]
@@ -46,7 +46,7 @@ class Preset:
     minutes: float | None = None
 
 
-# One crop of the tiny recipes has 2.56 s. Events are not longer than a scene.
+# A crop of the tiny recipes has 2.56 s. The ranges of event lengths below end at the length of a scene.
 _TINY_SCENES: Options = {"clips": 4000, "seconds": 2.58}
 
 CPU = Preset(

@@ -1,4 +1,4 @@
-"""Processes of the study: one for each seed, which runs all its steps."""
+"""Processes of the study. Each runs all steps of one seed."""
 
 import os
 import time
@@ -18,14 +18,15 @@ INTERVAL = 1.0
 
 
 def run_seed(out: Path, preset: Preset, seed: int, deadline: float | None, start_method: str) -> None:
-    """Run the steps of a seed, in a process that the study started for it.
+    """Run the steps of a seed. Called in the process that the study starts for the seed.
 
     Args:
         out: Folder of the study.
         preset: Its settings.
         seed: The seed.
         deadline: Time at which to stop, in seconds since the epoch, or `None`.
-        start_method: How data workers start. A spawned process would spawn them, so that each imports all packages.
+        start_method: Start method of data workers. By default, a spawned process would spawn its workers, and each
+            worker would import all packages.
     """
     set_start_method(start_method, force=True)
     if preset.processes > 1:
@@ -36,7 +37,7 @@ def run_seed(out: Path, preset: Preset, seed: int, deadline: float | None, start
             for descriptor in (1, 2):
                 os.dup2(log.fileno(), descriptor)
     with StopRequest() as stop:
-        # The training programs take seconds to import. The process of the study needs none of them.
+        # The training programs take seconds to import, and the main process of the study does not need them.
         from examples.steps.running import run_steps
 
         Thread(target=stop_in_time, args=(stop, deadline), daemon=True).start()
@@ -44,7 +45,7 @@ def run_seed(out: Path, preset: Preset, seed: int, deadline: float | None, start
 
 
 def stop_in_time(stop: StopRequest, deadline: float | None) -> None:
-    """Ask this process to stop at the deadline, or when the process of the study is gone."""
+    """Ask this process to stop at the deadline, or when the main process of the study has ended."""
     parent = parent_process()
     if parent is not None:
         wait([parent.sentinel], None if deadline is None else max(0.0, deadline - time.time()))
@@ -95,5 +96,5 @@ def run_seeds(out: Path, preset: Preset, deadline: float | None, report: Callabl
                 report()
     if failed:
         where = f"{seed_folder(out, failed[0]) / 'log.txt'} has the reason" if preset.processes > 1 else "see above"
-        raise SystemExit(f"error: a step of seed {failed[0]} failed: {where}. The same command goes on from there.")
+        raise SystemExit(f"error: a step of seed {failed[0]} failed: {where}. Run the same command to continue.")
     return all(step.is_finished for of_seed in steps.values() for step in of_seed)

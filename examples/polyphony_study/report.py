@@ -26,7 +26,7 @@ FILES = ("results.json", "table.md", "differences.md", "table.png")
 
 
 def write_report(out: Path, seeds: Sequence[int], num_finished: int, num_steps: int) -> None:
-    """Write all files of the report, from what there is so far.
+    """Write all files of the report, from the results so far.
 
     Args:
         out: Folder of the study.
@@ -51,7 +51,7 @@ def write_report(out: Path, seeds: Sequence[int], num_finished: int, num_steps: 
 
 
 def columns_of(scores: Mapping[str, object]) -> list[str]:
-    """Return the numbers of sources in their order, and `ALL`."""
+    """Return the numbers of sources in ascending order, and `ALL`."""
     return [*sorted((name for name in scores if name != ALL), key=int), ALL]
 
 
@@ -80,11 +80,11 @@ def differences_of(scores: Scores, files: dict[tuple[str, str], dict[int, Path]]
 
 
 def statement(differences: Sequence[Difference]) -> str:
-    """Say in words which objectives differ from the baseline beyond the intervals over seeds."""
+    """Return sentences that say which objectives differ from the baseline beyond the intervals over seeds."""
     with_interval = [(d, d.interval) for d in differences]
     known = [(d, interval) for d, interval in with_interval if interval is not None]
     if not known:
-        return f"There is no statement yet: an interval needs {BASELINE} and another objective with two seeds."
+        return f"No statement is possible yet: an interval needs {BASELINE} and another objective with two seeds."
     level = f"{100 * LEVEL:.0f} % interval"
     lines = []
     for protocol, words in PROTOCOLS.items():
@@ -120,8 +120,8 @@ def points(interval: Interval) -> str:
 def table(scores: Scores, chance: dict[str, float], num_seeds: int, state: str) -> str:
     """Return a Markdown table of the mAP in per cent, by protocol and encoder and by number of sources.
 
-    Its first row has the mAP of random scores, which grows with the number of sources. A cell with fewer than all
-    seeds names their number.
+    The first row has the mAP of random scores, which grows with the number of sources. If a cell does not have all
+    seeds, it names their number.
     """
     columns = columns_of(chance)
     head = ["", "encoder", *(f"{n} source{'s' if n != '1' else ''}" for n in columns if n != ALL), ALL]
@@ -137,7 +137,7 @@ def table(scores: Scores, chance: dict[str, float], num_seeds: int, state: str) 
 
 
 def table_of_differences(differences: Sequence[Difference], text: str, state: str) -> str:
-    """Return the statement and a Markdown table of the differences, a column for each seed."""
+    """Return the statement and a Markdown table of the differences, with a column for each seed."""
     seeds = sorted({seed for d in differences for seed in d.by_seed})
     lines = [
         f"Difference in mAP from {BASELINE} in percentage points, paired by seed; {state}",
@@ -197,7 +197,7 @@ def plot(scores: Scores, chance: dict[str, float]) -> Figure:
         axes.set_xlabel("sources in a clip")
         axes.set_title(words)
         axes.spines[["top", "right"]].set_visible(False)
-    # The intervals of two seeds can exceed the range of the mAP by far.
+    # The intervals of two seeds can far exceed the range of the mAP.
     panels[0].set_ylim(0, 1)
     panels[0].set_ylabel(f"mAP, mean and {100 * LEVEL:.0f} % interval over seeds")
     handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
@@ -206,7 +206,7 @@ def plot(scores: Scores, chance: dict[str, float]) -> Figure:
 
 
 def bars(axes: Axes, columns: Sequence[str], by_sources: dict[str, dict[int, float]], index: int, label: str) -> None:
-    """Draw the bars of an encoder, the one with number `index` in each group of bars."""
+    """Draw the bars of one encoder, at position `index` in each group of bars."""
     width = 0.84 / len(ENCODERS)
     # An encoder without results has an empty bar, so that all panels have the same legend.
     values = [list(by_sources.get(name, {}).values()) for name in columns]

@@ -1,4 +1,4 @@
-"""Scores of the finished steps: mAP by encoder, number of sources and seed, and its spread over the test clips."""
+"""Scores of the finished steps: mAP by encoder, number of sources and seed, and over resamples of the test clips."""
 
 import json
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from examples.polyphony_study.steps import ENCODERS, FOREST, PROTOCOLS, forest_results_file, results_file
 
-# All numbers of sources together.
+# Stands for all numbers of sources together.
 ALL = "all"
 RESAMPLES = 1000
 
@@ -30,7 +30,7 @@ def finished_results(out: Path, seeds: Sequence[int]) -> dict[tuple[str, str], d
 
 
 def read_scores(results: Path, metric: str = "map") -> dict[str, float]:
-    """Read a metric of the test clips by their number of sources, and of all of them."""
+    """Read a metric of the test clips by number of sources, and of all test clips."""
     found = json.loads(results.read_text(encoding="utf-8"))
     by_sources = {str(row["group"]): row[metric] for row in found["by_group"]}
     return by_sources | {ALL: found["metrics"][metric]}
@@ -50,7 +50,7 @@ def gather_scores(files: dict[tuple[str, str], dict[int, Path]]) -> Scores:
 def average_precisions(scores: np.ndarray, targets: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Return the average precision of a class for each of R resamples of N clips.
 
-    It equals scikit-learn's `average_precision_score` with the counts as weights.
+    The result equals that of scikit-learn's `average_precision_score` with the counts as sample weights.
 
     Args:
         scores: Scores of the class, shape `(N,)`.
@@ -62,7 +62,7 @@ def average_precisions(scores: np.ndarray, targets: np.ndarray, counts: np.ndarr
     """
     order = np.argsort(-scores, kind="stable")
     ordered = scores[order]
-    # Clips with equal scores share one threshold: that after the last of them.
+    # Clips with equal scores share the threshold after the last of them.
     last = np.searchsorted(-ordered, -ordered, side="right") - 1
     counts = counts[:, order].astype(np.float64)
     hits = counts * targets[order]
@@ -76,7 +76,7 @@ def average_precisions(scores: np.ndarray, targets: np.ndarray, counts: np.ndarr
 def resampled_scores(results: Path, sources: str) -> np.ndarray:
     """Return the mAP of an evaluation over resamples of its test clips, drawn with replacement.
 
-    The draws depend on the number of clips alone. So those of two encoders on the same clips are paired.
+    The draws depend only on the number of clips, so two encoders have the same resamples of the same clips.
 
     Args:
         results: A results file. The predictions are beside it.

@@ -1,4 +1,4 @@
-"""The steps of a study: each is one command, finished when its result exists."""
+"""The steps of a study. Each is one command, which has finished when its result exists."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ TEST = "test"
 def data_folder(out: Path) -> Path:
     """Return the folder of the study's scenes.
 
-    `datasets` caches facts about a local data set by the folder's name alone, so the name is not a common one.
+    `datasets` caches facts about a local data set by the name of its folder only, so this name is an unusual one.
     """
     return out / "polyphony_scenes"
 
@@ -50,7 +50,7 @@ def forest_results_file(out: Path, seed: int) -> Path:
 
 
 def steps_of_seed(out: Path, preset: Preset, seed: int) -> list[Step]:
-    """Return the steps of a seed in their order: every encoder is made and then tested."""
+    """Return the steps of a seed in their order. Each encoder is made and then tested."""
     return [
         step
         for encoder in (STAGE1, NEW_WEIGHTS, *OBJECTIVES)
@@ -75,7 +75,7 @@ def making(out: Path, preset: Preset, seed: int, encoder: str) -> Step:
 
 
 def tests(out: Path, preset: Preset, seed: int, encoder: str) -> Iterator[Step]:
-    """Yield the steps that test an encoder. The forest takes part once for each seed."""
+    """Yield the steps that test an encoder. The first linear probe of a seed also tests the forest."""
     folder = run_folder(out, seed, encoder)
     cache = folder.with_name(f"{folder.name}-features")
     model = {"model": folder / "model"}

@@ -148,7 +148,7 @@ def test_statement_follows_from_the_numbers(out: Path):
         ({0: 0.02, 1: 0.021, 2: 0.019}, "pma is 2.0 points above ua (95 % interval +1.8 to +2.2)"),
         ({0: -0.02, 1: -0.021, 2: -0.019}, "pma is 2.0 points below ua (95 % interval -2.2 to -1.8)"),
         ({0: 0.02, 1: -0.021, 2: 0.019}, "no objective differs from ua beyond the 95 % interval over seeds"),
-        ({0: 0.02}, "There is no statement yet"),
+        ({0: 0.02}, "No statement is possible yet"),
     ],
 )
 def test_statement_names_direction_and_interval(by_seed: dict[int, float], expected: str):

@@ -65,8 +65,8 @@ def test_every_class_has_held_out_recordings(pools):
 
 def test_readme_says_how_many_recordings_are_trained_on_and_held_out(repository, pools):
     text = " ".join((repository / "README.md").read_text().split())
-    assert f"trained for minutes on {len(pools['train'])} recordings" in text
-    assert f"holds {len(pools['test'])} recordings out" in text
+    assert f"trained for minutes on scenes from {len(pools['train'])} recordings" in text
+    assert f"{len(pools['test'])} of the recordings are held out" in text
 
 
 @pytest.mark.slow
@@ -85,7 +85,7 @@ def test_quickstart_runs_and_continues(repository, tmp_path, monkeypatch, capsys
     printed = []
     for _ in range(2):
         quickstart.main()
-        printed.append(capsys.readouterr().out.partition("Held-out scenes")[2])
+        printed.append(capsys.readouterr().out.partition("Test scenes")[2])
     # The second call finds the scenes and the complete runs.
     assert commands.count("training.soundscapes") == 1
     assert printed[0] == printed[1]
@@ -100,7 +100,7 @@ def test_quickstart_runs_and_continues(repository, tmp_path, monkeypatch, capsys
         (line,) = re.findall(rf"^  examples/sounds/{re.escape(name)} .*", recordings, re.M)
         assert line.endswith(f"  {label}") != line.endswith("  (wrong)")
     num_right = len(pools["test"]) - recordings.count("(wrong)")
-    assert f"{num_right} of {len(pools['test'])} held-out recordings get their class first." in recordings
+    assert f"right for {num_right} of {len(pools['test'])} held-out recordings." in recordings
     assert neighbours.startswith(f" examples/sounds/{pools['test'].ids[0]} among the other 57 recordings:")
     assert len(re.findall(r"^  -?[01]\.\d{3}  examples/sounds/(\w+)/\w+\.flac +\1$", neighbours, re.M)) == 3
     # Short recordings are padded with silence, as the configuration of pre-training says.

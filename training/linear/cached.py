@@ -1,4 +1,4 @@
-"""Fast linear evaluation: heads fitted on cached features of a frozen encoder."""
+"""Linear evaluation in cached mode: heads fitted on cached features of a frozen encoder."""
 
 import json
 import logging
@@ -56,7 +56,7 @@ REMEDIES = {
     "test": " (--test_split null reports on the validation clips)",
 }
 FOREST = Head(0, "mean and deviation of MFCCs", "forest")
-# A longer table of heads is left to heads.md.
+# A longer table of heads is not printed; heads.md has it.
 MAX_PRINTED_HEADS = 40
 
 
@@ -64,7 +64,7 @@ class FrozenEncoder(NamedTuple):
     """The encoder under evaluation, and its task.
 
     Attributes:
-        model: The encoder within a classifier for the task's classes, whose own head is not used.
+        model: A classifier for the task's classes that contains the encoder. Its own head is not used.
         feature_extractor: Computes its input.
         task: Classes and problem type.
     """
@@ -78,7 +78,7 @@ def evaluate_cached(config: LinearEvalConfig) -> None:
     """Extract features, fit heads, test them and write the results. Call it in every process.
 
     Raises:
-        TrainingError: If the settings, the model, the data or an earlier evaluation do not allow it.
+        TrainingError: If the settings, the model or the data are wrong, or the folder has other results.
         DataError: If the data do not have the labels that the task needs, or too many clips are unusable.
     """
     try:
@@ -129,7 +129,7 @@ class Contender(NamedTuple):
         name: Name for tables.
         heads: The heads to fit.
         sets: The features of each split.
-        seconds: Time to compute or find them.
+        seconds: Time to compute the features or to find them in the cache.
     """
 
     name: str
@@ -144,14 +144,14 @@ def short_name_of(config: LinearEvalConfig) -> str:
 
 
 def setup_of(config: LinearEvalConfig, encoder: FrozenEncoder) -> Setup:
-    """Return the facts that determine a fit besides the clips."""
+    """Return everything except the clips that determines a fit."""
     model = encoder.model
     return Setup(
         config,
         encoder.task.labels,
         encoder.task.problem_type,
         model.config.hidden_size,
-        # A fitted head has a norm, even if the model's own head has none.
+        # A fitted head always has a LayerNorm, even if the model's own head has none.
         model.config.classifier_norm_eps or 1e-6,
         model.config.initializer_range,
         model.device,
@@ -195,7 +195,7 @@ def contender_of(
 
 
 def forest_of(config: LinearEvalConfig, encoder: FrozenEncoder, accelerator: Accelerator) -> Contender:
-    """Return the baseline without an encoder, with its features of all splits. Call it in every process."""
+    """Return the random forest with the MFCC features of all splits. Call it in every process."""
     started = time.perf_counter()
     cepstra = cepstral_extractor(config.forest.coefficients)
 
@@ -226,7 +226,7 @@ def freeze_encoder(config: LinearEvalConfig, task: Task, accelerator: Accelerato
 
 
 def splits_of(config: LinearEvalConfig) -> dict[str, DataConfig]:
-    """Return the settings of each split, by fold or by purpose. The training split includes the clips held out."""
+    """Return the settings of each split, by fold or by purpose. The training split includes the held-out clips."""
     training = replace(config.data, hold_out=0.0, held_out=False)
     if config.folds:
         return {fold: replace(training, split=fold) for fold in config.folds}
@@ -250,7 +250,7 @@ def extract_splits(
         features: Returns the features of a source.
 
     Raises:
-        TrainingError: If a split cannot be read, or its patch tokens take too much room.
+        TrainingError: If a split cannot be read, or its patch tokens are too large.
         DataError: If its clips are unusable.
     """
     sets = {}
@@ -265,11 +265,11 @@ def extract_splits(
 
 
 def check_apart(sets: dict[str, FeatureSet], by_fold: bool) -> None:
-    """Check that no clip is both trained on and tested on. All clips would be if the data have no splits.
+    """Check that no training clip is a test clip. All clips are both if the data have no splits.
 
     Args:
         sets: The features of the training clips and of other splits, or those of each fold.
-        by_fold: Whether each split is trained on, and not the first alone.
+        by_fold: Whether all splits are trained on. Otherwise only the first is.
 
     Raises:
         TrainingError: If a split shares clips with one that is trained on.
@@ -291,13 +291,13 @@ def check_apart(sets: dict[str, FeatureSet], by_fold: bool) -> None:
             )
         if shared:
             raise TrainingError(
-                f"{len(shared)} of the {len(part.ids)} {name} clips are training clips, such as {shared[0]}. For data "
-                "without splits give --data.hold_out 0.2 --test_split null."
+                f"{len(shared)} of the {len(part.ids)} {name} clips are training clips, such as {shared[0]}. If the "
+                "data have no splits, give --data.hold_out 0.2 --test_split null."
             )
 
 
 def chosen_heads(config: LinearEvalConfig, last_layer: int, model_pooling: str) -> list[Head]:
-    """Return the heads that `layers` and `poolings` ask for, layer by layer.
+    """Return the heads that `head.kinds`, `few_shot.shots`, `layers` and `poolings` ask for.
 
     Args:
         config: The settings.
@@ -327,7 +327,7 @@ def chosen_heads(config: LinearEvalConfig, last_layer: int, model_pooling: str) 
 
 
 def heads_of_kind(config: LinearEvalConfig, kind: str, layers: list[int], poolings: list[str]) -> list[Head]:
-    """Return the heads of one kind: one for each layer, pooling and setting that concern the kind."""
+    """Return the heads of one kind: one for each layer, pooling and setting that the kind uses."""
     if kind in TOKEN_KINDS:
         return [Head(layer, "patches", kind) for layer in layers]
     settings: list[tuple[tuple[str, float], ...]] = [()]
@@ -459,7 +459,7 @@ def fit_and_report(
 
 
 def how_chosen(entrant: Entrant, config: LinearEvalConfig) -> str:
-    """Say in a sentence how the heads of an encoder were chosen."""
+    """Return a sentence that says how the head of an encoder was chosen."""
     if entrant.by_round:
         return (
             "For each test fold, cross-validation over the other folds chooses the head; the test fold has no part in "
@@ -473,7 +473,7 @@ def how_chosen(entrant: Entrant, config: LinearEvalConfig) -> str:
 def summary_of(
     entrants: list[Entrant], best: HeadSummary, metric_name: str, tests: list[str], sentence: str
 ) -> list[str]:
-    """Return the printed tables: the heads of the encoder, the choice, and the best of all encoders and kinds.
+    """Return the printed tables: the encoder's heads, the choice, and the best head of each encoder and kind.
 
     Args:
         entrants: The encoder and its rivals.

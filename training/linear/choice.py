@@ -1,8 +1,8 @@
 """Choice of heads by validation clips or by inner folds.
 
-Each fold is a test fold once. Without clips held out, heads are compared by cross-validation over the other folds: for
-the test fold a, every other fold b validates heads that were fitted without a and b. The same heads serve the test
-fold b with a for validation, so F folds need F (F - 1) / 2 inner fits. The test fold has no part in the choice.
+Each fold is the test fold once. If no clips are held out, cross-validation over the other folds chooses the head: for
+the test fold a, every other fold b validates heads that were fitted without a and b. For the test fold b, the same
+heads are validated on a, so F folds need F (F - 1) / 2 inner fits. The test fold has no part in the choice.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def inner_scores(heads: Sequence[Head], folds: dict[str, FeatureSet], setup: Set
     if len(folds) < 3:
         raise TrainingError(
             f"There are {len(heads)} heads and {len(folds)} folds. The choice of a head by inner folds needs three "
-            "folds or more. Set data.hold_out, or a single one of layers, poolings and head.kinds."
+            "folds or more. Set data.hold_out, or name one layer, one pooling and one of head.kinds."
         )
     scores: dict[str, list[list[float]]] = {name: [] for name in folds}
     for one, other in combinations(folds, 2):
@@ -47,12 +47,12 @@ def inner_scores(heads: Sequence[Head], folds: dict[str, FeatureSet], setup: Set
 
 
 def choose(rounds: Sequence[Sequence[HeadResult]], candidates: Sequence[int], by_round: bool) -> list[int]:
-    """Choose one of several heads by validation. Of equal heads the first is chosen.
+    """Choose the head with the best validation metric; of several best heads, the first.
 
     Args:
         rounds: Results of all heads, for each test split.
         candidates: Indices of the heads to choose from.
-        by_round: Whether each round has a choice of its own. Otherwise the mean over rounds decides for all.
+        by_round: Whether to choose a head for each round. Otherwise the mean over rounds chooses one head for all.
 
     Returns:
         Index of the chosen head for each round.

@@ -19,7 +19,7 @@ class Clips:
 
     Args:
         sets: The splits.
-        choose: Returns whether the clip of a name belongs to them.
+        choose: Returns whether the clip with an id belongs to them.
     """
 
     def __init__(self, sets: Sequence[FeatureSet], choose: Callable[[str], bool] = lambda id_: True) -> None:
@@ -31,7 +31,7 @@ class Clips:
         return sum(map(len, self.rows))
 
     def column(self, name: str) -> list[Any]:
-        """Return the `ids`, `labels` or, if there are any, `groups` of all clips."""
+        """Return the `ids`, `labels` or `groups` of all clips."""
         return [getattr(features, name)[i] for features, rows in zip(self.sets, self.rows, strict=True) for i in rows]
 
     def groups(self) -> list[Any] | None:
@@ -44,10 +44,10 @@ class Clips:
         return self.sets[0].group_column
 
     def pooled(self, head: Head) -> torch.Tensor:
-        """Return the input of a head: float32 `(len(self), width)`, or `(len(self), layers, width)` of all layers."""
+        """Return the input of a head: float32 `(len(self), width)`, or `(len(self), layers, width)` for all layers."""
         layer: Any = slice(None) if head.layer == "all" else head.layer
         parts = [
-            # A list beside a slice would move the axes of a single indexing.
+            # One indexing with both a list and a slice would move the axes.
             features.pooled[:, layer][..., head.columns, :][rows]
             for features, rows in zip(self.sets, self.rows, strict=True)
         ]
@@ -82,7 +82,7 @@ class Clips:
 
 
 class Round(NamedTuple):
-    """The clips of one fit and its test. Without validation `validation` is empty."""
+    """The clips of one fit and its test. `validation` is empty if there is no validation."""
 
     train: Clips
     validation: Clips
@@ -90,7 +90,7 @@ class Round(NamedTuple):
 
 
 def no_clips(sets: Sequence[FeatureSet]) -> Clips:
-    """Return none of the clips of some splits."""
+    """Return an empty selection from some splits."""
     return Clips(sets, lambda id_: False)
 
 
@@ -99,7 +99,7 @@ def make_rounds(config: LinearEvalConfig, sets: dict[str, FeatureSet]) -> dict[s
 
     Args:
         config: The settings, which give each split its purpose.
-        sets: The features of "train" and, if they exist, "validation" and "test"; with folds those of each fold.
+        sets: The features of "train" and, if they exist, "validation" and "test". With folds, the features of each.
 
     Raises:
         TrainingError: If `data.hold_out` holds out none of the training clips.
@@ -112,7 +112,7 @@ def make_rounds(config: LinearEvalConfig, sets: dict[str, FeatureSet]) -> dict[s
         )
         if config.data.hold_out and not len(held_out):
             raise TrainingError(
-                f"data.hold_out={config.data.hold_out:g} holds out none of the {len(rest)} training clips; increase it."
+                f"data.hold_out={config.data.hold_out:g} holds out none of the {len(rest)} training clips. Raise it."
             )
         return rest, held_out
 

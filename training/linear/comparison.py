@@ -1,6 +1,6 @@
 """Tables and picture of all heads of an encoder and of its rivals.
 
-- `heads.md`: the best head by validation, of each encoder and kind, then every head with its cost;
+- `heads.md`: the best head by validation of each encoder and of each kind, then every head with its cost;
 - `heads.csv`: every head with every setting;
 - `heads.png`: the metric by layer and kind.
 """
@@ -38,13 +38,13 @@ KIND_NAMES = {
 
 
 class Entrant(NamedTuple):
-    """All heads of an encoder, or of a baseline without one.
+    """An encoder, or a baseline without one, with its fitted heads.
 
     Attributes:
         name: Name for tables.
         heads: The heads.
         rounds: The result of each head, for each test split.
-        by_round: Whether each round has a choice of its own.
+        by_round: Whether validation chooses a head for each round. Otherwise one head is chosen for all rounds.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Entrant(NamedTuple):
     by_round: bool
 
     def chosen(self, kind: str | None = None) -> HeadSummary:
-        """Return the best head by validation, among one kind or all. Few-shot heads take part only as a kind."""
+        """Return the best head by validation, of one kind or of all. All kinds exclude few-shot heads."""
         candidates = [
             i
             for i, head in enumerate(self.heads)
@@ -70,11 +70,11 @@ class Entrant(NamedTuple):
 
     @property
     def kinds(self) -> list[str]:
-        """The kinds of its heads."""
+        """The kinds of the heads."""
         return list(dict.fromkeys(head.kind for head in self.heads))
 
     def table(self) -> list[HeadSummary]:
-        """Return the summary of each head with each setting."""
+        """Return the summary of each head. Heads that differ only in a setting have a row each."""
         return [HeadSummary.of([results[i] for results in self.rounds]) for i in range(len(self.heads))]
 
     def table_of_places(self) -> list[HeadSummary]:
@@ -136,7 +136,7 @@ def remove_comparison(folder: Path) -> None:
 
 
 def cells_of(entrant: Entrant, row: HeadSummary) -> list[str]:
-    """Return the cells of a row of heads.md. A choice that differs between folds lists them all."""
+    """Return the cells of a row of heads.md. A cell whose value differs between folds lists all values."""
     parts = [row.value_of(name) for name in ("kind", "layer", "pooling", "settings")]
     if row.head.kind == "forest":
         parts[1] = "-"
@@ -153,7 +153,7 @@ def line_of(cells: Sequence[str]) -> str:
 def plot(path: Path, entrants: Sequence[Entrant], metric_name: str, title: str) -> None:
     """Plot the test metric of each kind by layer, with the pooling and settings that validation chooses.
 
-    Heads on all layers and the forest are horizontal lines. The panels share the vertical axis.
+    Horizontal lines show the forest and the heads that read all layers. The panels share the vertical axis.
     """
     encoders = [entrant for entrant in entrants if entrant.kinds != ["forest"]]
     figure = Figure(figsize=(1.2 + 4.2 * len(encoders), 4.4), layout="constrained")
@@ -175,7 +175,7 @@ def plot(path: Path, entrants: Sequence[Entrant], metric_name: str, title: str) 
 
 
 def plot_entrant(axes: Axes, entrant: Entrant) -> None:
-    """Draw a curve by layer for each kind."""
+    """Draw a curve over the layers for each kind of head."""
     layers = sorted({head.layer for head in entrant.heads if isinstance(head.layer, int)})
     axes.set_xticks(layers)
     for kind in entrant.kinds:

@@ -25,20 +25,20 @@ from training.run.config import CheckpointConfig, WatchConfig
 from training.run.losses import Loss
 
 PROTOCOLS = {
-    "cached": "fast mode (cached): features of the frozen encoder computed once, without augmentation, and linear "
+    "cached": "cached mode: features of the frozen encoder computed once, without augmentation, and linear "
     "heads fitted on them",
-    "cached, kinds": "fast mode (cached): features of the frozen encoder computed once, without augmentation, and "
+    "cached, kinds": "cached mode: features of the frozen encoder computed once, without augmentation, and "
     "heads of the kinds {kinds} fitted on them",
-    "published": "published mode: features of the frozen encoder computed anew in every epoch, under augmentation",
+    "published": "published mode: features of the frozen encoder computed again in every epoch, with augmentation",
 }
 ALL_POOLINGS = (*FEATURE_POOLINGS, "cls+mean", "max+std", "mean+max+std")
 
 
 @dataclass(kw_only=True)
 class LinearEvalConfig:
-    """All settings of a linear evaluation: those of `training.finetune` under the same keys, and its own.
+    """All settings of a linear evaluation: those of `training.finetune` under the same keys, and further ones.
 
-    The encoder is frozen and `head` holds the settings of fitting a head. These settings therefore have no effect:
+    The encoder is frozen, and `head` has the settings of the fit. These settings therefore have no effect:
     `freeze_encoder`, `max_updates`, `epochs`, `warmup_fraction`, and the learning rates, warm-up, layer decay, betas
     and weight decay of `optimizer`.
     """
@@ -56,10 +56,11 @@ class LinearEvalConfig:
     validation_split: str = same_field(FinetuneConfig, "validation_split")
     test_split: str | None = field(
         default="test",
-        metadata={"help": "Split for the results. null: the validation split, which also chooses the epoch."},
+        metadata={"help": "Split to test on. null: test on the validation split, which also chooses the epoch."},
     )
     folds: list[str] = field(
-        default_factory=list, metadata={"help": "Splits for cross-validation: each is tested once, by the others."}
+        default_factory=list,
+        metadata={"help": "Splits for cross-validation: each is the test split once, and the others train."},
     )
     label_file: str | None = same_field(FinetuneConfig, "label_file")
     problem_type: Literal["auto", "single", "multi"] = field(
@@ -81,7 +82,7 @@ class LinearEvalConfig:
     memory: Literal["auto", "fast", "small"] = same_field(FinetuneConfig, "memory")
     compile: bool = same_field(FinetuneConfig, "compile")
     random_weights: bool = field(
-        default=False, metadata={"help": "Evaluate the model's architecture with new weights, for comparison."}
+        default=False, metadata={"help": "Evaluate the architecture with new (random) weights, for comparison."}
     )
     layers: list[str] = field(
         default_factory=lambda: ["last"],
@@ -109,7 +110,7 @@ class LinearEvalConfig:
     compare: list[Rival] = field(
         default_factory=list,
         metadata={
-            "help": "Rivals to put beside the encoder in the same tables. new_weights: the same architecture with new "
+            "help": "Rivals to add to the encoder's tables. new_weights: the same architecture with new (random) "
             "weights and the same heads. mfcc_forest: statistics of cepstral coefficients and a random forest.",
             "default": "none",
         },

@@ -13,7 +13,7 @@ from training.run.config import TrainingError
 
 
 def name_of_encoder(config: LinearEvalConfig) -> str:
-    """Return the encoder's name for results."""
+    """Return the encoder's name, as the results state it."""
     return f"{config.model}, new weights" if config.random_weights else config.model
 
 
@@ -52,11 +52,11 @@ def check_results_dir(config: LinearEvalConfig) -> None:
         if not isinstance(before, dict):
             raise ValueError(f"a {type(before).__name__} instead of a table")
     except (OSError, ValueError) as error:
-        raise TrainingError(f"{path} is not of an evaluation ({error}); name another --output_dir.") from error
+        raise TrainingError(f"{path} is not of an evaluation ({error}). Name another --output_dir.") from error
     facts = common_facts(config)
     for name in ("mode", "model", "dataset"):
         if before.get(name) != facts[name]:
             raise TrainingError(
-                f"{path} is of another evaluation ({name} {before.get(name)}, not {facts[name]}); name another "
+                f"{path} is of another evaluation ({name} {before.get(name)}, not {facts[name]}). Name another "
                 "--output_dir."
             )

@@ -10,11 +10,12 @@ determines the features. A changed weight, setting of the feature extractor or d
 the output of the embeddings, layer i that of block i; classifiers read the last.
 
 Patch tokens are cached in the same way, in a folder of their own, as float16 of shape (N, layers, patches,
-hidden_size) and only for the layers asked for ([`cached_tokens`]). Their size is checked before the first forward
-pass. So are the statistics of cepstral coefficients that the baseline reads ([`training.linear.forest`]).
+hidden_size) and only for the requested layers ([`cached_tokens`]). Their size is checked before the first forward
+pass. The statistics of MFCCs that the random forest reads are cached in the same way, too
+([`training.linear.forest`]).
 
-Every process of a launch writes its clips into a file of its own. The main process merges them in a hidden folder,
-which gets its name once it is complete on disk. Memory holds a batch, never a split.
+Every process of a launch writes its clips into its own file. The main process merges these files in a hidden folder,
+which gets its final name once it is complete on disk. Memory holds a batch, never a split.
 """
 
 import dataclasses
@@ -56,10 +57,10 @@ logger = logging.getLogger(__name__)
 FEATURE_POOLINGS = ("cls", "mean", "lin_softmax", "max", "std")
 # Version of the files. A new number invalidates all cached features.
 CACHE_FORMAT = 1
-# Settings of the model that do not concern the encoder.
+# Settings of the model that do not affect the encoder.
 HEAD_SETTINGS = {"classifier_pooling", "classifier_norm_eps"}
 TABLE_SUFFIXES = (".csv", ".tsv", ".lbl", ".json", ".jsonl")
-# Rows that are moved at once when the processes' files are merged: about 150 MB for a base model.
+# Rows that are copied at once when the processes' files are merged: about 150 MB for a base model.
 ROWS_PER_COPY = 1024
 
 
@@ -94,7 +95,7 @@ class Extractor(NamedTuple):
     """A function of log-mel frames whose values are cached.
 
     Attributes:
-        key: Everything besides the data and the feature extractor that determines the values, as plain values.
+        key: Everything except the data and the feature extractor that determines the values, as plain values.
         shape: Shape of a clip's values.
         compute: Computes values `(B, *shape)` of `input_values` `(B, T, F)`.
         name: Title of the progress bar.
@@ -107,7 +108,7 @@ class Extractor(NamedTuple):
 
 
 def pooled_states(encoder: SSLAMModel, input_values: torch.Tensor) -> torch.Tensor:
-    """Pool every layer's states in every way: `(B, T, F)` to float32 `(B, 1 + layers, poolings, hidden_size)`."""
+    """Compute all poolings of every layer: `(B, T, F)` to float32 `(B, 1 + layers, poolings, hidden_size)`."""
     layers = []
     for states in encoder(input_values, output_hidden_states=True, return_dict=True).hidden_states:
         cls, patches = states[:, 0].float(), states[:, 1:].float()
@@ -135,7 +136,7 @@ def cached_features(
 ) -> FeatureSet:
     """Return the features of one split, from the cache or newly computed. Call it in every process.
 
-    Clips are cropped to the first `max_length` frames of the feature extractor, or padded to as many.
+    A clip keeps its first `max_length` frames. A shorter clip is padded to that length.
 
     Args:
         encoder: The encoder in eval mode, on the device of `accelerator`. It runs in the accelerator's precision.
@@ -216,8 +217,8 @@ def check_room(num_clips: int, shape: Sequence[int], cache_dir: Path, max_bytes:
     what = f"The patch tokens of {num_clips} clips ({shape[0]} layers, {shape[1]} patches, width {shape[2]})"
     if size > max_bytes:
         raise ValueError(
-            f"{what} take {size / 2**30:.2f} GiB, more than token_cache_gib={max_bytes / 2**30:g}. Raise it, name "
-            "fewer layers, or leave attentive and prototypes out of head.kinds."
+            f"{what} take {size / 2**30:.2f} GiB, more than token_cache_gib={max_bytes / 2**30:g}. Raise the limit, "
+            "name fewer layers, or leave attentive and prototypes out of head.kinds."
         )
     place = next(path for path in (cache_dir.absolute(), *cache_dir.absolute().parents) if path.exists())
     # The processes' parts and the merged file exist at the same time.
@@ -293,7 +294,7 @@ def _is_intact(folder: Path) -> bool:
         problem = "incomplete"
     except (OSError, ValueError, TypeError, AttributeError) as error:
         problem = str(error)
-    logger.warning("The cached features in %s are damaged (%s): computed anew.", folder, problem)
+    logger.warning("The cached features in %s are damaged (%s) and are computed again.", folder, problem)
     return False
 
 
@@ -353,8 +354,8 @@ def data_digest(source: Source) -> str | None:
         return HfApi().dataset_info(data.source, revision=data.revision).sha
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         logger.warning(
-            "The Hub did not tell the commit of %s (%s). If that dataset changes, features cached before will still "
-            "be used.",
+            "The commit of %s on the Hub is unknown (%s). If the data set changes, cached features of its old version "
+            "will still be used.",
             data.source,
             error,
         )
@@ -389,7 +390,7 @@ def _files_in(folder: Path) -> list[tuple[str, Path]]:
 
 
 def _files_of_scenes(mixer: Mixer) -> Iterator[tuple[str, Path]]:
-    """Yield the names and paths of the local files from which scenes are mixed, after a digest of all recordings."""
+    """Yield a digest of all recordings, then the names and paths of the local files from which scenes are mixed."""
     yield mixer.digest, Path(mixer.digest)
     settings = mixer.settings
     sources = {
@@ -443,8 +444,8 @@ def _write_part(
             if not (finite := np.isfinite(rows).reshape(len(rows), -1).all(axis=1)).all():
                 names = [id_ for id_, good in zip(batch["ids"], finite, strict=True) if not good]
                 raise DataError(
-                    f"The features of clips {', '.join(names)} are not finite as {dtype}. Either the model's "
-                    "training diverged, or float32 without mixed precision helps."
+                    f"The features of clips {', '.join(names)} are not finite as {dtype}. Set cache_dtype=float32 and "
+                    "mixed_precision=no. If they still are not finite, the model's training diverged."
                 )
             file.write(rows.tobytes())
             clips["ids"] += batch["ids"]
@@ -463,7 +464,7 @@ def _merge_parts(folder: Path, num_parts: int, source: str) -> None:
     clips = {name: [value for content in contents for value in content[name]] for name in ("ids", "labels", "groups")}
     ids = clips["ids"]
     if not ids:
-        raise DataError(f"{source} has no clip that can be used.")
+        raise DataError(f"{source} has no usable clip.")
     order = sorted(range(len(ids)), key=ids.__getitem__)
     twice = next((ids[i] for i, j in pairwise(order) if ids[i] == ids[j]), None)
     if twice is not None:

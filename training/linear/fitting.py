@@ -1,4 +1,4 @@
-"""Settings and results of a fit, training and metrics, shared by the fits of all kinds of heads."""
+"""Settings, results, training and metrics that the fits of all kinds of heads share."""
 
 import copy
 import time
@@ -16,18 +16,18 @@ from training.linear.config import LinearEvalConfig
 from training.linear.heads import DEFAULT_LOSS, METRICS, FittedHeads, Head, HeadConfig, Inputs, logits_of, train_heads
 from training.run.config import TrainingError
 
-# Limit of features and logits in memory at once. A sweep that needs more is fitted in parts.
+# Limit of the features and logits in memory. A sweep that needs more is fitted in parts.
 MAX_BYTES_IN_MEMORY = 4 * 2**30
 
 
 class Setup(NamedTuple):
-    """The facts besides the clips that determine a fit.
+    """Everything except the clips that determines a fit.
 
     Attributes:
         config: The settings.
         labels: The classes.
         problem_type: The kind of task.
-        width: Width of a token or pooling.
+        width: Width of a token or of a pooled token.
         eps: Epsilon of the heads' LayerNorm.
         std: Standard deviation of initial weights.
         device: Device to fit on.
@@ -46,8 +46,8 @@ class Cost(NamedTuple):
     """The cost of a head.
 
     Attributes:
-        parameters: Number of fitted parameters; of neighbours the values kept, of a forest its nodes.
-        flops: Floating point operations to classify a clip from its cached features; of a forest the comparisons.
+        parameters: Number of fitted parameters. For nearest neighbours, the values kept; for a forest, its nodes.
+        flops: Floating point operations to classify a clip from its cached features. For a forest, its comparisons.
         cached_bytes: Bytes of cached features that the head reads per clip.
         seconds: Time to fit and test it. Heads that are fitted together share their time equally.
     """
@@ -67,7 +67,7 @@ class HeadResult(NamedTuple):
         loss: Mean training loss of that epoch, or `None`.
         validation: Metric on the validation clips; `None` if there are none.
         tests: Metric on each of the sets of test clips.
-        spread: Standard deviation of the first test metric over draws, for a few-shot head.
+        spread: Standard deviation of the first test metric over draws, for a few-shot head; `None` for other kinds.
         predict: Computes the logits `(N, K)` of clips, on the CPU.
         state: State dict of a linear head as an `SSLAMClassifier`; `None` for other kinds.
         cost: The head's cost.
@@ -90,7 +90,7 @@ class HeadResult(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Clips and targets of one fit. Without validation `clips[1]` is empty.
+    """Clips and targets of one fit. `clips[1]` is empty if there is no validation.
 
     Attributes:
         clips: Training clips, validation clips, and sets of test clips.
@@ -119,7 +119,7 @@ def train(
     started: float,
     inputs_of: Callable[[Clips, Head, Setup], Inputs],
 ) -> list[HeadResult]:
-    """Train a module of several heads and test them.
+    """Train and test several heads that are one module.
 
     Args:
         module: Computes the logits of all heads.
@@ -163,7 +163,7 @@ def train(
 
 
 def one_head(module: nn.Module, index: int) -> nn.Module:
-    """Return a module of several heads with one of them alone. Each tensor's first axis is that of the heads."""
+    """Return a copy of a module that has only one of its heads. The first axis of each tensor is that of the heads."""
     alone = copy.deepcopy(module)
     for tensor in (*alone.parameters(), *alone.buffers()):
         tensor.data = tensor.data[index : index + 1].clone()
@@ -182,7 +182,7 @@ def predict_module(
 
 
 def check_losses(fitted: FittedHeads, heads: Sequence[Head]) -> None:
-    """Check that the heads converged.
+    """Check that the losses of all heads are finite.
 
     Raises:
         TrainingError: If a head's loss is not finite.
@@ -190,7 +190,7 @@ def check_losses(fitted: FittedHeads, heads: Sequence[Head]) -> None:
     if not (finite := fitted.losses.isfinite().all(0)).all():
         head = heads[int(finite.int().argmin())]
         section = head.kind if head.kind in ("attentive", "prototypes") else "head"
-        raise TrainingError(f"The loss of the head on {head} is not finite; lower {section}.learning_rate.")
+        raise TrainingError(f"The loss of the head on {head} is not finite. Lower {section}.learning_rate.")
 
 
 def scores_of(logits: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], setup: Setup) -> list[list[float]]:
@@ -218,5 +218,5 @@ def result_of(
 
 
 def itemsize(clips: Clips) -> int:
-    """Return the bytes of a cached value."""
+    """Return the number of bytes of a cached value."""
     return clips.sets[0].pooled.dtype.itemsize

@@ -1,8 +1,8 @@
 """The baseline without an encoder: statistics of cepstral coefficients and a random forest.
 
-It follows the baseline of ESC-50 (Piczak 2015): a clip is described by mean and standard deviation of its MFCCs and of
-their derivatives. The coefficients come from the log-mel frames that the encoder reads, so that both see the same
-crop.
+It follows the baseline of ESC-50 (Piczak 2015): the features of a clip are the mean and the standard deviation of its
+MFCCs and of their derivatives. The MFCCs are computed from the log-mel frames that the encoder reads, so both read the
+same crop.
 """
 
 import numpy as np
@@ -14,14 +14,14 @@ from training.linear.features import Extractor
 
 
 def cepstral_statistics(frames: torch.Tensor, coefficients: int) -> torch.Tensor:
-    """Return mean and deviation over time of MFCCs and their derivatives.
+    """Return the mean and the standard deviation over time of MFCCs and their derivatives.
 
     Args:
         frames: Log-mel frames `(B, T, F)`.
         coefficients: Number of coefficients C.
 
     Returns:
-        Values of shape `(B, 1, 1, 4 * C)`, which has the axes of pooled features.
+        Values of shape `(B, 1, 1, 4 * C)`, with one layer and one pooling, as pooled features have them.
     """
     matrix = create_dct(coefficients, frames.shape[-1], norm="ortho").to(frames.device)
     with torch.autocast(frames.device.type, enabled=False):
@@ -71,6 +71,6 @@ def forest_scores(forest: RandomForestClassifier, features: np.ndarray, num_clas
 
 
 def forest_size(forest: RandomForestClassifier) -> tuple[int, int]:
-    """Return the number of nodes of all trees, and of comparisons per clip at most."""
+    """Return the number of nodes of all trees, and the largest number of comparisons per clip."""
     trees = [tree.tree_ for tree in forest.estimators_]
     return sum(tree.node_count for tree in trees), sum(tree.max_depth for tree in trees)

@@ -1,6 +1,6 @@
 """Linear heads, many of them fitted at once on features in memory.
 
-A head is the classifier that `SSLAMForAudioClassification` puts on its pooled tokens: LayerNorm and a linear layer. H
+A linear head is the classifier of `SSLAMForAudioClassification` on pooled tokens: LayerNorm and a linear layer. H
 heads (one per layer and pooling) train as one batched matmul. Losses are summed and AdamW is elementwise, so each head
 ends exactly as it would on its own.
 """
@@ -24,19 +24,19 @@ KINDS = ("linear", "ridge", "layers", "attentive", "prototypes", "knn")
 TOKEN_KINDS = ("attentive", "prototypes")
 # As in the published linear evaluation.
 FINAL_LEARNING_RATE = 1e-6
-# A feature with a smaller deviation after LayerNorm is constant up to rounding, such as the embedded CLS token.
+# Below this standard deviation after LayerNorm, a feature is constant up to rounding, such as the embedded CLS token.
 LEAST_DEVIATION = 1e-4
 
 
 @dataclass
 class HeadConfig:
-    """Fitting of a head: AdamW with a cosine schedule that ends at 1e-6, without warm-up, as published."""
+    """Settings of fitting a head: AdamW with a cosine schedule that ends at 1e-6, without warm-up, as published."""
 
     kinds: list[str] = field(
         default_factory=lambda: ["linear"],
         metadata={
-            "help": "Kinds of heads to fit in the fast mode. linear: on pooled features, as published. ridge: linear, "
-            "by ridge regression in closed form, the first choice for small data sets. layers: linear, on a "
+            "help": "Kinds of heads to fit in cached mode. linear: on pooled features, as published. ridge: ridge "
+            "regression in closed form on pooled features, the first choice for small data sets. layers: linear, on a "
             "weighted sum of all layers' pooled features. attentive: learned queries over patch tokens. prototypes: "
             "greatest similarity of learned prototypes to a patch token. knn: nearest neighbours by pooled features.",
             "default": "linear",
@@ -46,23 +46,26 @@ class HeadConfig:
     learning_rates: list[float] = field(
         default_factory=list,
         metadata={
-            "help": "Learning rates to choose from by validation, in the fast mode, for the kinds linear and layers.",
+            "help": "Learning rates for the kinds linear and layers in cached mode. Validation chooses one.",
             "default": "learning_rate alone",
         },
     )
     weight_decays: list[float] = field(
         default_factory=list,
-        metadata={"help": "Weight decays to choose from in the same way.", "default": "weight_decay alone"},
+        metadata={
+            "help": "Weight decays for the kinds linear and layers in cached mode. Validation chooses one.",
+            "default": "weight_decay alone",
+        },
     )
     epochs: int = field(default=50, metadata={"help": "Passes over the training clips."})
-    batch_size: int = field(default=48, metadata={"help": "Clips per update in the fast mode."})
+    batch_size: int = field(default=48, metadata={"help": "Clips per update in cached mode."})
     betas: tuple[float, float] = field(default=(0.9, 0.95), metadata={"help": "AdamW's betas."})
     weight_decay: float = field(default=0.05, metadata={"help": "Decoupled weight decay."})
     standardize: bool = field(
         default=True,
         metadata={
-            "help": "In the fast mode, initialise the LayerNorm such that every feature has mean 0 and standard "
-            "deviation 1 over the training clips. (The published initialisation learns less in 50 epochs.)"
+            "help": "In cached mode, initialise the LayerNorm to give every feature mean 0 and standard deviation 1 "
+            "over the training clips. (The published initialisation learns less in 50 epochs.)"
         },
     )
 
@@ -100,7 +103,7 @@ class Head(NamedTuple):
 
     @property
     def columns(self) -> list[int]:
-        """Indices of the poolings along the pooling axis of cached features. Cepstral statistics are the only one."""
+        """Indices of the poolings along the pooling axis of cached features. MFCC features have one pooling."""
         if self.kind == "forest":
             return [0]
         return [FEATURE_POOLINGS.index(name) for name in self.pooling.split("+")]
@@ -149,7 +152,7 @@ class LinearHeads(nn.Module):
 
     @torch.no_grad()
     def standardize(self, features: torch.Tensor) -> None:
-        """Set scale and shift such that each of the features `(H, N, width)` has mean 0 and deviation 1 over clips."""
+        """Set scale and shift to give each of the features `(H, N, width)` mean 0 and deviation 1 over clips."""
         for head, clips in enumerate(features):
             normalised = nn.functional.layer_norm(clips, clips.shape[-1:], eps=self.eps)
             deviation, mean = torch.std_mean(normalised, dim=0, correction=0)
@@ -180,10 +183,9 @@ def head_logits(features: torch.Tensor, state: dict[str, torch.Tensor], eps: flo
 
 
 class LayerSumHeads(nn.Module):
-    """H linear heads, each on a weighted sum of all layers' features. Softmax keeps the weights positive with sum 1.
+    """H linear heads, each on a weighted sum of all layers' features. The weights are a softmax over layers.
 
-    The features of a layer are standardised by fixed means and deviations, so that the weights compare layers at one
-    scale.
+    Fixed means and standard deviations standardise each layer's features, so the weights compare layers at one scale.
 
     Args:
         features: Features of the training clips, `(H, N, layers, width)`.
@@ -262,7 +264,7 @@ class FittedHeads(NamedTuple):
 
     Attributes:
         heads: The heads, each with its weights after its best epoch.
-        best_epochs: Best epoch of each head, counted from 1; without validation the last one.
+        best_epochs: Best epoch of each head, counted from 1; the last epoch without validation.
         scores: Validation metric of each head after its best epoch; `None` without validation.
         losses: Mean training loss of each epoch, float32 of shape `(epochs, H)`.
     """
@@ -289,7 +291,7 @@ def head_losses(logits: torch.Tensor, targets: torch.Tensor, loss: Loss, label_s
 def mean_average_precision(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Compute the mean average precision of each head, over the classes with a positive clip.
 
-    Equals scikit-learn's `average_precision_score`, ties included, but handles all classes at once.
+    The result equals that of scikit-learn's `average_precision_score`, ties included. All classes are handled at once.
 
     Args:
         logits: Logits of shape `(H, N, K)`.
@@ -348,7 +350,7 @@ def fit_heads(
         features: Features of shape `(H, N, width)`, on the device to fit on.
         targets: Targets of shape `(N, K)`, 0 or 1, on the same device.
         validation: Features and targets of other clips. They choose the best epoch of each head, by mean average
-            precision or, with one label, by accuracy. Without them the last epoch is used.
+            precision or, with one label, by accuracy. `None` selects the last epoch.
         problem_type: Selects the validation metric.
         config: Settings of the fit.
         eps: Epsilon of the LayerNorm.

@@ -1,7 +1,7 @@
-"""Fitting of heads of every kind on the cached features of clips.
+"""Fits of heads of all kinds on the cached features of clips.
 
-[`fit_kinds`] takes heads of any kinds and returns a [`HeadResult`] for each. Heads of one kind and width are fitted at
-once.
+[`fit_kinds`] takes heads of any kinds and returns a [`HeadResult`] for each. Heads of the same kind and width are
+fitted together.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ def fit_kinds(
     Args:
         heads: The heads.
         train: The training clips.
-        validation: The validation clips; none for heads of the last epoch.
+        validation: The validation clips. If there are none, the last epoch is used.
         tests: Sets of test clips.
         setup: Settings and task.
         description: Title of the progress bar.
@@ -52,7 +52,7 @@ def encode_targets(clips: Sequence[Clips], setup: Setup) -> list[torch.Tensor]:
     """Return the targets of training, validation and test clips: `(N, K)` each.
 
     Raises:
-        DataError: If none of these clips has a label, or the task needs one label each and they do not have it.
+        DataError: If no clip of a part has a label, or if a clip of a single-label task does not have one label.
     """
     targets = [setup.labels.encode(part.column("labels")) for part in clips]
     names = ["train", "validation", *["test"] * (len(clips) - 2)]
@@ -62,7 +62,8 @@ def encode_targets(clips: Sequence[Clips], setup: Setup) -> list[torch.Tensor]:
         odd = (part.sum(1) != 1).sum().item()
         if setup.problem_type == "single_label_classification" and odd:
             raise DataError(
-                f"{odd} of the {len(part)} {name} clips do not have one label each; is problem_type multi?"
+                f"{odd} of the {len(part)} {name} clips do not have one label each. If clips can have several, set "
+                "problem_type=multi."
             )
     return targets
 

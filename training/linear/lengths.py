@@ -1,4 +1,4 @@
-"""Comparison of the clips' lengths with the length that an encoder reads."""
+"""Warning if clips are much longer or shorter than the input of an encoder."""
 
 from itertools import islice
 from pathlib import Path
@@ -8,16 +8,17 @@ from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor
 from modeling_sslam.common.decoding import duration_seconds
 from training.data.sources import Source
 
-# Clips whose lengths are looked up.
+# Number of clips whose lengths are read.
 MAX_CLIPS = 64
-# A smaller share of sound in the input, or of the clip in it, is worth a warning.
+# A warning follows if less than this share of the clip is read, or if less than this share of the input is sound.
 LEAST_SHARE = 0.75
 
 
 def typical_seconds(source: Source) -> float | None:
-    """Return the median length of the first clips by their headers.
+    """Return the median length of the first clips in seconds, from their headers.
 
-    `None` if it is unknown, if scenes are mixed to the encoder's length, or if clips would have to be downloaded.
+    The result is `None` if no length is known, if scenes are mixed to the encoder's length, or if clips would have to
+    be downloaded.
     """
     if source.mixer is not None or not Path(source.config.source).expanduser().exists():
         return None
@@ -29,12 +30,12 @@ def typical_seconds(source: Source) -> float | None:
 
 
 def length_advice(seconds: float, feature_extractor: SSLAMFeatureExtractor, config: SSLAMConfig) -> str | None:
-    """Return a warning if an encoder reads much less or much more than a clip, or `None`.
+    """Return a warning if an encoder's input is much shorter or longer than a clip, else `None`.
 
     Args:
         seconds: Length of a typical clip.
         feature_extractor: Crops or pads clips to its `max_length` frames.
-        config: The encoder's configuration, which limits that length.
+        config: The encoder's configuration, which limits `max_length`.
     """
     rate, patch = feature_extractor.sampling_rate, config.patch_size
     read = feature_extractor.num_samples(feature_extractor.max_length) / rate
@@ -45,5 +46,5 @@ def length_advice(seconds: float, feature_extractor: SSLAMFeatureExtractor, conf
     rest = "the rest is not used" if seconds > read else "the rest of its input is padding"
     return (
         f"A typical clip has {seconds:.2f} s and the encoder reads {read:.2f} s: {rest}. "
-        f"--features.max_length {wanted} fits the clips."
+        f"Set --features.max_length {wanted} to fit the clips."
     )

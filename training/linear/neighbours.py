@@ -9,10 +9,10 @@ LEAST_DEVIATION = 1e-6
 
 
 def standardized(features: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
-    """Scale features `(N, width)` to mean 0 and deviation 1 over clips, then each clip to unit length.
+    """Scale features `(N, width)` to mean 0 and standard deviation 1 over clips, then each clip to unit length.
 
     Args:
-        features: Features that determine means and deviations.
+        features: Features that determine the means and standard deviations.
         others: Further features, scaled in the same way.
     """
     deviation, mean = torch.std_mean(features, dim=0, correction=0)
@@ -25,7 +25,7 @@ def neighbour_logits(
 ) -> torch.Tensor:
     """Return the mean targets of the nearest training clips, for each number of neighbours: `(len(k), M, K)`.
 
-    A neighbour counts more if it is nearer, by its cosine similarity; this also breaks ties between classes.
+    A neighbour's weight grows with its cosine similarity, which also breaks ties between classes.
 
     Args:
         features: Features of the N training clips, `(N, width)`.
@@ -39,7 +39,7 @@ def neighbour_logits(
     for start in range(0, len(queries), 1024):
         rows = slice(start, start + 1024)
         similarity, nearest = (queries[rows] @ training.T).topk(most)
-        # In [0, 1], so that a farther neighbour never votes against its own class.
+        # The weights lie in [0, 1], so a distant neighbour never votes against its own class.
         votes = targets[nearest] * ((1 + similarity) / 2)[..., None]
         for i, k in enumerate(neighbours):
             results[i, rows] = votes[:, :k].mean(1)
@@ -51,12 +51,12 @@ def draw_shots(targets: torch.Tensor, shots: int, draws: int, seed: int) -> list
 
     Args:
         targets: Targets of the training clips, `(N, K)`.
-        shots: Clips of each class. A class with fewer clips gives all.
+        shots: Number of clips of each class. A class with fewer clips gives all of them.
         draws: Number of draws.
         seed: Determines the draws.
 
     Returns:
-        For each draw and class the rows of the clips.
+        The rows of the clips, for each draw and class.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = [column.nonzero()[:, 0] for column in targets.cpu().T]
@@ -68,7 +68,7 @@ def few_shot_logits(
 ) -> torch.Tensor:
     """Return cosine similarities to the mean of each class's clips, for each draw: `(draws, M, K)`.
 
-    Features are standardised by the drawn clips alone. A class without clips gets the least similarity, -1.
+    The drawn clips alone determine the standardisation. A class without clips gets the least similarity, -1.
 
     Args:
         features: Features of the training clips, `(N, width)`.

@@ -1,4 +1,4 @@
-"""Settings of the kinds of heads besides the linear one, of few-shot evaluation and of the baselines."""
+"""Settings of the kinds of heads other than linear, of few-shot evaluation and of the random forest."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,7 +8,7 @@ from typing import Literal
 class AttentiveConfig:
     """Attentive pooling: learned queries over the patch tokens of a layer, a softmax, and a linear layer."""
 
-    queries: int = field(default=4, metadata={"help": "Queries of a head. Their poolings are concatenated."})
+    queries: int = field(default=4, metadata={"help": "Queries of a head. Their pooled tokens are concatenated."})
     learning_rate: float = field(default=3e-2, metadata={"help": "Learning rate of the first update."})
     epochs: int = field(default=20, metadata={"help": "Passes over the training clips."})
     weight_decay: float = field(default=0.05, metadata={"help": "Decoupled weight decay."})
@@ -24,12 +24,11 @@ class PrototypeConfig:
     per_class: int = field(
         default=5,
         metadata={
-            "help": "Number of prototypes divided by that of classes with a training clip. All classes share "
-            "the prototypes."
+            "help": "Number of prototypes for each class that has a training clip. All classes share all prototypes."
         },
     )
     binary: bool = field(
-        default=True, metadata={"help": "Whether a prototype's components are -1 and 1, so that each takes one bit."}
+        default=True, metadata={"help": "Restrict the components of a prototype to -1 and 1, one bit each."}
     )
     learning_rate: float = field(default=3e-2, metadata={"help": "Learning rate of the first update."})
     epochs: int = field(default=20, metadata={"help": "Passes over the training clips."})
@@ -45,7 +44,9 @@ class RidgeConfig:
 
     strengths: list[float] = field(
         default_factory=lambda: [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0],
-        metadata={"help": "Strengths of the penalty on the weights, per clip. Validation chooses one."},
+        metadata={
+            "help": "Factors of the squared weights beside the mean squared error over clips. Validation chooses one."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -59,7 +60,7 @@ class NeighbourConfig:
 
     neighbours: list[int] = field(
         default_factory=lambda: [1, 3, 5, 10, 20],
-        metadata={"help": "Values of k. The validation clips choose one."},
+        metadata={"help": "Values of k. Validation chooses one."},
     )
 
     def __post_init__(self) -> None:
@@ -69,11 +70,9 @@ class NeighbourConfig:
 
 @dataclass
 class FewShotConfig:
-    """Few-shot evaluation: the nearest mean of a few training clips of each class, drawn many times."""
+    """Few-shot evaluation: classification by the nearest class mean of a few training clips, drawn many times."""
 
-    shots: int = field(
-        default=0, metadata={"help": "Training clips of each class in a draw. 0: no few-shot evaluation."}
-    )
+    shots: int = field(default=0, metadata={"help": "Training clips drawn for each class. 0: no few-shot evaluation."})
     draws: int = field(default=50, metadata={"help": "Number of draws. `seed` determines them."})
 
     def __post_init__(self) -> None:
@@ -97,7 +96,7 @@ Rival = Literal["new_weights", "mfcc_forest"]
 
 
 def check_fit(config: AttentiveConfig | PrototypeConfig, section: str, size: str) -> None:
-    """Check the settings that heads on patch tokens share.
+    """Check the settings that both kinds of heads on patch tokens have.
 
     Args:
         config: The settings.

@@ -24,7 +24,7 @@ def evaluate_as_published(config: LinearEvalConfig, stop: StopRequest) -> None:
     """Fine-tune a head on the frozen encoder, and write results.json.
 
     Raises:
-        TrainingError: If the settings, the model, the data or an earlier evaluation do not allow it.
+        TrainingError: If the settings, the model or the data are wrong, or the folder has other results.
     """
     check_results_dir(config)
     results = finetune(finetuning_from_encoder(config), stop)
@@ -33,10 +33,10 @@ def evaluate_as_published(config: LinearEvalConfig, stop: StopRequest) -> None:
 
 
 def finetuning_from_encoder(config: LinearEvalConfig) -> FinetuneConfig:
-    """Return the settings of the fine-tuning, and write its encoder if that differs from the model's.
+    """Return the settings of the fine-tuning. Write an encoder folder if the model itself cannot be the start.
 
-    Linear evaluation starts from a new head. The encoder of a classifier is therefore saved without the head, and the
-    encoder of `random_weights` with new weights.
+    Linear evaluation starts from a new head. The encoder of a classifier is therefore saved without its head. With
+    `random_weights`, an encoder with new weights is saved.
 
     Raises:
         TrainingError: If the model cannot be read.

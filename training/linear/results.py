@@ -21,15 +21,15 @@ SWEEP_FILES = ("sweep.csv", "sweep.png")
 
 
 class HeadSummary(NamedTuple):
-    """Results of a head over all folds, or of one fit. A choice may be another head in each fold.
+    """Results of a head over all folds, or of a single fit. A chosen head can differ between folds.
 
     Attributes:
         heads: The head of each fold.
         best_epochs: Best epoch of each fold.
         validation: Mean validation metric; `None` if there are no validation clips.
         test: Mean test metric.
-        test_spread: Standard deviation (n - 1) of the test metric over folds; `None` for one fit. Of a few-shot head
-            with one fit, that over draws.
+        test_spread: Standard deviation (n - 1) of the test metric over folds. For a single fit it is `None`, except
+            for a few-shot head, which has the standard deviation over draws.
         tests: Test metric of each fold.
         cost: The cost of the first fold's head. The time is the sum over folds.
     """
@@ -63,7 +63,7 @@ class HeadSummary(NamedTuple):
         )
 
     def value_of(self, name: str) -> Any:
-        """Return an attribute of the head, or the values by fold if they differ."""
+        """Return an attribute of the head, or its list of values by fold if they differ."""
         values = [getattr(head, name) for head in self.heads]
         return values[0] if len(set(values)) == 1 else values
 
@@ -81,7 +81,7 @@ class HeadSummary(NamedTuple):
         return row
 
     def as_full_row(self, metric: str) -> dict[str, Any]:
-        """Return the row of results.json, with kind, settings and cost, but no times, so that runs can be compared."""
+        """Return the row of results.json, with kind, settings and cost. Times are left out, so equal runs agree."""
         cost = {
             "parameters": self.cost.parameters,
             "flops_per_clip": self.cost.flops,
@@ -91,7 +91,7 @@ class HeadSummary(NamedTuple):
 
 
 def table_of(table: Sequence[HeadSummary], metric_name: str, best: HeadSummary | None) -> list[str]:
-    """Return the summaries as lines of text, a header first.
+    """Return a header and the summaries as lines of text.
 
     Args:
         table: Summary of each head.
@@ -178,15 +178,18 @@ def why_no_model(head: Head, has_folds: bool) -> str | None:
     """Return the reason why a head cannot be written as a model, or `None` if it can.
 
     Args:
-        head: Features that the head reads.
+        head: The best head.
         has_folds: Whether the evaluation has folds.
     """
     if has_folds:
         return "No model was written: every fold has a head of its own."
     if head.kind != "linear":
-        return f"No model was written: the classifier is the head of the kind linear, not {head.kind}."
+        return f"No model was written: the best head is of the kind {head.kind}, and a classifier has a linear head."
     if head.pooling not in MODEL_POOLINGS:
-        return f"No model was written: the classifier's poolings are {', '.join(MODEL_POOLINGS)}, not {head.pooling}."
+        return (
+            f"No model was written: the best head has the pooling {head.pooling}, and a classifier has one of "
+            f"{', '.join(MODEL_POOLINGS)}."
+        )
     if head.layer == 0:
         return "No model was written: the best head reads the embeddings, and a model has at least one block."
     return None
@@ -200,7 +203,7 @@ def write_model(
     encoder_name: str,
     protocol: str,
 ) -> None:
-    """Write the encoder up to the head's layer with the head, as a model for `pipeline("audio-classification")`.
+    """Write a model for `pipeline("audio-classification")`: the encoder up to the head's layer, and the head.
 
     Args:
         folder: Folder of the new model.
@@ -228,7 +231,7 @@ def write_model(
     classifier.classifier.load_state_dict(state)
     card = render_card(
         f"{Path(encoder_name).name}, linear head",
-        "A frozen encoder with a linear head on it, the best by validation.",
+        "A frozen encoder with the linear head that is best by validation.",
         {"encoder": f"`{encoder_name}`", "head": head, "made by": f"a linear evaluation, {protocol}"},
         model_class="SSLAMForAudioClassification",
         sampling_rate=feature_extractor.sampling_rate,

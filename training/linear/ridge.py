@@ -1,4 +1,4 @@
-"""Ridge regression, a linear head in closed form: no learning rate, no epochs, no random numbers."""
+"""Ridge regression: a linear head in closed form, without learning rate, epochs or random numbers."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -28,9 +28,9 @@ class RidgeHead(NamedTuple):
 def solve_ridge(features: torch.Tensor, targets: torch.Tensor, strengths: Sequence[float]) -> list[RidgeHead]:
     """Regress targets on features that are standardised over clips, once for each strength.
 
-    The head minimises `mean(|scores - (2 * targets - 1)|^2) + strength * |weight|^2`, with the mean over clips and
-    the weights of standardised features. The bias has no penalty. The equations have as many unknowns as there are
-    features or clips, whichever are fewer.
+    The head minimises `mean(|scores - (2 * targets - 1)|^2) + strength * |weight|^2`. The mean is over clips, and
+    `weight` applies to standardised features. The bias has no penalty. The linear system has as many unknowns as there
+    are features or clips, whichever is the smaller number.
 
     Args:
         features: Features of shape `(N, width)`.

@@ -1,4 +1,4 @@
-"""Access to a data set as downloaded: a folder, or a zip or tar archive of one."""
+"""Access to a data set as downloaded: a folder, or a zip or tar archive of a folder."""
 
 import sys
 import tarfile
@@ -13,11 +13,11 @@ from training.preparation.listing import PreparationError
 
 @contextmanager
 def unpacked(source: Path, workplace: Path) -> Iterator[Path]:
-    """Yield the folder with the data. Outer folders that hold nothing but one folder are skipped.
+    """Yield the folder with the data. Outer folders that contain only one folder are skipped.
 
     Args:
         source: Folder or archive.
-        workplace: Folder in which an archive is unpacked. The unpacked files are removed in the end.
+        workplace: Folder in which an archive is unpacked. The unpacked files are removed on exit.
 
     Raises:
         PreparationError: If `source` is neither a folder nor a zip or tar archive.

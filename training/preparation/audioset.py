@@ -1,16 +1,16 @@
 """AudioSet: two million clips of 10 s, 527 classes (Gemmeke et al. 2017, research.google.com/audioset).
 
-SOURCE holds, at any depth:
+SOURCE contains these files, at any depth:
 
 - `balanced_train_segments.csv`, `unbalanced_train_segments.csv` or `eval_segments.csv` as published, with lines
   `YTID, start, end, "mid,mid"`. They become the splits balanced, unbalanced and eval;
 - the sound files. A file is matched by its name: the YTID of 11 characters, optionally after a Y, and optionally
   followed by an underscore and numbers such as the start (`Y--PJHxphWEs.wav`, `--PJHxphWEs_30000.flac`,
   `--PJHxphWEs_30.000_40.000.wav`);
-- optionally `class_labels_indices.csv`. Otherwise this repository's copy is used. Classes are in its order, which is
-  that of the published classifiers.
+- optionally `class_labels_indices.csv`. Without it, this repository's copy is used. The classes have the order of this
+  table, which is also the order of the published classifiers.
 
-Most downloads are incomplete: missing clips are counted and left out. `--by-path` avoids a copy of the audio.
+Most downloads are incomplete. Missing clips are counted and left out. `--by-path` avoids a copy of the audio.
 """
 
 import csv
@@ -54,10 +54,10 @@ def list_clips(source: Path) -> Listing:
 
 
 def read_segments(path: Path) -> list[tuple[str, tuple[str, ...]]]:
-    """Return the YTID and the labels' machine ids of each line of a table of segments.
+    """Return the YTID and the machine ids of the labels, for each line of a table of segments.
 
     Raises:
-        PreparationError: If a line has another format than `YTID, start, end, "mids"`.
+        PreparationError: If a line does not have the format `YTID, start, end, "mids"`.
     """
     segments = []
     for row in csv.reader(read_lines(path), skipinitialspace=True):

@@ -3,16 +3,20 @@
 SOURCE is the data set as downloaded: a tree of tables such as `metadata/train/weak.tsv`, and a tree of sounds such as
 `audio/train/weak/*.wav`.
 
-A table has a header. Its columns are `filename`, `onset`, `offset` and `event_label`, with one row for each event and
-an empty label for a clip without events, or `filename` and `event_labels`, with the labels of a clip separated by
-commas. Tables without labels (durations, unlabelled clips) are not read. The first folder below `metadata` is the
-split: train, validation, or eval, which becomes test.
+A table has a header and one of two sets of columns:
 
-The sound of `metadata/SPLIT/.../TABLE.tsv` is searched by its name under `audio/SPLIT/...`. Folders named TABLE come
-first, then folders whose names begin with TABLE, such as `weak_16k` for `weak`.
+- `filename`, `onset`, `offset` and `event_label`: one row for each event. A clip without events has an empty label;
+- `filename` and `event_labels`: one row for each clip, with its labels separated by commas.
 
-`--annotations train=train.tsv test=eval.csv` names other tables (paths in SOURCE; a `.csv` is separated by commas),
-and further options name other columns. Sounds are then searched in all of SOURCE. Classes are in alphabetical order.
+Tables without labels (durations, unlabelled clips) are not read. The first folder below `metadata` is the split:
+train, validation, or eval, which becomes test.
+
+A sound that `metadata/SPLIT/.../TABLE.tsv` lists is searched by its name under `audio/SPLIT/...`. Folders named TABLE
+come first, then folders whose names begin with TABLE, such as `weak_16k` for `weak`.
+
+`--annotations train=train.tsv test=eval.csv` names other tables (paths in SOURCE; commas separate the cells of a
+`.csv`), and further options name other columns. With `--annotations`, sounds are searched in all of SOURCE. Classes
+are in alphabetical order.
 """
 
 from collections import defaultdict
@@ -109,10 +113,11 @@ def _partition(parts: tuple[str, ...], name: str) -> tuple[tuple[str, ...], bool
 
 
 def _nearest(paths: list[Path], name: str, table: Path, folder: Path) -> Path | None:
-    """Choose the file that a table means by a name, or return `None` if there is none.
+    """Choose the file to which a name in a table refers, or return `None` if there is none.
 
-    Files in a folder named as the table come first, then files in a folder whose name begins with the table's. Of
-    several, the one with the shortest path is chosen if the other folders only extend its name (`weak`, `weak_16k`).
+    Files in a folder with the table's name come first, then files in a folder whose name begins with the table's name.
+    If several remain, the one with the shortest path is chosen, provided that the paths of the other folders only
+    extend the path of its folder (`weak`, `weak_16k`).
 
     Args:
         paths: Files below `folder` with that file name.
@@ -136,7 +141,7 @@ def _nearest(paths: list[Path], name: str, table: Path, folder: Path) -> Path | 
     for other in others:
         if not str(other.parent).startswith(str(first.parent)):
             raise PreparationError(
-                f"{table} lists {name}, which may be {first} or {other}. Give the folder of sounds the table's name, "
-                "or write the folder before the name in the table."
+                f"{table} lists {name}, which may be {first} or {other}. Rename the folder of sounds to the table's "
+                "name, or write the folder before the file's name in the table."
             )
     return first

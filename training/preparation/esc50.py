@@ -1,9 +1,9 @@
 """ESC-50: 2000 recordings of 5 s, 50 classes, five folds (Piczak 2015, github.com/karolpiczak/ESC-50).
 
 SOURCE is the data set as downloaded: `meta/esc50.csv` with the columns `filename`, `fold`, `target` and `category`,
-and `audio/*.wav`. The folds become the splits fold1 to fold5: train on four and test on the fifth, each in turn.
-Classes are in the order of `target`. With `--esc10`, only ESC-10 is prepared: 400 of these recordings in ten classes,
-under a CC BY licence. The column `esc10` marks them.
+and `audio/*.wav`. The folds become the splits fold1 to fold5. For cross-validation, each of them is the test split
+once, and the other four are for training. Classes are in the order of `target`. `--esc10` prepares only ESC-10: 400 of
+these recordings in ten classes, under a CC BY licence. The column `esc10` marks them.
 """
 
 from pathlib import Path

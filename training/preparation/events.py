@@ -31,8 +31,8 @@ def read_events(path: Path, columns: Columns, findings: Findings) -> dict[str, l
     A file with an empty label has no events. Repeated rows become findings and count once.
 
     Args:
-        path: Table, separated by commas if its suffix is `.csv`, else by tabs.
-        columns: Its column names.
+        path: Table. Commas separate its cells if its suffix is `.csv`, otherwise tabs.
+        columns: The column names of the table.
         findings: Receives the findings.
 
     Raises:
@@ -53,13 +53,15 @@ def read_events(path: Path, columns: Columns, findings: Findings) -> dict[str, l
                 onset = float(row[columns.onset]) if columns.onset else 0.0
                 offset = float(row[columns.offset]) if columns.offset else 0.0
             except ValueError as error:
-                raise PreparationError(f"{path}, line {number}: not a number of seconds: {error}.") from error
+                raise PreparationError(
+                    f"{path}, line {number}: a time is not a number of seconds: {error}."
+                ) from error
             events_of_file.append(AnnotatedEvent(label, onset, offset))
     return {file: sorted(found, key=lambda event: event.onset) for file, found in events.items()}
 
 
 def delimiter_of(path: Path) -> str:
-    """Return a comma for a `.csv` file, else a tab."""
+    """Return a comma for a `.csv` file, and a tab for other files."""
     return "," if path.suffix.lower() == ".csv" else "\t"
 
 

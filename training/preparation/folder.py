@@ -1,7 +1,7 @@
 """Write a data set's [`Listing`] as a dataset folder, and report its clips.
 
-Annotations often list class after class. Rows are therefore shuffled once, so that every shard holds every class. The
-order is a function of the split's name and size.
+Annotations often list the clips sorted by class. The rows are therefore shuffled once, which distributes the classes
+over all shards. The name and the size of a split determine the order.
 """
 
 import io
@@ -28,12 +28,12 @@ from training.preparation.listing import (
 )
 from training.preparation.shards import write_labels, write_shards
 
-# About the shard size of `datasets.push_to_hub`: few files, but several for most data sets.
+# About the shard size of `datasets.push_to_hub`, which gives few files, but more than one for most data sets.
 MAX_SHARD_BYTES = 1 << 28
 MAX_SHARD_ROWS = 50_000
-# A row group of 50 paths would be mostly header.
+# A row group of only 50 paths would be mostly header.
 ROWS_PER_GROUP, PATHS_PER_GROUP = 50, 1000
-# Formats that the loader may read with torchcodec and libsndfile cannot.
+# Formats that libsndfile cannot read, but the loader may read with torchcodec.
 UNCHECKED_SUFFIXES = AUDIO_SUFFIXES - {f".{name}" for name in LIBSNDFILE_SUFFIXES}
 
 
@@ -58,7 +58,7 @@ def write_listing(folder: Path, listing: Listing, by_path: bool) -> dict[str, An
     }
     for split in splits:
         if not re.fullmatch(r"\w+", split):
-            raise PreparationError(f"A split cannot be called {split!r}: use letters, digits and _ only.")
+            raise PreparationError(f"{split!r} cannot be the name of a split: use only letters, digits and _.")
     columns = columns_of(listing)
     report: dict[str, Any] = {"splits": {}}
     with tqdm(total=len(clips), unit="clip", desc="Clips") as progress:
@@ -77,7 +77,7 @@ def write_listing(folder: Path, listing: Listing, by_path: bool) -> dict[str, An
             if size:
                 report["splits"][split] = {"clips": size, "classes": {name: counts[name] for name in listing.classes}}
     if not report["splits"]:
-        raise PreparationError(f"There is no clip to write: {findings.describe() or 'nothing is listed'}")
+        raise PreparationError(f"There is no clip to write: {findings.describe() or 'no clip is listed'}")
     write_labels(folder, listing.classes, listing.ids)
     totals = sum((Counter(split["classes"]) for split in report["splits"].values()), Counter())
     findings.add("classes_without_clip", *(name for name in listing.classes if not totals[name]))
@@ -125,9 +125,9 @@ def _rows(
 
 
 def _read_audio(clip: Clip, by_path: bool) -> tuple[dict[str, Any] | None, str | None]:
-    """Return a clip's audio cell, or `None` if it is unusable, and the kind of finding, or `None`.
+    """Return a clip's audio cell and the kind of finding. The cell is `None` if the clip is unusable.
 
-    Only the header of a file is checked, unless a part of it is cut out.
+    Only the header of a file is checked, unless a part of the file is cut out. The finding is `None` if there is none.
     """
     path = clip.path
     try:

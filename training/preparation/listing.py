@@ -1,10 +1,10 @@
 """The annotations of a data set before any sound is read: its clips, its classes and its findings.
 
-Each data set has a module in this package with a function `list_clips` that returns a [`Listing`] of a downloaded
-folder. Everything else is shared.
+Each data set has a module in this package with a function `list_clips`, which returns a [`Listing`] of a downloaded
+folder. All data sets share the rest of the code.
 
 Annotations that cannot be read, or that put a clip into two splits, raise [`PreparationError`]. Any other problem is a
-finding: it is counted and named in the report.
+finding, which the report counts and names.
 """
 
 import csv
@@ -21,8 +21,8 @@ from modeling_sslam.common.text import read_utf8
 FINDINGS = {
     "missing_files": "listed, but the file does not exist; left out",
     "unlisted_files": "the file exists, but is not listed; left out",
-    "unreadable_files": "without a header or samples that libsndfile can read; left out",
-    "unchecked_files": "in a format that torchcodec reads and libsndfile does not; kept",
+    "unreadable_files": "libsndfile finds no header or no samples; left out",
+    "unchecked_files": "in a format that torchcodec can read and libsndfile cannot; kept",
     "duplicated_rows": "listed again with the same content; counted once",
     "conflicting_rows": "listed again with other content, or unlike the published data set; the first is kept",
     "unknown_labels": "not one of the classes; removed from the clip",
@@ -36,9 +36,9 @@ FINDINGS = {
     "noise_files": "background noise, which is not a class; left out",
 }
 
-# A download may lack a million files. The first names show what they have in common.
+# A download may lack a million files. The first names show what the missing files have in common.
 NAMES_KEPT, NAMES_SHOWN = 20, 3
-# Key of a row's cells that have no column.
+# Key of the cells in a row that exceed the number of columns.
 SURPLUS = "surplus cells"
 
 
@@ -47,7 +47,7 @@ class PreparationError(Exception):
 
 
 class Findings:
-    """Problems in a data set: for each kind in `FINDINGS` their number and the first names."""
+    """Problems in a data set: for each kind in `FINDINGS`, the number of findings and the first names."""
 
     def __init__(self) -> None:
         self.found: dict[str, dict[str, Any]] = {}
@@ -114,9 +114,9 @@ class Listing:
         clips: Clips as annotated.
         classes: Display names of the classes in the order of the classifier's outputs.
         files: Sound files that exist. A file without a clip is a finding.
-        ids: Machine ids of the classes, or empty.
+        ids: Machine ids of the classes. Empty if there are none.
         has_events: Whether clips have annotated events, which become the column `events`.
-        has_sources: Whether the labels of a clip are all sources in it, so that their number becomes `num_sources`.
+        has_sources: Whether the labels of a clip name all its sources. Their number then becomes `num_sources`.
         findings: Problems found so far.
     """
 
@@ -135,7 +135,7 @@ class Listing:
 
 
 def sound_files(folder: Path) -> list[Path]:
-    """Return all sound files under a folder in order of their names. Symbolic links are followed last."""
+    """Return all sound files under a folder, sorted by name. Symbolic links are followed last."""
     return [Path(path) for path in search_folder(str(folder))]
 
 
@@ -170,8 +170,8 @@ def read_table(path: Path, columns: Iterable[str], delimiter: str = ",") -> Iter
     for row in reader:
         if any(row.pop(SURPLUS, ())):
             raise PreparationError(
-                f"{path}, line {reader.line_num} has more than {len(reader.fieldnames or [])} cells: put a cell with "
-                f"{delimiter!r} into quotes."
+                f"{path}, line {reader.line_num} has more than {len(reader.fieldnames or [])} cells. Put cells that "
+                f"contain {delimiter!r} into quotes."
             )
         yield row
 
@@ -189,15 +189,15 @@ def without_duplicates(clips: Iterable[Clip], findings: Findings) -> list[Clip]:
             continue
         if first.split != clip.split:
             raise PreparationError(
-                f"{clip.id} is listed in the split {first.split} and in {clip.split}. Training clips must not be "
-                "test clips: remove it from one of the annotation files."
+                f"{clip.id} is listed in the split {first.split} and in {clip.split}. A clip must be in one split: "
+                "remove it from one of the annotation files."
             )
         findings.add("duplicated_rows" if first == clip else "conflicting_rows", clip.id)
     return list(kept.values())
 
 
 def with_known_labels(clips: Iterable[Clip], listing: Listing) -> list[Clip]:
-    """Replace machine ids by display names, each label once. Unknown labels become findings.
+    """Replace machine ids by display names, and keep each label once. Unknown labels become findings.
 
     A clip whose labels are all unknown is left out.
     """
@@ -221,7 +221,7 @@ def with_known_labels(clips: Iterable[Clip], listing: Listing) -> list[Clip]:
 
 
 def with_files(clips: Iterable[Clip], listing: Listing) -> list[Clip]:
-    """Return the clips whose file exists. Missing files and files without a clip become findings."""
+    """Return the clips whose files exist. Missing files and files without a clip become findings."""
     clips, existing = list(clips), set(listing.files)
     listing.findings.add(
         "missing_files", *(clip.path for clip in clips if clip.path not in existing), show=listing.name

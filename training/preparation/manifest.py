@@ -1,13 +1,13 @@
-"""A data set as manifests, the format that EAT and SSLAM were trained from: `.tsv`, `.lbl`, label_descriptors.csv.
+"""Manifests, the format that EAT and SSLAM were trained from: `.tsv`, `.lbl` and label_descriptors.csv.
 
 SOURCE is a folder with these files:
 
 - `SPLIT.tsv` for each split: the root folder in the first line, then lines `relative/path.wav<TAB>number`;
-- `SPLIT.lbl`: lines `name<TAB>label,label,...` in any order. The name is the file's, without suffix, with or without
-  folders;
+- `SPLIT.lbl`: lines `name<TAB>label,label,...` in any order. The name is that of a sound file without suffix, with or
+  without folders;
 - `label_descriptors.csv`: lines `index,label,display name`.
 
-`--root` replaces the root folder of the manifests where the sounds have moved.
+If the sounds have moved, `--root` replaces the root folder of the manifests.
 """
 
 import os
@@ -37,12 +37,10 @@ def list_clips(source: Path, root: Path | None = None) -> Listing:
     for manifest in sorted(source.glob("*.tsv")):
         first, *lines = read_lines(manifest)
         if not first.strip():
-            raise PreparationError(f"{manifest} is empty: its first line must be the root folder.")
+            raise PreparationError(f"{manifest} has an empty first line: it must name the root folder.")
         folder = root or Path(first.strip())
         if not folder.is_dir():
-            raise PreparationError(
-                f"{manifest}: the root folder {str(folder)!r} in the first line does not exist; name it with --root."
-            )
+            raise PreparationError(f"{manifest}: the root folder {str(folder)!r} does not exist; name it with --root.")
         roots.add(folder)
         labels = read_labels(manifest.with_suffix(".lbl"), findings)
         for line in filter(None, map(str.strip, lines)):

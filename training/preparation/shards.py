@@ -18,7 +18,7 @@ from modeling_sslam.common.files import replacing
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a hidden folder to fill, which gets the name `path` when the body succeeds and is removed when it fails.
+    """Yield a hidden folder to fill. It gets the name `path` if the body succeeds, and is removed if the body fails.
 
     Raises:
         OSError: If `path` exists and is not an empty folder, or its parent is not writable.
@@ -49,7 +49,7 @@ def write_shards(
         features: Columns of the rows. They are stored in the files, so that `datasets` recognises the audio column.
         max_rows: A shard ends with the row group that reaches this number of rows.
         max_bytes: A shard ends with the row group that reaches this size; `None` for no limit.
-        rows_per_group: Rows of a row group, the unit by which workers share a shard.
+        rows_per_group: Rows of a row group. Workers share a shard by row groups.
 
     Returns:
         The number of rows.
@@ -88,7 +88,7 @@ def write_labels(folder: Path, names: Sequence[str], ids: Sequence[str | None] =
 
 
 def card_header(splits: Iterable[str]) -> str:
-    """Return the front matter of a dataset folder's `README.md`. `load_dataset` takes the files of a split from it."""
+    """Return the front matter of a dataset folder's `README.md`. It tells `load_dataset` the files of each split."""
     files = "\n".join(f"  - split: {split}\n    path: data/{split}-*" for split in splits)
     return (
         f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}\n"

@@ -1,12 +1,12 @@
 """SPASS: five synthesised urban soundscapes of 5000 clips of about 10 s (Viveros-Muñoz et al., on Zenodo).
 
-SOURCE is the data set as downloaded. For each of Market, Park, Square, Street and Waterfront it holds a folder of
+SOURCE is the data set as downloaded. For each of Market, Park, Square, Street and Waterfront, it has a folder of
 sounds ("Market audio files", or with underscores) and a table with one row for each sound in each clip
-("1_MatrixLabelsMarket.csv"). The published SSLAM preparation reads the columns `audio_filename` and `class`. The other
-columns are not documented there; if a table has onset and offset in seconds, name those columns to get `events`.
+("1_MatrixLabelsMarket.csv"). The published SSLAM preparation reads the columns `audio_filename` and `class`, and does
+not document the others. If a table has the onset and offset in seconds, name these columns to get `events`.
 
-Each soundscape is a task of its own with its own classes, in alphabetical order; `--soundscape` selects it. The split
-is the published one: sort the names in the table, then the first 75 % (3750) are train, and the others (from
+Each soundscape is a separate task with its own classes, in alphabetical order. `--soundscape` selects it. The splits
+are the published ones: of the sorted names in the table, the first 75 % (3750) are train, and the others (from
 market03751 on) are test.
 """
 
@@ -50,11 +50,11 @@ def list_clips(
 ) -> Listing:
     """List the clips of one soundscape of SPASS; the module describes the files and the options."""
     if (onset_column is None) != (offset_column is None):
-        raise PreparationError("--onset-column and --offset-column belong together: give both or neither.")
+        raise PreparationError("--onset-column and --offset-column need each other: give both or neither.")
     tables = [path for path in sorted(source.rglob("*.csv")) if path.stem.lower().endswith(f"labels{soundscape}")]
     if len(tables) != 1:
         raise PreparationError(
-            f"{source} must hold one table *Labels{soundscape.capitalize()}.csv; it has {len(tables)}"
+            f"{source} must have one table *Labels{soundscape.capitalize()}.csv; it has {len(tables)}"
             f"{': ' if tables else ''}{', '.join(map(str, tables))}."
         )
     findings = Findings()

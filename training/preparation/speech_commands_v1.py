@@ -7,14 +7,14 @@ other clips are train. The classes are those of S3PRL and SUPERB, in their order
 - yes, no, up, down, left, right, on, off, stop, go: the recordings of these words;
 - `_unknown_`: the recordings of all other words. They are more than half of the data. S3PRL draws each class equally
   often; `python -m training.class_weights` makes weights for that;
-- `_silence_`: the recordings in `_background_noise_`, cut from the start into pieces of 1 s without overlap. A rest
-  of less than 1 s is left out. Of each recording, the first 80 % of the pieces are train, the next 10 % validation,
-  the last 10 % test. (S3PRL uses the same whole recordings for training and validation, with a new random crop each
-  time.)
+- `_silence_`: the recordings in `_background_noise_`, cut from the start into pieces of 1 s without overlap. A
+  remainder shorter than 1 s is left out. Of each recording, the first 80 % of the pieces are train, the next 10 % are
+  validation, and the last 10 % are test. (S3PRL uses the same whole recordings for training and validation, with a new
+  random crop each time.)
 
-SUPERB tests on another archive of 3081 clips, which include `_unknown_` and `_silence_`. `--test-set FOLDER`, the
-unpacked speech_commands_test_set_v0.01.tar.gz, makes it the split test. As in SUPERB, the clips of testing_list.txt
-are then left out. Silence is divided into 90 % train and 10 % validation.
+SUPERB tests on another archive of 3081 clips, which include `_unknown_` and `_silence_`. `--test-set FOLDER` makes
+this archive the split test; FOLDER is the unpacked speech_commands_test_set_v0.01.tar.gz. As in SUPERB, the clips of
+testing_list.txt are then left out. The silence is then divided into 90 % train and 10 % validation.
 """
 
 from dataclasses import replace
@@ -62,13 +62,13 @@ def list_clips(source: Path, test_set: Path | None = None) -> Listing:
 
 
 def clip_of_task(clip: Clip) -> Clip:
-    """Relabel a word of the data set that is not a command as `_unknown_`."""
+    """Relabel a clip as `_unknown_` if its word is not one of the ten commands."""
     (label,) = clip.labels
     return replace(clip, labels=(UNKNOWN,)) if label in WORDS and label not in CLASSES else clip
 
 
 def cut_silence(path: Path, shares: dict[str, float], findings: Findings) -> list[Clip]:
-    """Cut a recording into pieces of 1 s, and give consecutive pieces to the splits.
+    """Cut a recording into pieces of 1 s, and assign consecutive pieces to the splits.
 
     Args:
         path: Recording of background noise.

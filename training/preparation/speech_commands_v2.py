@@ -1,8 +1,8 @@
 """Speech Commands v0.02: 105 829 words of 1 s, 35 classes (Warden 2018, arXiv 1804.03209).
 
-SOURCE is the unpacked speech_commands_v0.02.tar.gz: a folder of `.wav` files for each word, `validation_list.txt` and
-`testing_list.txt`, with lines `word/speaker_nohash_0.wav`. Clips in neither list are the split train. The recordings
-in `_background_noise_` are left out. Classes are in alphabetical order.
+SOURCE is the unpacked speech_commands_v0.02.tar.gz: a folder of `.wav` files for each word, and `validation_list.txt`
+and `testing_list.txt` with lines `word/speaker_nohash_0.wav`. Clips in neither list form the split train. The
+recordings in `_background_noise_` are left out. Classes are in alphabetical order.
 """
 
 from pathlib import Path

@@ -1,9 +1,9 @@
 """URBAN-SED: 10 000 synthesised soundscapes of 10 s with 1 to 9 sound events, 10 classes (Salamon et al. 2017).
 
 SOURCE is the data set as downloaded: `audio/{train,validate,test}/*.wav` and, with the same names,
-`annotations/{train,validate,test}/*.txt` (lines `onset<TAB>offset<TAB>label`, no header) and `*.jams`. The `.jams` of
-a clip is read only if there is no `.txt`, and without its background. `validate` becomes the split validation. Classes
-are in alphabetical order.
+`annotations/{train,validate,test}/*.txt` (lines `onset<TAB>offset<TAB>label`, no header) and `*.jams`. A clip's
+`.jams` file is read only if the clip has no `.txt` file; its background event is ignored. `validate` becomes the split
+validation. Classes are in alphabetical order.
 """
 
 import json
@@ -32,7 +32,7 @@ def list_clips(source: Path) -> Listing:
     clips, findings = [], Findings()
     for folder, split in SPLITS.items():
         annotations = source / "annotations" / folder
-        # A clip may have both files. The .txt is listed last, so it wins.
+        # A clip may have both files. The .txt file comes last here, so it replaces the .jams file.
         paths = {path.stem: path for suffix in (".jams", ".txt") for path in sorted(annotations.glob(f"*{suffix}"))}
         for stem, path in sorted(paths.items()):
             events = _read_text(path, findings) if path.suffix == ".txt" else _read_jams(path)

@@ -3,14 +3,15 @@ r"""Make a labelled data set of polyphonic soundscapes, synthesised or mixed fro
     python -m training.soundscapes OUT --clips 2000 --seconds 10 --seed 0 --plot
     python -m training.soundscapes OUT --sounds FOLDER_OF_CLASSES --background FOLDER --group-by REGEX --clips 2000
 
-Without `--sounds`, each clip holds 1 to 5 synthesised sound classes over coloured noise. Every sound has its own
-pitch, rhythm, timbre, level and place in time.
+Without `--sounds`, each clip has 1 to 5 synthesised sound classes over coloured noise. Every sound has its own pitch,
+rhythm, timbre, level, onset and duration.
 
-With `--sounds`, scenes are mixed from labelled recordings of single sounds: a folder with a folder for each class, a
-.csv table or a data set that `training.prepare` wrote. Each event has a random excerpt, onset, signal-to-noise ratio
-and, if asked for, pitch, tempo and room. Splits share no recording, and no two recordings of the same original:
-`--group-column` or `--group-by` tell which originals there are. For ESC-50 as downloaded, these take the middle number
-of each file's name and the folds of the data set:
+With `--sounds`, scenes are mixed from labelled recordings of single sounds: a folder with a subfolder for each class,
+a .csv table, or a data set that `training.prepare` wrote. Each event has a random excerpt, onset and signal-to-noise
+ratio, and on request a random pitch, tempo and room. Splits share no recording, and recordings of the same original
+stay in one split: `--group-column` or `--group-by` identifies the originals. The first command below takes the
+original from the middle number of a file's name, as in ESC-10 and ESC-50. The second takes the folds of a prepared
+ESC-50 as splits:
 
     python -m training.soundscapes OUT --sounds FOLDER --group-by '\d-(\d+)-'
     python -m training.soundscapes OUT --sounds PREPARED --splits train=fold1+fold2+fold3 validation=fold4 test=fold5
@@ -18,20 +19,20 @@ of each file's name and the folds of the data set:
 OUT is a folder that `datasets.load_dataset` and the training programs read:
 
 - `data/{train,validation,test}-*.parquet`, with the columns `id`, `audio` (FLAC), `labels` (class names in order of
-  onset), `events` (`label`, `onset` and `offset` in seconds, `snr` in dB over the background) and `num_sources`. Of
-  recordings, `events` also has the file, its original, the start of the excerpt, pitch, stretch and impulse response,
-  and there are the columns `source_groups`, `background` and `level`;
+  onset), `events` (`label`, `onset` and `offset` in seconds, `snr` in dB over the background) and `num_sources`. With
+  `--sounds`, `events` also has the file, its original, the start of the excerpt, pitch, stretch and impulse response,
+  and the data set has the columns `source_groups`, `background` and `level`;
 - `events.csv`, one line for each event;
 - `labels.csv`, the classes;
 - `README.md`, the command that made the folder;
 - with `--plot`, `soundscapes.png`: spectrograms of four clips with their events, and of each class;
 - with `--sounds`, `jams/SPLIT/ID.jams`, the annotations in the format of JAMS and scaper; `report.json`, the numbers
-  of recordings and events, and the recordings that were skipped; and `scenes.yaml`, the settings.
+  of recordings and events, and the recordings and scenes that were skipped; and `scenes.yaml`, the settings.
 
 `--data OUT/scenes.yaml` makes the training programs mix new scenes in every epoch from the same splits of the
-recordings, instead of reading those in OUT.
+recordings, instead of reading the scenes in OUT.
 
-Seed, split and index determine a clip bit for bit. The number of processes does not matter.
+The seed, the split and the index of a clip determine it bit for bit, for any number of processes.
 """
 
 import argparse
@@ -57,7 +58,7 @@ from training.soundscapes.parallel import map_in_order
 from training.soundscapes.scene import MIN_EVENT_SECONDS, columns, make_row
 from training.soundscapes.sounds import SOURCES
 
-# Settings of scenes that synthesised soundscapes have too.
+# Settings that scenes and synthesised soundscapes share.
 SHARED = ("clips", "seconds", "max_sources")
 MIN_RATE_OF_RECORDINGS = 8000
 CLIPS_PER_SHARD = 250
@@ -75,7 +76,7 @@ def write_dataset(
         rate: Sampling rate in Hz.
         seed: Seed of the data set.
         max_sources: Largest number of classes in a clip.
-        num_processes: Processes that synthesise clips; the data do not depend on it.
+        num_processes: Number of processes that synthesise clips. The data do not depend on it.
     """
     write_labels(folder, sorted(SOURCES))
     items = [(split, index) for split, count in splits.items() for index in range(count)]
@@ -112,14 +113,14 @@ def write_card(folder: Path, splits: dict[str, int], arguments: argparse.Namespa
 
 
 def write_scene_card(folder: Path, splits: dict[str, int], arguments: argparse.Namespace) -> None:
-    """Write the `README.md` of a data set of recordings, with the command that reproduces it."""
+    """Write the `README.md` of a data set of scenes mixed from recordings, with the command that reproduces it."""
     counts = ", ".join(f"{count} {split}" for split, count in splits.items())
     scenes = arguments.scenes
     (folder / "README.md").write_text(
         f"{card_header(splits)}\n# Soundscapes mixed from recordings\n\n"
         f"{counts} scenes of {scenes.seconds:g} s at {arguments.sampling_rate} Hz, each with {scenes.min_sources} to "
-        f"{scenes.max_sources} events. Splits share no original recording. `snr` is the RMS over an event above the "
-        "RMS of the background over the scene, in dB. `scenes.yaml` has all settings. Made by\n\n"
+        f"{scenes.max_sources} events. Splits share no original recording. `snr` is the ratio in dB of an event's RMS "
+        "to the RMS of the background over the scene. `scenes.yaml` has all settings. Made by\n\n"
         f"    python -m training.soundscapes OUT {shlex.join(arguments.given)}\n",
         encoding="utf-8",
     )
@@ -129,8 +130,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line.
 
     Returns:
-        The arguments. `scenes` is the settings of scenes from recordings, or `None`; `splits` is the number of
-        synthesised clips of each split; `given` is the options that make the same scenes.
+        The arguments. `scenes` has the settings of scenes from recordings, or is `None`. `splits` has the number of
+        synthesised clips of each split. `given` has the options that reproduce the scenes.
     """
     parser = argparse.ArgumentParser(
         prog="python -m training.soundscapes",
@@ -140,11 +141,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("output", type=Path, metavar="OUT", help="folder to create; it must not exist")
     parser.add_argument("--clips", type=int, default=2000, help="total number of clips (default: 2000)")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of a clip in seconds (default: 10)")
-    parser.add_argument("--max-sources", type=int, default=5, help="largest number of sources in a clip (default: 5)")
+    parser.add_argument("--max-sources", type=int, default=5, help="largest number of events in a clip (default: 5)")
     parser.add_argument(
         "--held-out",
         type=float,
-        help="fraction of the clips in each of validation and test (default: 0.1); with --sounds, see --splits",
+        help="fraction of the clips for validation, and the same fraction for test (default: 0.1); with --sounds, use "
+        "--splits instead",
     )
     parser.add_argument("--sampling-rate", type=int, default=16_000, help="sampling rate in Hz (default: 16000)")
     parser.add_argument("--seed", type=int, default=0, help="seed; each seed gives different clips (default: 0)")
@@ -152,7 +154,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--processes",
         type=int,
         default=os.cpu_count(),
-        help="processes that synthesise clips; the data do not depend on it (default: one per core)",
+        help="number of processes; the data do not depend on it (default: one per core)",
     )
     parser.add_argument("--plot", action="store_true", help="also write OUT/soundscapes.png")
     group = parser.add_argument_group("scenes from recordings")
@@ -181,7 +183,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     given = {key: getattr(arguments, key) for key in known if hasattr(arguments, key)}
     if "sounds" in given:
         if arguments.held_out is not None:
-            parser.error("--held-out is for synthesised clips; with --sounds give --splits.")
+            parser.error("--held-out is for synthesised clips; with --sounds, give --splits instead.")
         if arguments.sampling_rate < MIN_RATE_OF_RECORDINGS:
             parser.error(f"--sampling-rate {arguments.sampling_rate} must be at least {MIN_RATE_OF_RECORDINGS}.")
         try:
@@ -203,7 +205,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _as_options(values: dict[str, Any]) -> Iterator[str]:
-    """Yield the words of a command line that sets options to values."""
+    """Yield the words of a command line that sets options to the values."""
     for key, value in values.items():
         yield f"--{key.replace('_', '-')}"
         if value is not True:
@@ -257,7 +259,7 @@ def _synthesise(arguments: argparse.Namespace) -> None:
         )
         write_card(folder, arguments.splits, arguments)
         if arguments.plot:
-            # Each worker process imports this module again, so matplotlib is loaded only where it is needed.
+            # Each worker process imports this module again and does not need matplotlib.
             from training.soundscapes.picture import plot
 
             plot(
@@ -271,7 +273,7 @@ def _synthesise(arguments: argparse.Namespace) -> None:
 
 
 def _mix(arguments: argparse.Namespace) -> None:
-    # Synthesis needs none of these, and torch takes seconds to load in each of its processes.
+    # Synthesis does not need these, and would load torch for seconds in each of its processes.
     from training.data.sources import open_scene_pools
     from training.soundscapes.recorded import write_scenes
 
@@ -288,7 +290,7 @@ def _mix(arguments: argparse.Namespace) -> None:
             plot_recorded(folder / "soundscapes.png", pools[split], split, rate, seed)
     for what in ("unusable_recordings", "skipped_scenes"):
         if report[what]:
-            print(f"{len(report[what])} {what.replace('_', ' ')}; {arguments.output / 'report.json'} names each.")
+            print(f"{len(report[what])} {what.replace('_', ' ')}: {arguments.output / 'report.json'} lists them.")
     print(f"Wrote {sum(counts.values())} scenes to {arguments.output}.")
 
 

@@ -7,7 +7,7 @@ import soundfile
 
 
 def encode_flac(waveform: np.ndarray, rate: int) -> bytes:
-    """Return a waveform as a FLAC file of 16 bits per sample."""
+    """Encode a waveform as a FLAC file with 16 bits per sample."""
     file = io.BytesIO()
     soundfile.write(file, waveform, rate, format="FLAC", subtype="PCM_16")
     return file.getvalue()

@@ -1,8 +1,8 @@
 """Annotations of a scene in the JAMS format, version 0.3 (https://jams.readthedocs.io).
 
-A file has three annotations: `scaper` with each event and its origin, as the program scaper writes it, `segment_open`
-with the labels of the events, and `tag_open` with the labels of the scene. Levels (`snr`, and `background_level` in
-the sandbox) are RMS levels; those of scaper are LUFS.
+A file has three annotations: `scaper` has each event and its origin, as the program scaper writes them; `segment_open`
+has the labels of the events; and `tag_open` has the labels of the scene. Levels (`snr`, and `background_level` in the
+sandbox) are RMS levels, whereas scaper writes LUFS.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Work in several processes, with results in order."""
+"""A parallel map over processes that keeps the order of results."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,9 +19,9 @@ def map_in_order(
     """Apply a function in several processes and yield the results in order.
 
     Args:
-        function: The function, which can be pickled.
+        function: The function. It must be picklable.
         items: Its arguments.
-        num_processes: Number of processes; at most 1 for this process alone.
+        num_processes: Number of processes. With 1 or less, this process does the work.
         initializer: Called once in each process.
         arguments: Arguments of `initializer`.
     """
@@ -35,5 +35,5 @@ def map_in_order(
     try:
         yield from pool.map(function, items, chunksize=8)
     finally:
-        # After an interruption this waits for the chunks in work alone, even if others were still being submitted.
+        # After an interruption, this waits only for running chunks and cancels all others.
         pool.shutdown(cancel_futures=True)

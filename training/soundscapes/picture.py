@@ -18,7 +18,7 @@ from training.soundscapes.sounds import SOURCES
 
 COLUMNS, CLIPS = 4, 4
 CLASS_SECONDS = 3
-# Classes of recordings to draw; a data set can have hundreds.
+# Largest number of classes of recordings to draw. A data set can have hundreds.
 MAX_CLASSES = 60
 
 Drawn = Event | SceneEvent
@@ -105,7 +105,7 @@ def draw(
 
 
 def _draw_spectrogram(axes: Axes, waveform: np.ndarray, rate: int, seed: int) -> None:
-    # Faint noise, because specgram takes the logarithm and digital silence has none.
+    # Add faint noise, because specgram takes the logarithm, which digital silence does not have.
     waveform = waveform + 1e-7 * generator_for(seed, "plot").standard_normal(len(waveform))
     axes.specgram(waveform, NFFT=512, noverlap=352, Fs=rate, cmap="magma", vmin=-140, vmax=-30)
     axes.set_yticks([])

@@ -1,4 +1,4 @@
-"""A data set of scenes that are mixed from recordings: shards, table of events, JAMS files and report."""
+"""Write a data set of scenes mixed from recordings: shards, table of events, JAMS files and report."""
 
 import csv
 import json
@@ -40,12 +40,12 @@ EVENT_COLUMNS = {
     "impulse_response": "impulse_response",
 }
 
-# The pools of this process. Each worker process receives them once, rather than with each scene.
+# The pools of this process. Each worker process receives them once and not with each scene.
 _pools: dict[str, Pool] = {}
 
 
 class Mixed(NamedTuple):
-    """A row of the data set, or `None` if no recording was usable, and the recordings that were not."""
+    """A row of the data set, or `None` if no recording was usable, and the unusable recordings."""
 
     id: str
     row: dict[str, Any] | None
@@ -60,7 +60,7 @@ def _set_pools(pools: dict[str, Pool]) -> None:
 def columns(rate: int) -> datasets.Features:
     """Return the columns of the data set for scenes at a sampling rate in Hz.
 
-    They are those of synthesised soundscapes, and the origin of each event.
+    They are the columns of synthesised soundscapes, with the origin of each event in addition.
     """
     text, number = datasets.Value("string"), datasets.Value("float64")
     kinds = {"label": text, "source_file": text, "source_group": text, "impulse_response": text}
@@ -82,7 +82,7 @@ def make_scene_row(item: tuple[str, int], seed: int, rate: int) -> Mixed:
     """Mix a scene and encode it as FLAC.
 
     Args:
-        item: The split and the index of the scene in it. With `seed` they determine the scene.
+        item: The split and the index of the scene in it. Together with `seed`, they determine the scene.
         seed: Seed of the data set.
         rate: Sampling rate in Hz.
     """
@@ -116,7 +116,7 @@ def write_scenes(
         pools: The mixer and number of scenes of each split.
         rate: Sampling rate in Hz.
         seed: Seed of the data set.
-        num_processes: Processes that mix scenes; the data do not depend on it.
+        num_processes: Number of processes that mix scenes. The data do not depend on it.
 
     Returns:
         The report: scenes, recordings and events by split, and the recordings and scenes that were skipped.
@@ -136,7 +136,7 @@ def write_scenes(
         table.writerow(("file", *EVENT_COLUMNS))
 
         def usable(split: str, counts: Counter[str]) -> Iterator[dict[str, Any]]:
-            """Yield the rows of a split; write their events and JAMS files and count them on the way."""
+            """Yield the rows of a split. Write and count the events of each row, and write its JAMS file."""
             for id_, row, faults in islice(scenes, pools[split].num_scenes):
                 if row is None:
                     report["skipped_scenes"][id_] = faults[0].message
@@ -168,7 +168,7 @@ def write_scenes(
 
 
 def with_absolute_paths(settings: SceneSettings) -> SceneSettings:
-    """Return settings that mean the same in a file in any folder."""
+    """Return the settings with absolute paths, so that their file can lie in any folder."""
     return replace(
         settings,
         sounds=_absolute(settings.sounds),

@@ -1,4 +1,4 @@
-"""A clip of several sources over coloured noise, and its row in the data set."""
+"""Synthesise a clip of several sources over coloured noise, and its row in the data set."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -40,13 +40,13 @@ class SceneEvent:
 def soundscape(
     rng: Generator, duration: float, rate: int, max_sources: int = 5, labels: Sequence[str] | None = None
 ) -> tuple[np.ndarray, list[SceneEvent]]:
-    """Synthesise one clip: a background and one event of each of some classes, at random places and levels.
+    """Synthesise one clip: a background, and one event of each drawn class at a random onset and level.
 
     Args:
-        rng: Random generator; it determines the clip.
+        rng: Random generator. It determines the clip.
         duration: Length in seconds.
         rate: Sampling rate in Hz.
-        max_sources: Largest number of classes; 1 to `max_sources` are equally likely.
+        max_sources: Largest number of classes. All numbers from 1 to `max_sources` are equally likely.
         labels: Classes to use instead of drawing them.
 
     Returns:
@@ -100,14 +100,14 @@ def make_row(item: tuple[str, int], seed: int, duration: float, rate: int, max_s
     """Synthesise a clip and encode it as FLAC.
 
     Args:
-        item: The split and the index of the clip in it. With `seed` they determine the clip.
+        item: The split and the index of the clip in it. Together with `seed`, they determine the clip.
         seed: Seed of the data set.
         duration: Length in seconds.
         rate: Sampling rate in Hz.
         max_sources: Largest number of classes in the clip.
 
     Returns:
-        The row, in the columns of [`columns`].
+        The row, with the columns of [`columns`].
     """
     split, index = item
     waveform, events = soundscape(generator_for(seed, "soundscape", split, index), duration, rate, max_sources)

@@ -1,11 +1,11 @@
-"""The sound classes: one synthesiser each, registered in `SOURCES` under its function name.
+"""The sound classes. Each is a synthesiser that is registered in `SOURCES` under its function name.
 
-A synthesiser draws pitch, rhythm and timbre from a random generator, so that no two clips of a class are alike. Its
-arguments are the generator, the number of samples `n` and the sampling rate in Hz. It returns float64 of shape `(n,)`
-at an arbitrary level; [`training.soundscapes.scene.soundscape`] sets the level.
+A synthesiser draws pitch, rhythm and timbre from a random generator, so all clips of a class differ. Its arguments are
+the generator, the number of samples `n` and the sampling rate in Hz. It returns float64 of shape `(n,)` at an
+arbitrary level; [`training.soundscapes.scene.soundscape`] sets the level.
 
-A synthesiser is added here and nowhere else. Sounds depend on the order of the draws, so reordering two draws changes
-every data set.
+To add a class, add its synthesiser to this file; no other file changes. Sounds depend on the order of the draws, so
+reordering two draws changes every data set.
 """
 
 import math
@@ -31,7 +31,7 @@ def register(function: Synthesiser) -> Synthesiser:
 
 
 def log_uniform(rng: Generator, low: float, high: float) -> float:
-    """Draw a number whose logarithm is uniform between those of `low` and `high`."""
+    """Draw a number between `low` and `high` whose logarithm is uniformly distributed."""
     return float(low * (high / low) ** rng.random())
 
 
@@ -111,7 +111,7 @@ def repeat(
 
 
 def scatter(rng: Generator, n: int, rate: int, per_second: float, grain: Callable[[], np.ndarray]) -> np.ndarray:
-    """Place grains at random times, a Poisson number of them and at least one, at levels between 0.2 and 1."""
+    """Place grains at random times and at levels between 0.2 and 1. Their number is Poisson, but at least one."""
     out = np.zeros(n)
     for start in np.sort(rng.integers(0, n, max(1, rng.poisson(per_second * n / rate)))):
         sound = grain()[: n - start]
@@ -134,7 +134,7 @@ def gate(n: int, rate: int, period: float, duty: float, edge: float = 0.005) -> 
 
 
 def slow_curve(rng: Generator, n: int, rate: int, per_second: float) -> np.ndarray:
-    """Return random values in [0, 1], `per_second` of them a second, with linear interpolation in between."""
+    """Interpolate linearly between random values in [0, 1], of which there are `per_second` in a second."""
     points = rng.random(int(per_second * n / rate) + 3)
     return np.interp(times(n, rate) * per_second, np.arange(len(points)), points)
 

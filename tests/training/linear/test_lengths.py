@@ -19,7 +19,7 @@ def test_advice_fits_the_clips(make_config, seconds, advice):
     extractor = SSLAMFeatureExtractor(num_mel_bins=32, max_length=256)
     config = make_config(max_length=256, max_position_embeddings=64)
     found = length_advice(seconds, extractor, config)
-    assert (found is None) if advice is None else found.endswith(f"{advice} fits the clips.")
+    assert (found is None) if advice is None else found.endswith(f"{advice} to fit the clips.")
 
 
 def test_clips_longer_than_the_position_table_are_not_worth_a_warning(make_config):

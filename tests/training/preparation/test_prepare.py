@@ -589,7 +589,7 @@ def test_a_failed_preparation_leaves_nothing_behind(put, tmp_path):
     put("meta/esc50.csv", "filename,target,category\n")
     refused("esc50.csv has no column fold; it has filename, target, category", source, out)
     put("meta/esc50.csv", "filename,fold,target,category\n1-1-A-0.wav,1 a,0,dog\n")
-    refused("A split cannot be called 'fold1 a'", source, out)
+    refused("'fold1 a' cannot be the name of a split", source, out)
     (source / "meta/esc50.csv").unlink()
     refused("esc50.csv cannot be read", source, out)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
