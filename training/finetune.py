@@ -22,6 +22,7 @@ folder for the Hub. The card and evaluation/ in it hold the results on the valid
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from training.classification.classifier import FeatureOverrides, compile_blocks,
 from training.classification.task import Task, check_splits, evaluation_data, find_task
 from training.data.augmentation import AugmentationConfig, augment_batch, roll_and_gain
 from training.data.config import EvaluationDataConfig, LabelledDataConfig
+from training.data.listings import split_names
 from training.data.loader import make_loader
 from training.evaluate import EvaluateConfig, EvaluationError, evaluate
 from training.evaluation.metrics import compute_metrics
@@ -158,6 +160,11 @@ class FinetuneConfig(RunConfig):
             raise ValueError(f"label_smoothing={self.label_smoothing} must be at least 0 and less than 1")
         if len(self.folds) == 1:
             raise ValueError(f"folds={self.folds[0]}: cross-validation needs two or more")
+        splits = Counter(name for fold in self.folds for name in split_names(fold))
+        if repeated := [name for name, count in splits.items() if count > 1]:
+            raise ValueError(
+                f"folds={','.join(self.folds)} has {repeated[0]} twice; a fold is trained on by all others"
+            )
 
     def is_evaluation_due(self, update: int) -> bool:
         """Return whether the validation split is evaluated after an update."""

@@ -308,6 +308,7 @@ def test_a_hint_about_waiting_for_data_appears_once(train, monkeypatch, caplog, 
         ({"features.max_length": 4096}, "max_length"),
         ({"epochs": 3}, "either max_updates or epochs"),
         ({"folds": "one"}, "needs two or more"),
+        ({"folds": "one,two+one"}, "folds=one,two+one has one twice"),
         ({"folds": "fold1,fold2"}, "no fold would be tested; with folds set it to 0"),
     ],
 )

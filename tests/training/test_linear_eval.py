@@ -439,9 +439,10 @@ def test_training_clips_cannot_be_test_clips(run, sounds, tmp_path):
         run("folds", data=folder, folds="fold1,fold2,fold3")
 
 
-def test_folds_that_overlap_are_refused(run, sounds):
-    with pytest.raises(SystemExit, match=r"6 of the 12 clips of fold2\+fold3 are also in fold1\+fold2"):
+def test_folds_that_overlap_are_refused(run, sounds, capsys):
+    with pytest.raises(SystemExit):
         run(data=sounds, folds="fold1+fold2,fold2+fold3,fold4")
+    assert "folds=fold1+fold2,fold2+fold3,fold4 has fold2 twice" in capsys.readouterr().err
 
 
 def test_validation_clips_from_another_source(run, sounds):
