@@ -29,7 +29,7 @@ from modeling_sslam import SSLAMConfig, SSLAMFeatureExtractor, SSLAMForPreTraini
 from modeling_sslam.common import files
 from training import evaluate, finetune, linear_eval, prepare, pretrain, report
 from training.data.loader import AudioLoader
-from training.linear import cached, features
+from training.linear import features, outcome
 from training.run.checkpointing import (
     BEST,
     CheckpointError,
@@ -392,8 +392,8 @@ def encoder(tmp_path_factory):
 )
 def test_a_full_disk_in_linear_evaluation(place, room, encoder, table, monkeypatch, tmp_path):
     owner, name = {
-        "results": (cached, "write_results"),
-        "model": (cached, "write_model"),
+        "results": (outcome, "write_results"),
+        "model": (outcome, "write_model"),
         "cache": (features, "_write_part"),
         "merge": (features, "_merge_parts"),
     }[place]

@@ -112,7 +112,7 @@ def make_rounds(config: LinearEvalConfig, sets: dict[str, FeatureSet]) -> dict[s
         )
         if config.data.hold_out and not len(held_out):
             raise TrainingError(
-                f"data.hold_out={config.data.hold_out:g} holds out none of the {len(rest)} training clips. Raise it."
+                f"data.hold_out={config.data.hold_out:g} holds out none of the {len(rest)} training clips; use more."
             )
         return rest, held_out
 

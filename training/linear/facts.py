@@ -17,6 +17,11 @@ def name_of_encoder(config: LinearEvalConfig) -> str:
     return f"{config.model}, new weights" if config.random_weights else config.model
 
 
+def short_name_of(config: LinearEvalConfig) -> str:
+    """Return the encoder's name for tables and titles."""
+    return "/".join(Path(name_of_encoder(config)).parts[-2:])
+
+
 def protocol_of(config: LinearEvalConfig) -> str:
     """Describe the mode in words."""
     start = ", which start from standardised features" if config.mode == "cached" and config.head.standardize else ""
