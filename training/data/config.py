@@ -70,7 +70,9 @@ class DataConfig:
             "`python -m training.class_weights` writes it."
         },
     )
-    clips_per_epoch: int | None = field(default=None, metadata={"help": "Number of clips to draw by sample_weights."})
+    clips_per_epoch: int | None = field(
+        default=None, metadata={"help": "Number of clips to draw by sample_weights, fewer than the table has."}
+    )
     hold_out: float = field(
         default=0.0,
         metadata={"help": "Share of the split's clips to hold out for validation. Their names determine which."},

@@ -62,7 +62,7 @@ class WeightedDraw:
 
     Raises:
         ValueError: If the table lacks a column, names a clip twice, has a negative or non-finite weight, or has fewer
-            than `clips_per_epoch` clips of positive weight.
+            than `clips_per_epoch` clips of positive weight. Also if it has just as many and their weights differ.
     """
 
     def __init__(self, path: str | Path, clips_per_epoch: int, seed: int) -> None:
@@ -73,6 +73,11 @@ class WeightedDraw:
         self.digests, self.weights = _read_weights(path)
         if clips_per_epoch > (drawable := np.count_nonzero(self.weights)):
             raise ValueError(f"{path} has {drawable} clips of positive weight; {clips_per_epoch} cannot be drawn.")
+        if clips_per_epoch == drawable and len(np.unique(self.weights[self.weights > 0])) > 1:
+            raise ValueError(
+                f"clips_per_epoch={clips_per_epoch} draws all clips of positive weight in {path} in every epoch, so "
+                "their different weights have no effect; draw fewer."
+            )
         self._drawn: tuple[int, np.ndarray] | None = None
 
     def drawn(self, epoch: int) -> np.ndarray:

@@ -113,6 +113,7 @@ def test_the_share_of_held_out_clips_is_about_the_fraction():
     ("weights", "clips_per_epoch", "message"),
     [
         ({"a": 1.0, "b": 0.0}, 2, "has 1 clips of positive weight; 2 cannot be drawn"),
+        ({"a": 1.0, "b": 2.0, "c": 0.0}, 2, "clips_per_epoch=2 draws all clips .* have no effect; draw fewer"),
         ({"a": -1.0}, 1, "negative or not finite"),
         ({"a": "nan"}, 1, "negative or not finite"),
     ],
