@@ -44,7 +44,7 @@ def test_steps_on_the_loader_and_on_a_ready_batch(folder, make_config):
 
 
 def test_pass_refuses_to_miss_a_clip():
-    with pytest.raises(RuntimeError, match="gave 3 clips of 4"):
+    with pytest.raises(RuntimeError, match="gave 3 of 4 clips"):
         data.Pass(lambda: [torch.zeros(2), torch.zeros(1)], 4)()
 
 

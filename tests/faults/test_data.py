@@ -353,7 +353,7 @@ def test_annotations_for_preparation(write, table):
     with pytest.raises(PreparationError, match="Save it as UTF-8"):
         list(read_table(table("name\ncafé\n".encode("latin-1")), ["name"]))
     table("0,Dog\n", "label_descriptors.csv")
-    with pytest.raises(PreparationError, match="first line must be the root folder"):
+    with pytest.raises(PreparationError, match="empty first line: it must name the root folder"):
         manifest.list_clips(table("", "train.tsv").parent)
     folder = write("a.flac")
     (folder / "loop").symlink_to(folder)

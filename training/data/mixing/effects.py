@@ -4,6 +4,8 @@ Waveforms are NumPy arrays of shape `(num_samples,)`, full scale 1. Levels are r
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 
 import numpy as np
@@ -19,6 +21,17 @@ MAX_PITCH_DENOMINATOR = 64
 VOCODER_SECONDS, VOCODER_OVERLAP = 0.064, 4
 # Longest crossfade between two rounds of a loop, and its longest share of the looped recording.
 CROSSFADE_SECONDS, CROSSFADE_SHARE = 0.5, 0.25
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute with one thread: on some processors, the last bits depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def rms(waveform: np.ndarray) -> float:

@@ -154,6 +154,7 @@ class Mixer:
         count = int(rng.integers(settings.min_sources, settings.max_sources + 1))
         return [self.labels[i] for i in rng.choice(len(self.labels), count, replace=settings.repeat_labels)]
 
+    @effects.one_thread()
     def mix(self, rng: Generator, num_samples: int, rate: int) -> Scene:
         """Mix a scene.
 

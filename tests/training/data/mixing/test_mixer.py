@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from modeling_sslam.common.errors import ClipError
 from training.data.mixing import recordings as recordings_module
@@ -60,6 +61,19 @@ def test_each_event_has_the_place_and_the_level_of_its_label(make_mixer, seed):
         assert 20 * np.log10(rms(heard[start:stop])) == pytest.approx(-60 + event.snr, abs=0.2)
         assert rms(np.r_[heard[: max(0, start - 80)], heard[stop + 80 :]]) < 0.05 * rms(heard[start:stop])
     assert [event.onset for event in scene.events] == sorted(event.onset for event in scene.events)
+
+
+def test_a_scene_does_not_depend_on_the_number_of_threads(make_mixer):
+    before = torch.get_num_threads()
+    waveforms = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            waveforms.append(mix(make_mixer(pitch=(-2.0, 2.0), stretch=(0.8, 1.2)), 4).waveform)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(*waveforms)
 
 
 def test_the_background_has_the_level_that_the_scene_states(make_mixer):
