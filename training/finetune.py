@@ -162,9 +162,7 @@ class FinetuneConfig(RunConfig):
             raise ValueError(f"folds={self.folds[0]}: cross-validation needs two or more")
         splits = Counter(name for fold in self.folds for name in split_names(fold))
         if repeated := [name for name, count in splits.items() if count > 1]:
-            raise ValueError(
-                f"folds={','.join(self.folds)} has {repeated[0]} twice; a fold is trained on by all others"
-            )
+            raise ValueError(f"folds={','.join(self.folds)} has {repeated[0]} twice; name each split once")
 
     def is_evaluation_due(self, update: int) -> bool:
         """Return whether the validation split is evaluated after an update."""

@@ -83,7 +83,7 @@ def check_steps(steps: Sequence[Step]) -> None:
         try:
             open_source(data)
         except (OSError, ValueError, DataError) as error:
-            raise SystemExit(f"error: {error}\nThis step has no data: {command_of(step)}") from error
+            raise SystemExit(f"error: {error}\nThis step cannot open its data: {command_of(step)}") from error
         opened.add(repr(data))
 
 

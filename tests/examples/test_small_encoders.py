@@ -124,7 +124,7 @@ def test_missing_data_of_a_late_step_end_the_command_before_its_first_step(
         yaml.safe_dump(content | {"recipes": {"tiny": recipe}, "tests": tests, "finetuned_on": "tones"})
     )
     with pytest.raises(
-        SystemExit, match=r"(?s)(none\.csv|fold9).*This step has no data: python -m training\.linear_eval"
+        SystemExit, match=r"(?s)(none\.csv|fold9).*This step cannot open its data: python -m training\.linear_eval"
     ):
         command.main([str(tmp_path / "out"), "--config", str(tmp_path / "study.yaml")])
     assert "$ python" not in capsys.readouterr().out

@@ -112,7 +112,8 @@ def make_rounds(config: LinearEvalConfig, sets: dict[str, FeatureSet]) -> dict[s
         )
         if config.data.hold_out and not len(held_out):
             raise TrainingError(
-                f"data.hold_out={config.data.hold_out:g} holds out none of the {len(rest)} training clips; use more."
+                f"data.hold_out={config.data.hold_out:g} holds out none of the {len(rest)} training clips; hold out "
+                "a larger share."
             )
         return rest, held_out
 
