@@ -260,7 +260,7 @@ def test_workers_survive_the_signal_that_ends_a_run(open_loader, number):
     assert {process.pid for process in workers} <= {process.pid for process in psutil.Process().children()}
     del batches, loader
     gc.collect()
-    assert not psutil.wait_procs(workers, timeout=20)[1]
+    assert not psutil.wait_procs(workers, timeout=60)[1]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "folder"])

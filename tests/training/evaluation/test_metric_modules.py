@@ -162,5 +162,5 @@ def test_modules_load_offline_in_parallel_and_anew_after_an_edit(tmp_path, monke
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * count
-    assert [results.get(timeout=10) for _ in processes] == [[1, 7]] * count
+    assert [results.get(timeout=60) for _ in processes] == [[1, 7]] * count
     assert list(tmp_path.glob("modules/**/audio_tagging.py"))
