@@ -179,13 +179,13 @@ def test_a_sweep_in_parts_gives_the_same_heads(run, monkeypatch):
 
 
 def test_new_weights_for_comparison(run, capsys):
-    _, results = run("new", random_weights="true", poolings="mean")
+    _, results = run("new", new_weights="true", poolings="mean")
     _, trained = run("trained", poolings="mean")
     assert results["model"].endswith("new weights")
     assert "new weights" in capsys.readouterr().out
     assert results["features"] != trained["features"]
     assert results["best_head"]["test_map"] != trained["best_head"]["test_map"]
-    _, again = run("again", random_weights="true", poolings="mean")
+    _, again = run("again", new_weights="true", poolings="mean")
     assert again["best_head"] == results["best_head"]
 
 
@@ -208,6 +208,13 @@ def test_folds_of_clips_with_one_label(run, sounds):
     assert not (out / "model").exists()
     # The same evaluation may write into the same folder again.
     assert run(**settings, **{"head.epochs": 20, "head.batch_size": 8})[1]["heads"] == results["heads"]
+
+
+def test_few_shot_heads_beside_one_head_need_no_inner_folds(run, sounds):
+    shots = {"few_shot.shots": 2, "few_shot.draws": 3, "head.kinds": "ridge", "ridge.strengths": 1}
+    _, results = run(data=sounds, folds="fold1,fold2", poolings="mean", **shots)
+    assert [row["kind"] for row in results["heads"]] == ["ridge", "few_shot"]
+    assert results["best_head"]["kind"] == "ridge"
 
 
 ALL_KINDS = {
@@ -378,7 +385,7 @@ def test_a_fine_tuned_model_gets_a_new_head(run, tmp_path, scapes):
         ({"mode": "published", "layers": "all"}, "mode=published fits one head"),
         ({"mode": "published", "head.kinds": "knn"}, "mode=published fits one linear head"),
         ({"mode": "published", "compare": "mfcc_forest"}, "mode=published fits one linear head"),
-        ({"random_weights": "true", "compare": "new_weights"}, "leave new_weights out of compare"),
+        ({"new_weights": "true", "compare": "new_weights"}, "leave new_weights out of compare"),
         ({"head.kinds": "linear,mlp"}, "must be some of linear, ridge, layers, attentive, prototypes, knn"),
         ({"head.kinds": "attentive", "token_cache_gib": 1e-6}, "token_cache_gib"),
         ({"token_cache_gib": 0}, "token_cache_gib=0.0 must be positive"),
@@ -420,7 +427,7 @@ def test_results_of_another_evaluation_are_not_overwritten(run, tmp_path):
     run(poolings="cls")
     before = (tmp_path / "out" / "results.json").read_bytes()
     with pytest.raises(SystemExit, match=r"is of another evaluation \(model.*output_dir"):
-        run(random_weights="true")
+        run(new_weights="true")
     assert (tmp_path / "out" / "results.json").read_bytes() == before
 
 

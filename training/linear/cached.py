@@ -8,7 +8,7 @@ from itertools import product
 from training.classification.task import check_splits, find_task
 from training.linear.choice import inner_scores
 from training.linear.clips import Round, make_rounds
-from training.linear.comparison import Entrant
+from training.linear.comparison import FittedContender
 from training.linear.config import ALL_POOLINGS, LinearEvalConfig
 from training.linear.contenders import (
     Contender,
@@ -66,7 +66,7 @@ def evaluate_cached(config: LinearEvalConfig) -> None:
     check_apart(contenders[0].sets, by_fold=bool(config.folds))
     for rival in dict.fromkeys(config.compare):
         if rival == "new_weights":
-            new = freeze_encoder(replace(config, random_weights=True, compare=[]), task, accelerator)
+            new = freeze_encoder(replace(config, new_weights=True, compare=[]), task, accelerator)
             contenders.append(contender_of(f"{name}, new weights", config, new, heads, accelerator))
         else:
             contenders.append(forest_of(config, encoder, accelerator))
@@ -154,21 +154,24 @@ def fit_contenders(config: LinearEvalConfig, encoder: FrozenEncoder, contenders:
     started = time.perf_counter()
     setup = setup_of(config, encoder)
     rounds = [make_rounds(config, contender.sets) for contender in contenders]
-    entrants = [fit_contender(config, *pair, setup) for pair in zip(contenders, rounds, strict=True)]
+    fitted = [fit_contender(config, *pair, setup) for pair in zip(contenders, rounds, strict=True)]
     seconds = {
         "features": round(sum(contender.seconds for contender in contenders), 2),
         "heads": round(time.perf_counter() - started, 2),
     }
-    return Outcome(config, encoder, contenders[0].sets, entrants, rounds, seconds)
+    return Outcome(config, encoder, contenders[0].sets, fitted, rounds, seconds)
 
 
-def fit_contender(config: LinearEvalConfig, contender: Contender, rounds: dict[str, Round], setup: Setup) -> Entrant:
+def fit_contender(
+    config: LinearEvalConfig, contender: Contender, rounds: dict[str, Round], setup: Setup
+) -> FittedContender:
     """Fit and test all heads of an encoder or baseline.
 
     With folds and no clips held out, each head's validation metric is its mean over the inner folds.
     """
     heads = contender.heads
-    by_fold = bool(config.folds) and not config.data.hold_out and len(heads) > 1
+    has_choice = sum(head.kind != "few_shot" for head in heads) > 1
+    by_fold = bool(config.folds) and not config.data.hold_out and has_choice
     inner = inner_scores(heads, contender.sets, setup) if by_fold else {}
     results = []
     for test, clips in rounds.items():
@@ -176,4 +179,4 @@ def fit_contender(config: LinearEvalConfig, contender: Contender, rounds: dict[s
         if by_fold:
             fitted = [result._replace(validation=value) for result, value in zip(fitted, inner[test], strict=True)]
         results.append(fitted)
-    return Entrant(contender.name, heads, results, by_fold)
+    return FittedContender(contender.name, heads, results, by_fold)

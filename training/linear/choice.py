@@ -33,7 +33,8 @@ def inner_scores(heads: Sequence[Head], folds: dict[str, FeatureSet], setup: Set
     if len(folds) < 3:
         raise TrainingError(
             f"There are {len(heads)} heads and {len(folds)} folds. The choice of a head by inner folds needs three "
-            "folds or more. Set data.hold_out, or name one layer, one pooling and one of head.kinds."
+            "folds or more. Set data.hold_out, or name one layer, one pooling, one of head.kinds and one value of its "
+            "settings, such as ridge.strengths."
         )
     scores: dict[str, list[list[float]]] = {name: [] for name in folds}
     for one, other in combinations(folds, 2):

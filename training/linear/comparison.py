@@ -37,7 +37,7 @@ KIND_NAMES = {
 }
 
 
-class Entrant(NamedTuple):
+class FittedContender(NamedTuple):
     """An encoder, or a baseline without one, with its fitted heads.
 
     Attributes:
@@ -86,13 +86,13 @@ class Entrant(NamedTuple):
 
 
 def write_comparison(
-    folder: Path, entrants: Sequence[Entrant], metric: str, metric_name: str, title: str, how_chosen: str
+    folder: Path, contenders: Sequence[FittedContender], metric: str, metric_name: str, title: str, how_chosen: str
 ) -> list[Path]:
     """Write heads.md, heads.csv and heads.png.
 
     Args:
         folder: Folder to write into.
-        entrants: The encoder and its rivals.
+        contenders: The encoder and its rivals.
         metric: Key of the metric.
         metric_name: Display name of the metric.
         title: Title of table and plot.
@@ -101,9 +101,9 @@ def write_comparison(
     Returns:
         Paths of the files.
     """
-    best = [(entrant, entrant.chosen()) for entrant in entrants]
-    by_kind = [(entrant, entrant.chosen(kind)) for entrant in entrants for kind in entrant.kinds]
-    places = [(entrant, row) for entrant in entrants for row in entrant.table_of_places()]
+    best = [(contender, contender.chosen()) for contender in contenders]
+    by_kind = [(contender, contender.chosen(kind)) for contender in contenders for kind in contender.kinds]
+    places = [(contender, row) for contender in contenders for row in contender.table_of_places()]
     sections = {"Best head by validation": best, "Best head of each kind": by_kind, "All heads": places}
     lines = [f"# {title}", "", f"The metric is {metric_name}. {how_chosen}"]
     lines += ["± is the standard deviation over folds, or over draws for few-shot heads without folds."]
@@ -111,13 +111,13 @@ def write_comparison(
         if heading == "Best head of each kind" and len(by_kind) == len(best):
             continue
         lines += ["", f"## {heading}", "", line_of(COLUMNS), line_of(["---"] * len(COLUMNS))]
-        lines += [line_of(cells_of(entrant, row)) for entrant, row in rows]
+        lines += [line_of(cells_of(contender, row)) for contender, row in rows]
     write_text(folder / "heads.md", "\n".join(lines) + "\n")
 
     records = [
-        {"encoder": entrant.name} | row.as_full_row(metric) | {"seconds": round(row.cost.seconds, 3)}
-        for entrant in entrants
-        for row in entrant.table()
+        {"encoder": contender.name} | row.as_full_row(metric) | {"seconds": round(row.cost.seconds, 3)}
+        for contender in contenders
+        for row in contender.table()
     ]
     text = io.StringIO()
     writer = csv.DictWriter(text, max(records, key=len), lineterminator="\n")
@@ -125,7 +125,7 @@ def write_comparison(
     for record in records:
         writer.writerow({k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in record.items()})
     write_text(folder / "heads.csv", text.getvalue())
-    plot(folder / "heads.png", entrants, metric_name, title)
+    plot(folder / "heads.png", contenders, metric_name, title)
     return [folder / name for name in COMPARISON_FILES]
 
 
@@ -135,14 +135,21 @@ def remove_comparison(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def cells_of(entrant: Entrant, row: HeadSummary) -> list[str]:
+def cells_of(contender: FittedContender, row: HeadSummary) -> list[str]:
     """Return the cells of a row of heads.md. A cell whose value differs between folds lists all values."""
     parts = [row.value_of(name) for name in ("kind", "layer", "pooling", "settings")]
     if row.head.kind == "forest":
         parts[1] = "-"
     texts = [" / ".join(str(v) or "-" for v in part) if isinstance(part, list) else str(part) for part in parts]
     cost = [f"{value:,}" for value in row.cost[:3]]
-    return [entrant.name, *texts, number(row.validation), f"{row.test:.4f}{spread(row)}", *cost, f"{row.cost[3]:.3g}"]
+    return [
+        contender.name,
+        *texts,
+        number(row.validation),
+        f"{row.test:.4f}{spread(row)}",
+        *cost,
+        f"{row.cost[3]:.3g}",
+    ]
 
 
 def line_of(cells: Sequence[str]) -> str:
@@ -150,20 +157,20 @@ def line_of(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
-def plot(path: Path, entrants: Sequence[Entrant], metric_name: str, title: str) -> None:
+def plot(path: Path, contenders: Sequence[FittedContender], metric_name: str, title: str) -> None:
     """Plot the test metric of each kind by layer, with the pooling and settings that validation chooses.
 
     Horizontal lines show the forest and the heads that read all layers. The panels share the vertical axis.
     """
-    encoders = [entrant for entrant in entrants if entrant.kinds != ["forest"]]
+    encoders = [contender for contender in contenders if contender.kinds != ["forest"]]
     figure = Figure(figsize=(1.2 + 4.2 * len(encoders), 4.4), layout="constrained")
     all_axes = figure.subplots(1, len(encoders), sharey=True, squeeze=False)[0]
-    for axes, entrant in zip(all_axes, encoders, strict=True):
-        plot_entrant(axes, entrant)
-        for rival in entrants:
+    for axes, contender in zip(all_axes, encoders, strict=True):
+        plot_contender(axes, contender)
+        for rival in contenders:
             if rival.kinds == ["forest"]:
                 axes.axhline(rival.chosen().test, color="0.4", linestyle=":", label=rival.name)
-        axes.set_title(entrant.name, fontsize=9)
+        axes.set_title(contender.name, fontsize=9)
         axes.set_xlabel("layer (0: embeddings, i: after block i)")
         axes.grid(alpha=0.3)
     all_axes[0].set_ylabel(f"test {metric_name}")
@@ -174,18 +181,20 @@ def plot(path: Path, entrants: Sequence[Entrant], metric_name: str, title: str) 
         figure.savefig(temporary, dpi=110)
 
 
-def plot_entrant(axes: Axes, entrant: Entrant) -> None:
+def plot_contender(axes: Axes, contender: FittedContender) -> None:
     """Draw a curve over the layers for each kind of head."""
-    layers = sorted({head.layer for head in entrant.heads if isinstance(head.layer, int)})
+    layers = sorted({head.layer for head in contender.heads if isinstance(head.layer, int)})
     axes.set_xticks(layers)
-    for kind in entrant.kinds:
-        of_kind = [i for i, head in enumerate(entrant.heads) if head.kind == kind]
-        if all(entrant.heads[i].layer == "all" for i in of_kind):
-            row = chosen_summary(entrant.rounds, of_kind, entrant.by_round)
+    for kind in contender.kinds:
+        of_kind = [i for i, head in enumerate(contender.heads) if head.kind == kind]
+        if all(contender.heads[i].layer == "all" for i in of_kind):
+            row = chosen_summary(contender.rounds, of_kind, contender.by_round)
             axes.axhline(row.test, linestyle="--", color="tab:pink", label=KIND_NAMES[kind])
             continue
-        groups = {layer: [i for i in of_kind if entrant.heads[i].layer == layer] for layer in layers}
+        groups = {layer: [i for i in of_kind if contender.heads[i].layer == layer] for layer in layers}
         rows = {
-            layer: chosen_summary(entrant.rounds, group, entrant.by_round) for layer, group in groups.items() if group
+            layer: chosen_summary(contender.rounds, group, contender.by_round)
+            for layer, group in groups.items()
+            if group
         }
         axes.plot(list(rows), [row.test for row in rows.values()], marker="o", markersize=3, label=KIND_NAMES[kind])

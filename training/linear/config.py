@@ -81,7 +81,7 @@ class LinearEvalConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = same_field(FinetuneConfig, "mixed_precision")
     memory: Literal["auto", "fast", "small"] = same_field(FinetuneConfig, "memory")
     compile: bool = same_field(FinetuneConfig, "compile")
-    random_weights: bool = field(
+    new_weights: bool = field(
         default=False, metadata={"help": "Evaluate the architecture with new (random) weights, for comparison."}
     )
     layers: list[str] = field(
@@ -163,8 +163,10 @@ class LinearEvalConfig:
                 "mode=published fits one linear head; head.kinds, head.learning_rates, head.weight_decays, compare "
                 "and few_shot are for mode=cached"
             )
-        if self.random_weights and "new_weights" in self.compare:
-            raise ValueError("random_weights evaluates new weights already; leave new_weights out of compare")
+        if self.new_weights and "new_weights" in self.compare:
+            raise ValueError(
+                "With new_weights true, the encoder has new weights already; leave new_weights out of compare"
+            )
         if not self.token_cache_gib > 0:
             raise ValueError(f"token_cache_gib={self.token_cache_gib} must be positive")
         if self.mode == "published" and (self.layers != ["last"] or len(self.poolings or ["cls"]) != 1):

@@ -68,7 +68,7 @@ def freeze_encoder(config: LinearEvalConfig, task: Task, accelerator: Accelerato
     model, feature_extractor = make_classifier(
         config.model, task.labels, task.problem_type, config.features, config.classifier_pooling, drop_path_rate=0.0
     )
-    if config.random_weights:
+    if config.new_weights:
         set_seed(config.seed)
         model.sslam = SSLAMModel(SSLAMConfig.from_dict(model.config.to_dict()))
     if config.compile:

@@ -14,7 +14,7 @@ from training.run.config import TrainingError
 
 def name_of_encoder(config: LinearEvalConfig) -> str:
     """Return the encoder's name, as the results state it."""
-    return f"{config.model}, new weights" if config.random_weights else config.model
+    return f"{config.model}, new weights" if config.new_weights else config.model
 
 
 def short_name_of(config: LinearEvalConfig) -> str:

@@ -12,7 +12,7 @@ from training.evaluation.facts import card_results
 from training.evaluation.prediction import Predictions
 from training.evaluation.results import MAIN_METRICS, Evaluation, write_results
 from training.linear.clips import Clips, Round
-from training.linear.comparison import Entrant, remove_comparison, write_comparison
+from training.linear.comparison import FittedContender, remove_comparison, write_comparison
 from training.linear.config import LinearEvalConfig
 from training.linear.contenders import FrozenEncoder
 from training.linear.facts import common_facts, name_of_encoder, protocol_of, short_name_of
@@ -33,22 +33,22 @@ class Outcome:
         config: The settings.
         encoder: The encoder under evaluation.
         sets: Its features of each split.
-        entrants: The encoder, then the rivals in the order of `compare`.
-        rounds: The clips of each entrant, by test split.
+        contenders: The encoder, then the rivals in the order of `compare`.
+        rounds: The clips of each contender, by test split.
         seconds: Time for the features and for the heads.
     """
 
     config: LinearEvalConfig
     encoder: FrozenEncoder
     sets: dict[str, FeatureSet]
-    entrants: list[Entrant]
+    contenders: list[FittedContender]
     rounds: list[dict[str, Round]]
     seconds: dict[str, float]
 
     @property
-    def own(self) -> Entrant:
+    def own(self) -> FittedContender:
         """The encoder's heads."""
-        return self.entrants[0]
+        return self.contenders[0]
 
     @property
     def metric(self) -> str:
@@ -125,13 +125,13 @@ def write_rivals(outcome: Outcome) -> list[Path]:
     config, files = outcome.config, []
     for rival in get_args(Rival):
         remove(config.output_dir / rival)
-    for rival, entrant, rounds in zip(
-        dict.fromkeys(config.compare), outcome.entrants[1:], outcome.rounds[1:], strict=True
+    for rival, contender, rounds in zip(
+        dict.fromkeys(config.compare), outcome.contenders[1:], outcome.rounds[1:], strict=True
     ):
-        for (test, clips), result in zip(rounds.items(), entrant.chosen_results(), strict=True):
-            title = f"{entrant.name}: {result.head}, split {test}"
+        for (test, clips), result in zip(rounds.items(), contender.chosen_results(), strict=True):
+            title = f"{contender.name}: {result.head}, split {test}"
             place = outcome.folder_of(config.output_dir / rival, test)
-            facts = common_facts(config) | {"model": entrant.name, "head": str(result.head)}
+            facts = common_facts(config) | {"model": contender.name, "head": str(result.head)}
             files += write_results(place, evaluate_head(result, clips.test, outcome.encoder), title, facts)
     return files
 
@@ -150,7 +150,7 @@ def write_tests(outcome: Outcome, evaluations: dict[str, Evaluation]) -> list[Pa
 
 def facts_of(outcome: Outcome) -> dict[str, Any]:
     """Return the content of results.json."""
-    entrants, own, metric = outcome.entrants, outcome.own, outcome.metric
+    contenders, own, metric = outcome.contenders, outcome.own, outcome.metric
     return common_facts(outcome.config) | {
         "num_clips": outcome.num_clips,
         "num_classes": len(outcome.encoder.task.labels),
@@ -161,14 +161,14 @@ def facts_of(outcome: Outcome) -> dict[str, Any]:
         "best_head_model": outcome.why_no_model or "model/",
         "heads": [row.as_full_row(metric) for row in own.table()],
         "best_heads": [
-            {"encoder": entrant.name, "among": kind or "all kinds"} | entrant.chosen(kind).as_full_row(metric)
-            for entrant in entrants
-            for kind in (None, *entrant.kinds)
+            {"encoder": contender.name, "among": kind or "all kinds"} | contender.chosen(kind).as_full_row(metric)
+            for contender in contenders
+            for kind in (None, *contender.kinds)
         ],
         "places": [
-            {"encoder": entrant.name} | row.as_full_row(metric)
-            for entrant in entrants
-            for row in entrant.table_of_places()
+            {"encoder": contender.name} | row.as_full_row(metric)
+            for contender in contenders
+            for row in contender.table_of_places()
         ],
         "seconds": outcome.seconds,
         "features": {name: str(features.folder) for name, features in outcome.sets.items()},
@@ -184,8 +184,8 @@ def write_tables(outcome: Outcome) -> list[Path]:
     plain = [row for row in own.table() if row.head.kind == "linear" and not row.head.setting]
     if len(plain) > 1:
         files += write_sweep(out, plain, metric, metric_name, title)
-    if len(own.heads) > 1 or len(outcome.entrants) > 1:
-        files += write_comparison(out, outcome.entrants, metric, metric_name, title, outcome.how_chosen)
+    if len(own.heads) > 1 or len(outcome.contenders) > 1:
+        files += write_comparison(out, outcome.contenders, metric, metric_name, title, outcome.how_chosen)
     return files
 
 
@@ -210,7 +210,7 @@ def print_summary(outcome: Outcome, files: list[Path]) -> None:
     if not {"linear", "layers"} & set(config.head.kinds):
         trained = []
     counts = ", ".join(" + ".join(f"{n:,}" for n in size.values()) for size in outcome.num_clips.values())
-    num_heads = sum(len(entrant.heads) for entrant in outcome.entrants)
+    num_heads = sum(len(contender.heads) for contender in outcome.contenders)
     print(
         f"Linear evaluation of {name_of_encoder(config)} on {config.data.source}",
         f"  {protocol_of(config)}",
@@ -239,12 +239,12 @@ def printed_heads(outcome: Outcome) -> list[str]:
 
 def printed_choices(outcome: Outcome) -> list[str]:
     """Return the best head of each encoder and of each of its kinds, if there are several."""
-    if len(outcome.entrants) == 1 and len(outcome.own.kinds) == 1:
+    if len(outcome.contenders) == 1 and len(outcome.own.kinds) == 1:
         return []
     lines = [f"  best by validation{'':<34}{'validation':>10}  {'test ' + outcome.metric_name:>13}"]
-    for entrant in outcome.entrants:
-        for kind in [None, *(entrant.kinds if len(entrant.kinds) > 1 else [])]:
-            row = entrant.chosen(kind)
-            name = f"{entrant.name}, {'all kinds' if kind is None else kind}"
+    for contender in outcome.contenders:
+        for kind in [None, *(contender.kinds if len(contender.kinds) > 1 else [])]:
+            row = contender.chosen(kind)
+            name = f"{contender.name}, {'all kinds' if kind is None else kind}"
             lines.append(f"    {name:<50}{number(row.validation):>10}  {row.test:>13.4f}{spread(row)}")
     return lines

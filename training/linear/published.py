@@ -36,7 +36,7 @@ def finetuning_from_encoder(config: LinearEvalConfig) -> FinetuneConfig:
     """Return the settings of the fine-tuning. Write an encoder folder if the model itself cannot be the start.
 
     Linear evaluation starts from a new head. The encoder of a classifier is therefore saved without its head. With
-    `random_weights`, an encoder with new weights is saved.
+    `new_weights`, an encoder with new weights is saved.
 
     Raises:
         TrainingError: If the model cannot be read.
@@ -46,12 +46,12 @@ def finetuning_from_encoder(config: LinearEvalConfig) -> FinetuneConfig:
         changes["classifier_pooling"] = config.poolings[0]
     try:
         architectures = SSLAMConfig.from_pretrained(config.model).architectures or ()
-        if not config.random_weights and "SSLAMForAudioClassification" not in architectures:
+        if not config.new_weights and "SSLAMForAudioClassification" not in architectures:
             return replace(config.finetuning(), **changes)
         folder = config.output_dir / "encoder"
         if join_processes().is_main_process:
             feature_extractor = SSLAMFeatureExtractor.from_pretrained(config.model)
-            if config.random_weights:
+            if config.new_weights:
                 set_seed(config.seed)
                 encoder = SSLAMModel(SSLAMConfig.from_pretrained(config.model))
             else:
