@@ -5,10 +5,10 @@
 The settings are a YAML file, by default examples/small_encoders/study.yaml: recipes for pre-training and fine-tuning,
 and the data on which encoders are tested. docs/small_encoders.md says how to get these data.
 
-For every recipe and seed, an encoder is pre-trained. On each test, ridge regression reads its frozen features, layer
-by layer and pooling by pooling; new weights of the same architecture and MFCCs with a random forest are tested beside
-it. With folds, inner folds choose the head. Then the encoder and new weights are fine-tuned over the folds of the test
-`finetuned_on`. All checkpoints of the seeds in `curve_seeds` are tested.
+For every recipe and seed, an encoder is pre-trained. On each test, ridge regression reads its frozen features, for
+each pooling of each layer and of all layers side by side. New weights of the same architecture and MFCCs with a random
+forest are tested beside it. With folds, inner folds choose the head. Then the encoder and new weights are fine-tuned
+over the folds of the test `finetuned_on`. All checkpoints of the seeds in `curve_seeds` are tested.
 
 OUT gets:
 

@@ -5,6 +5,7 @@ import io
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -49,8 +50,18 @@ def last_layer(scores: Iterable[Score], recipe: str) -> int:
 
 def poolings_of(study: Study) -> list[str]:
     """Return the poolings of the probes."""
-    poolings = study.probes["poolings"]
-    return list(map(str, poolings)) if isinstance(poolings, (list, tuple)) else [str(poolings)]
+    return values_of(study.probes["poolings"])
+
+
+def heads_on_all_layers(study: Study) -> list[str]:
+    """Return the name of the head that reads the last of the poolings of all layers, if the probes have it."""
+    has_concat = "concat" in values_of(study.probes.get("layers", []))
+    return [head_name("concat", poolings_of(study)[-1])] if has_concat else []
+
+
+def values_of(option: Any) -> list[str]:
+    """Return the values of an option that has one or several."""
+    return list(map(str, option)) if isinstance(option, (list, tuple)) else [str(option)]
 
 
 def is_on_curve(score: Score) -> bool:
@@ -71,13 +82,16 @@ def table(scores: Sequence[Score], study: Study, state: str) -> str:
     metrics = {score.test: score.metric for score in scores if score.test in study.tests}
     lines = [
         f"State: {state}. Scores are means and standard deviations over seeds, in per cent. The best head is chosen "
-        "without the test clips. The columns of poolings are ridge regression on the last layer.",
+        "without the test clips. The columns of poolings are ridge regression on the last layer, or on all layers.",
     ]
     best = {f"{test}: {metric}": (test, BEST) for test, metric in metrics.items()}
     lines += ["", "## Best head", "", *rows(scores, study, best)]
     for test, metric in metrics.items():
-        heads = [BEST, *poolings_of(study), *([FINETUNED] if test == study.finetuned_on else [])]
-        lines += ["", f"## {test}: {metric}", "", *rows(scores, study, {head: (test, head) for head in heads})]
+        heads = {BEST: BEST} | {pooling: head_name("{last}", pooling) for pooling in poolings_of(study)}
+        heads |= {head: head for head in heads_on_all_layers(study)}
+        heads |= {FINETUNED: FINETUNED} if test == study.finetuned_on else {}
+        columns = {title: (test, head) for title, head in heads.items()}
+        lines += ["", f"## {test}: {metric}", "", *rows(scores, study, columns)]
     return "\n".join(lines) + "\n"
 
 
@@ -87,7 +101,7 @@ def rows(scores: Sequence[Score], study: Study, columns: Mapping[str, tuple[str,
     Args:
         scores: The scores.
         study: The settings.
-        columns: By the title of a column a test, and `BEST`, `FINETUNED` or a pooling of the last layer.
+        columns: By the title of a column a test and a head. "{last}" in its name stands for the last layer.
     """
     yield line(["recipe", "encoder", *columns])
     yield line(["---"] * (len(columns) + 2))
@@ -96,14 +110,7 @@ def rows(scores: Sequence[Score], study: Study, columns: Mapping[str, tuple[str,
         for encoder in (PRETRAINED, NEW_WEIGHTS, FOREST):
             update = None if encoder == PRETRAINED else 0
             of_columns = [
-                select(
-                    scores,
-                    recipe,
-                    encoder,
-                    test,
-                    head if head in (BEST, FINETUNED) else head_name(layer, head),
-                    update,
-                )
+                select(scores, recipe, encoder, test, head.format(last=layer), update)
                 for test, head in columns.values()
             ]
             yield line([recipe, encoder, *(cell(values, len(study.seeds)) for values in of_columns)])
@@ -114,7 +121,7 @@ def table_of_curves(scores: Sequence[Score], study: Study) -> str:
     lines = ["Scores of checkpoints by update are means over the seeds of `curve_seeds`, in per cent."]
     for recipe in study.recipes:
         layer = last_layer(scores, recipe)
-        columns = [BEST, *(head_name(layer, pooling) for pooling in poolings_of(study))]
+        columns = [BEST, *(head_name(layer, pooling) for pooling in poolings_of(study)), *heads_on_all_layers(study)]
         for test in study.tests:
             updates = updates_of(scores, recipe, test)
             if not updates:
@@ -137,7 +144,7 @@ def updates_of(scores: Iterable[Score], recipe: str, test: str) -> list[int]:
 def plot(scores: Sequence[Score], study: Study) -> Figure:
     """Plot the scores of checkpoints against updates: a column for each test, and for each recipe two rows.
 
-    The first row of a recipe has the poolings of the last layer, the second has all layers with their last pooling.
+    The first row of a recipe has the poolings of the last layer, the second has the last pooling of each layer.
     Dotted lines are new weights.
     """
     recipes = [recipe for recipe in study.recipes if any(s.recipe == recipe and is_on_curve(s) for s in scores)]
@@ -150,7 +157,8 @@ def plot(scores: Sequence[Score], study: Study) -> Figure:
         layer = last_layer(scores, recipe)
         heads_of_rows = {
             f"layer {layer}": {BEST: BEST} | {pooling: head_name(layer, pooling) for pooling in poolings},
-            poolings[-1]: {f"layer {k}": head_name(k, poolings[-1]) for k in range(layer + 1)},
+            poolings[-1]: {f"layer {k}": head_name(k, poolings[-1]) for k in range(layer + 1)}
+            | {head: head for head in heads_on_all_layers(study)},
         }
         for name, heads in heads_of_rows.items():
             panels = next(grid)

@@ -47,9 +47,9 @@ class Score(NamedTuple):
     value: float
 
 
-def head_name(layer: int, pooling: str) -> str:
-    """Return the name of a head that reads a pooling of a layer."""
-    return f"layer {layer}, {pooling}"
+def head_name(layer: int | str, pooling: str) -> str:
+    """Return the name of a head that reads a pooling of a layer, or of all layers side by side ("concat")."""
+    return f"{'all layers' if layer == 'concat' else f'layer {layer}'}, {pooling}"
 
 
 def layer_of(head: str) -> int | None:

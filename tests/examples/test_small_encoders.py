@@ -166,12 +166,12 @@ def test_scratch_of_a_finished_step_is_removed_at_the_next_start(tmp_path: Path)
 @pytest.fixture
 def study() -> Study:
     """A study with two seeds, one recipe and one test."""
-    recipe = Recipe({"config": "x"}, {})
-    return Study((0, 1), {"tiny": recipe}, {"bells": {"folds": ["a"]}}, {"poolings": POOLINGS}, "bells", (0,))
+    recipe, probes = Recipe({"config": "x"}, {}), {"layers": ["all", "concat"], "poolings": POOLINGS}
+    return Study((0, 1), {"tiny": recipe}, {"bells": {"folds": ["a"]}}, probes, "bells", (0,))
 
 
 def write_heads(path: Path, values: dict[str, float]) -> None:
-    """Write the results of heads on two layers: the second layer is 0.1 better, and the best head is 0.2 better."""
+    """Write the results of heads on two layers. The second is 0.1 better, both together are 0.2 better."""
     path.parent.mkdir(parents=True)
     places = [
         {
@@ -179,10 +179,10 @@ def write_heads(path: Path, values: dict[str, float]) -> None:
             "kind": "forest" if "forest" in name else "ridge",
             "layer": layer,
             "pooling": pooling,
-            "test_accuracy": value + layer / 10,
+            "test_accuracy": value + gain,
         }
         for name, value in values.items()
-        for layer in (0, 1)
+        for layer, gain in ((0, 0.0), (1, 0.1), ("concat", 0.2))
         for pooling in POOLINGS
     ]
     best = [{"encoder": name, "among": "all kinds", "test_accuracy": value + 0.2} for name, value in values.items()]
@@ -216,11 +216,11 @@ def test_table_has_means_over_seeds(out: Path, study: Study):
         "| tiny | new weights | 50.0 ± 0.0 |",
         "| tiny | MFCC + forest | 60.0 ± 0.0 |",
     ]
-    assert lines[bells] == "| recipe | encoder | best head | mean | max | fine-tuned |"
+    assert lines[bells] == "| recipe | encoder | best head | mean | max | all layers, max | fine-tuned |"
     assert lines[bells + 2 :] == [
-        "| tiny | pre-trained | 71.0 ± 1.4 | 61.0 ± 1.4 | 61.0 ± 1.4 | 90.0 (n = 1) |",
-        "| tiny | new weights | 50.0 ± 0.0 | 40.0 ± 0.0 | 40.0 ± 0.0 | 80.0 (n = 1) |",
-        "| tiny | MFCC + forest | 60.0 ± 0.0 | - | - | - |",
+        "| tiny | pre-trained | 71.0 ± 1.4 | 61.0 ± 1.4 | 61.0 ± 1.4 | 71.0 ± 1.4 | 90.0 (n = 1) |",
+        "| tiny | new weights | 50.0 ± 0.0 | 40.0 ± 0.0 | 40.0 ± 0.0 | 50.0 ± 0.0 | 80.0 (n = 1) |",
+        "| tiny | MFCC + forest | 60.0 ± 0.0 | - | - | - | - |",
     ]
 
 
@@ -233,7 +233,7 @@ def test_table_has_one_kind_of_heads_and_the_metric_of_the_test(out: Path, study
     path.write_text(json.dumps({"summary": {"map": {"mean": 0.7}, "mean_auc": {"mean": 0.8}}}))
     report.write_report(out, study, "complete")
     assert (
-        "| tiny | pre-trained | 71.0 ± 1.4 | 61.0 ± 1.4 | 61.0 ± 1.4 | 70.0 (n = 1) |"
+        "| tiny | pre-trained | 71.0 ± 1.4 | 61.0 ± 1.4 | 61.0 ± 1.4 | 71.0 ± 1.4 | 70.0 (n = 1) |"
         in (out / "table.md").read_text()
     )
 
@@ -241,7 +241,7 @@ def test_table_has_one_kind_of_heads_and_the_metric_of_the_test(out: Path, study
 def test_curves_begin_with_new_weights(out: Path, study: Study):
     report.write_report(out, study, "complete")
     lines = (out / "curves.md").read_text().splitlines()
-    assert lines[4] == "| updates | best head | layer 1, mean | layer 1, max |"
+    assert lines[4] == "| updates | best head | layer 1, mean | layer 1, max | all layers, max |"
     assert [line.split(" | ")[:2] for line in lines[6:]] == [
         ["| new weights", "50.0"],
         ["| 2", "62.0"],

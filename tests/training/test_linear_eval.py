@@ -178,6 +178,20 @@ def test_a_sweep_in_parts_gives_the_same_heads(run, monkeypatch):
         assert one["test_map"] == pytest.approx(other["test_map"], abs=1e-4)
 
 
+def test_heads_on_all_layers_side_by_side(run):
+    kinds = {"head.kinds": "linear,ridge,knn", "ridge.strengths": 0.1, "knn.neighbours": 3, "few_shot.shots": 3}
+    out, results = run("sweep", layers="all,concat", poolings="max+std", **kinds)
+    for kind in ("linear", "ridge", "knn", "few_shot"):
+        assert [row["layer"] for row in results["heads"] if row["kind"] == kind] == [0, 1, 2, "concat"]
+    bytes_read = [row["cached_bytes_per_clip"] for row in results["heads"] if row["kind"] == "ridge"]
+    assert bytes_read[3] == sum(bytes_read[:3])
+    assert "| ridge | concat | max+std |" in (out / "heads.md").read_text()
+    _, alone = run("alone", layers="concat", poolings="cls")
+    assert alone["best_head"]["layer"] == "concat"
+    assert alone["metrics"]["map"] == pytest.approx(alone["best_head"]["test_map"], abs=1e-5)
+    assert "the best head reads all layers, and a classifier reads the last" in alone["best_head_model"]
+
+
 def test_new_weights_for_comparison(run, capsys):
     _, results = run("new", new_weights="true", poolings="mean")
     _, trained = run("trained", poolings="mean")
@@ -380,7 +394,8 @@ def test_a_fine_tuned_model_gets_a_new_head(run, tmp_path, scapes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers": "3"}, "layers: '3' is not one of 0 to 2"),
+        ({"layers": "3"}, "layers: '3' is not one of 0 to 2, last, all, concat"),
+        ({"layers": "concat", "head.kinds": "linear,attentive"}, "attentive reads the patch tokens of one layer"),
         ({"poolings": "median"}, "poolings: 'median' is not one of cls, mean"),
         ({"mode": "published", "layers": "all"}, "mode=published fits one head"),
         ({"mode": "published", "head.kinds": "knn"}, "mode=published fits one linear head"),

@@ -106,11 +106,13 @@ def chosen_heads(config: LinearEvalConfig, last_layer: int, model_pooling: str) 
     Raises:
         TrainingError: If there is no such layer or pooling.
     """
-    layers: list[int] = []
+    named: dict[str, list[int | str]] = {str(layer): [layer] for layer in range(last_layer + 1)}
+    named |= {"last": [last_layer], "all": [*range(last_layer + 1)], "concat": ["concat"]}
+    layers: list[int | str] = []
     for name in config.layers:
-        if not (name in ("all", "last") or (name.isdecimal() and int(name) <= last_layer)):
-            raise TrainingError(f"layers: {name!r} is not one of 0 to {last_layer}, last, all.")
-        layers += range(last_layer + 1) if name == "all" else [last_layer if name == "last" else int(name)]
+        if name not in named:
+            raise TrainingError(f"layers: {name!r} is not one of 0 to {last_layer}, last, all, concat.")
+        layers += named[name]
     poolings: list[str] = []
     for name in config.poolings or [model_pooling]:
         if name != "all" and not set(name.split("+")) <= set(FEATURE_POOLINGS):
@@ -125,10 +127,12 @@ def chosen_heads(config: LinearEvalConfig, last_layer: int, model_pooling: str) 
     ]
 
 
-def heads_of_kind(config: LinearEvalConfig, kind: str, layers: list[int], poolings: list[str]) -> list[Head]:
+def heads_of_kind(config: LinearEvalConfig, kind: str, layers: list[int | str], poolings: list[str]) -> list[Head]:
     """Return the heads of one kind: one for each layer, pooling and setting that the kind uses."""
     if kind in TOKEN_KINDS:
-        return [Head(layer, "patches", kind) for layer in layers]
+        if layers == ["concat"]:
+            raise TrainingError(f"layers: {kind} reads the patch tokens of one layer; name layers beside concat.")
+        return [Head(layer, "patches", kind) for layer in layers if layer != "concat"]
     settings: list[tuple[tuple[str, float], ...]] = [()]
     if kind in ("linear", "layers"):
         grid = {"lr": config.head.learning_rates, "wd": config.head.weight_decays}
@@ -139,8 +143,7 @@ def heads_of_kind(config: LinearEvalConfig, kind: str, layers: list[int], poolin
         settings = [(("k", k),) for k in dict.fromkeys(config.knn.neighbours)]
     elif kind == "few_shot":
         settings = [(("shots", config.few_shot.shots),)]
-    places: list[int | str] = ["all"] if kind == "layers" else [*layers]
-    return [Head(*of_head) for of_head in product(places, poolings, [kind], settings)]
+    return [Head(*of_head) for of_head in product(["all"] if kind == "layers" else layers, poolings, [kind], settings)]
 
 
 def fit_contenders(config: LinearEvalConfig, encoder: FrozenEncoder, contenders: list[Contender]) -> Outcome:

@@ -44,14 +44,20 @@ class Clips:
         return self.sets[0].group_column
 
     def pooled(self, head: Head) -> torch.Tensor:
-        """Return the input of a head: float32 `(len(self), width)`, or `(len(self), layers, width)` for all layers."""
-        layer: Any = slice(None) if head.layer == "all" else head.layer
+        """Return the input of a head: float32 `(len(self), width)`; for layer "all", `(len(self), layers, width)`."""
+        layer: Any = head.layer if isinstance(head.layer, int) else slice(None)
         parts = [
             # One indexing with both a list and a slice would move the axes.
             features.pooled[:, layer][..., head.columns, :][rows]
             for features, rows in zip(self.sets, self.rows, strict=True)
         ]
-        return torch.from_numpy(np.concatenate(parts).astype(np.float32)).flatten(-2)
+        values = torch.from_numpy(np.concatenate(parts).astype(np.float32))
+        return values.flatten(1 if head.layer == "concat" else -2)
+
+    def values_of(self, head: Head) -> int:
+        """Return the number of values per clip that a head on pooled features reads."""
+        _, num_layers, _, hidden_size = self.sets[0].pooled.shape
+        return (1 if isinstance(head.layer, int) else num_layers) * len(head.columns) * hidden_size
 
     @property
     def token_shape(self) -> tuple[int, int]:

@@ -8,10 +8,12 @@
 import csv
 import io
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
+from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
 
 from modeling_sslam.common.files import replacing, write_text
@@ -182,19 +184,18 @@ def plot(path: Path, contenders: Sequence[FittedContender], metric_name: str, ti
 
 
 def plot_contender(axes: Axes, contender: FittedContender) -> None:
-    """Draw a curve over the layers for each kind of head."""
+    """Draw a curve over the layers for each kind of head, and a line for heads that read all layers."""
     layers = sorted({head.layer for head in contender.heads if isinstance(head.layer, int)})
     axes.set_xticks(layers)
-    for kind in contender.kinds:
+    for kind, color in zip(contender.kinds, cycle(TABLEAU_COLORS), strict=False):
         of_kind = [i for i, head in enumerate(contender.heads) if head.kind == kind]
-        if all(contender.heads[i].layer == "all" for i in of_kind):
-            row = chosen_summary(contender.rounds, of_kind, contender.by_round)
-            axes.axhline(row.test, linestyle="--", color="tab:pink", label=KIND_NAMES[kind])
-            continue
-        groups = {layer: [i for i in of_kind if contender.heads[i].layer == layer] for layer in layers}
-        rows = {
-            layer: chosen_summary(contender.rounds, group, contender.by_round)
-            for layer, group in groups.items()
-            if group
-        }
-        axes.plot(list(rows), [row.test for row in rows.values()], marker="o", markersize=3, label=KIND_NAMES[kind])
+        rows: dict[int | str, HeadSummary] = {}
+        for layer in dict.fromkeys(contender.heads[i].layer for i in of_kind):
+            group = [i for i in of_kind if contender.heads[i].layer == layer]
+            rows[layer] = chosen_summary(contender.rounds, group, contender.by_round)
+        curve = {layer: rows[layer].test for layer in layers if layer in rows}
+        if curve:
+            axes.plot(*zip(*curve.items(), strict=True), color, marker="o", markersize=3, label=KIND_NAMES[kind])
+        for layer, style, name in (("all", "--", KIND_NAMES[kind]), ("concat", "-.", f"{KIND_NAMES[kind]}, concat")):
+            if layer in rows:
+                axes.axhline(rows[layer].test, linestyle=style, color=color, label=name)

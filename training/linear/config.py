@@ -87,7 +87,8 @@ class LinearEvalConfig:
     layers: list[str] = field(
         default_factory=lambda: ["last"],
         metadata={
-            "help": "Layers to fit heads on: 0 (the embeddings), 1 (after block 1), ..., last, or all.",
+            "help": "Layers to fit heads on: 0 (the embeddings), 1 (after block 1), ..., last, all (each of them), or "
+            "concat (pooled features of all layers side by side).",
             "default": "last",
         },
     )

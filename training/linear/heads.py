@@ -89,7 +89,8 @@ class Head(NamedTuple):
     """A head: the features that it reads, its kind and its settings.
 
     Attributes:
-        layer: 0 for the output of the embeddings, i for the output of block i, or "all".
+        layer: 0 for the output of the embeddings, i for the output of block i, "concat" for all of them side by side,
+            or "all" for the kind `layers`.
         pooling: One of [`training.linear.features.FEATURE_POOLINGS`], or several joined by +. "patches" for a head on
             patch tokens.
         kind: One of [`KINDS`], "few_shot" or "forest".
@@ -116,9 +117,9 @@ class Head(NamedTuple):
     def __str__(self) -> str:
         if self.kind == "forest":
             return "MFCC and random forest"
-        where = f"layer {self.layer}, {self.pooling}" if self.layer != "all" else f"all layers, {self.pooling}"
+        where = {"all": "all layers", "concat": "all layers concatenated"}.get(str(self.layer), f"layer {self.layer}")
         kind = [] if self.kind == "linear" else [self.kind]
-        return ", ".join([where, *kind, *([self.settings] if self.setting else [])])
+        return ", ".join([where, self.pooling, *kind, *([self.settings] if self.setting else [])])
 
 
 class LinearHeads(nn.Module):

@@ -35,26 +35,22 @@ from training.linear.heads import (
 from training.linear.ridge import RidgeHead, solve_ridge
 
 
-def parts_that_fit(heads: Sequence[Head], num_clips: int, values_per_clip: int) -> list[list[Head]]:
+def parts_that_fit(heads: Sequence[Head], clips: Sequence[Clips], num_classes: int) -> list[list[Head]]:
     """Divide heads into lists of one width and setting each whose features and logits fit into memory together.
 
     Args:
         heads: The heads.
-        num_clips: Number of clips of the round.
-        values_per_clip: Features and logits per clip of a head that reads one pooling.
+        clips: The clips of the round.
+        num_classes: Number of logits per clip.
     """
-    parts: list[list[Head]] = []
-    for head in sorted(heads, key=lambda head: (len(head.columns), head.setting)):
-        size = (len(parts[-1]) + 1) * num_clips * values_per_clip * len(head.columns) * 4 if parts else 0
-        if (
-            parts
-            and len(parts[-1][0].columns) == len(head.columns)
-            and parts[-1][0].setting == head.setting
-            and size <= MAX_BYTES_IN_MEMORY
-        ):
-            parts[-1].append(head)
-        else:
-            parts.append([head])
+    num_clips = sum(map(len, clips))
+    alike: dict[tuple[int, tuple[tuple[str, float], ...]], list[Head]] = {}
+    for head in heads:
+        alike.setdefault((clips[0].values_of(head), head.setting), []).append(head)
+    parts = []
+    for (values, _), group in alike.items():
+        count = max(1, MAX_BYTES_IN_MEMORY // ((values + num_classes) * max(num_clips, 1) * 4))
+        parts += [group[first : first + count] for first in range(0, len(group), count)]
     return parts
 
 
@@ -71,8 +67,8 @@ def configured(config: HeadConfig, head: Head) -> HeadConfig:
 def fit_linear(heads: Sequence[Head], parts: Parts, setup: Setup, description: str) -> list[HeadResult]:
     """Fit linear heads on pooled features."""
     config, results = setup.config, []
-    num_classes, num_clips = len(setup.labels), sum(map(len, parts.clips))
-    for group in parts_that_fit(heads, num_clips, setup.width + num_classes):
+    num_classes = len(setup.labels)
+    for group in parts_that_fit(heads, parts.clips, num_classes):
         started = time.perf_counter()
         features = [torch.stack([clips.pooled(head) for head in group]).to(setup.device) for clips in parts.clips]
         fitted = fit_heads(
@@ -149,8 +145,8 @@ def fit_layer_sums(heads: Sequence[Head], parts: Parts, setup: Setup, descriptio
     """Fit linear heads on weighted sums of all layers' pooled features."""
     results = []
     num_layers = parts.clips[0].sets[0].pooled.shape[1]
-    num_clips, num_classes = sum(map(len, parts.clips)), len(setup.labels)
-    for group in parts_that_fit(heads, num_clips, num_layers * setup.width + num_classes):
+    num_classes = len(setup.labels)
+    for group in parts_that_fit(heads, parts.clips, num_classes):
         started = time.perf_counter()
         features = [torch.stack([clips.pooled(head) for head in group]).to(setup.device) for clips in parts.clips]
         generator = torch.Generator().manual_seed(setup.config.seed)

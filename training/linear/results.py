@@ -100,12 +100,12 @@ def table_of(table: Sequence[HeadSummary], metric_name: str, best: HeadSummary |
     """
     names = [name_of(row) for row in table]
     width = max(15, *(len(name) + 1 for name in names))
-    lines = [f"  {'layer':>5}  {'pooling':<{width}}{'validation':>10}  {'test ' + metric_name:>13}"]
+    lines = [f"  {'layer':>6}  {'pooling':<{width}}{'validation':>10}  {'test ' + metric_name:>13}"]
     for row, name in zip(table, names, strict=True):
         mark = "  best by validation" if row is best and len(table) > 1 else ""
         figures = f"{number(row.validation):>10}  {row.test:>13.4f}{spread(row)}{mark}"
         layer = row.value_of("layer")
-        lines.append(f"  {'' if isinstance(layer, list) else layer:>5}  {name:<{width}}{figures}")
+        lines.append(f"  {'' if isinstance(layer, list) else layer:>6}  {name:<{width}}{figures}")
     return lines
 
 
@@ -160,7 +160,7 @@ def write_sweep(folder: Path, table: Sequence[HeadSummary], metric: str, metric_
         axes.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=8, color="w" if value < middle else "k")
     axes.set_xticks(range(len(layers)), map(str, layers))
     axes.set_yticks(range(len(poolings)), poolings)
-    axes.set_xlabel("layer (0: embeddings, i: after block i)")
+    axes.set_xlabel("layer (0: embeddings, i: after block i" + ("; concat: all)" if "concat" in layers else ")"))
     figure.colorbar(image, label=f"test {metric_name}")
     figure.suptitle(title, fontsize=9)
     with replacing(folder / "sweep.png") as temporary:
@@ -190,6 +190,8 @@ def why_no_model(head: Head, has_folds: bool) -> str | None:
             f"No model was written: the best head has the pooling {head.pooling}, and a classifier has one of "
             f"{', '.join(MODEL_POOLINGS)}."
         )
+    if head.layer == "concat":
+        return "No model was written: the best head reads all layers, and a classifier reads the last."
     if head.layer == 0:
         return "No model was written: the best head reads the embeddings, and a model has at least one block."
     return None
