@@ -19,11 +19,13 @@
 of shards, which ranks and workers share and each epoch reorders. Neither reads or decodes audio.
 """
 
+import atexit
 import dataclasses
 import hashlib
 import logging
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -55,6 +57,10 @@ from training.data.mixing.settings import SETTINGS_SUFFIXES, SceneSettings, read
 from training.data.seeding import generator_for
 
 logger = logging.getLogger(__name__)
+
+# Threads of pyarrow release files a moment after the last row of a Parquet stream. If the interpreter has ended by
+# then, the process aborts (https://github.com/apache/arrow/issues/45214), so its end waits for them.
+atexit.register(time.sleep, 0.2)
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 SHARD_SUFFIXES = (".parquet", ".arrow", ".tar")

@@ -3,6 +3,8 @@
 import io
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 
 import datasets
@@ -270,3 +272,23 @@ def test_a_source_is_opened_again_only_for_other_data(tmp_path, write_parquet, e
     other = source.read_as(config_for(tmp_path / "data", split="test"))
     assert other.parts is not source.parts
     assert other.config.split == "test"
+
+
+PROGRAM = """
+import threading, time
+import training.data.sources
+
+def release():
+    time.sleep(0.05)
+    print("released", flush=True)
+
+threading.Thread(target=release, daemon=True).start()
+"""
+
+
+@pytest.mark.slow
+def test_the_end_of_a_program_waits_for_threads_that_release_files(repository):
+    """pyarrow's threads need the interpreter after the last row; they are daemons like the thread of this program."""
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=repository, capture_output=True, text=True)
+    assert done.stdout == "released\n", done.stderr
+    assert done.returncode == 0
