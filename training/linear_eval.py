@@ -12,7 +12,7 @@ of fine-tuning. In both modes, the validation clips choose the epoch whose head 
 
 - `--mode cached` (default): every clip passes through the encoder once, without augmentation. The pooled states of all
   layers stay in `cache_dir`, where later calls with the same encoder and data find them. Several devices can share
-  this part. All heads of a sweep over layers, poolings and kinds are then fitted on these features at once.
+  this part. Heads of one kind and width are then fitted on these features together.
 - `--mode published`: the frozen encoder computes every clip again in every epoch, augmented as in fine-tuning.
 
 `head.kinds` names the kinds of heads in cached mode:
@@ -24,7 +24,8 @@ of fine-tuning. In both modes, the validation clips choose the epoch whose head 
 - `prototypes`: the greatest similarity of learned (binary) prototypes to a patch token;
 - `knn`: nearest neighbours.
 
-`attentive` and `prototypes` read patch tokens, which are cached as float16 and only for the chosen layers.
+`layers concat` gives `linear`, `ridge` and `knn` the pooled features of all layers side by side. `attentive` and
+`prototypes` read patch tokens, which are cached as float16 and only for the chosen layers.
 `few_shot.shots` adds classification by nearest class means of a few clips, drawn many times.
 
 If there are several heads, the validation clips or the clips held out choose one. With `folds`, cross-validation over
@@ -38,7 +39,7 @@ and all other settings of the fit.
 The program writes these files to OUT:
 
 - results.json, which names the mode, as all printed output does;
-- model/, the encoder with its head for `pipeline("audio-classification")`;
+- model/, the encoder with the best head for `pipeline("audio-classification")`, if a classifier can have this head;
 - in cached mode, tables and pictures of the best head (by validation), by class and group;
 - for a sweep of linear heads, sweep.csv and sweep.png;
 - for several heads or encoders, heads.md and heads.csv with the cost of each head, and heads.png with the metric by

@@ -395,7 +395,7 @@ def test_a_fine_tuned_model_gets_a_new_head(run, tmp_path, scapes):
     ("changes", "message"),
     [
         ({"layers": "3"}, "layers: '3' is not one of 0 to 2, last, all, concat"),
-        ({"layers": "concat", "head.kinds": "linear,attentive"}, "attentive reads the patch tokens of one layer"),
+        ({"layers": "concat", "head.kinds": "linear,attentive"}, "concat has no patch tokens, which attentive reads"),
         ({"poolings": "median"}, "poolings: 'median' is not one of cls, mean"),
         ({"mode": "published", "layers": "all"}, "mode=published fits one head"),
         ({"mode": "published", "head.kinds": "knn"}, "mode=published fits one linear head"),

@@ -131,7 +131,7 @@ def heads_of_kind(config: LinearEvalConfig, kind: str, layers: list[int | str], 
     """Return the heads of one kind: one for each layer, pooling and setting that the kind uses."""
     if kind in TOKEN_KINDS:
         if layers == ["concat"]:
-            raise TrainingError(f"layers: {kind} reads the patch tokens of one layer; name layers beside concat.")
+            raise TrainingError(f"layers: concat has no patch tokens, which {kind} reads; add last, all or a number.")
         return [Head(layer, "patches", kind) for layer in layers if layer != "concat"]
     settings: list[tuple[tuple[str, float], ...]] = [()]
     if kind in ("linear", "layers"):

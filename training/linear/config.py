@@ -87,8 +87,9 @@ class LinearEvalConfig:
     layers: list[str] = field(
         default_factory=lambda: ["last"],
         metadata={
-            "help": "Layers to fit heads on: 0 (the embeddings), 1 (after block 1), ..., last, all (each of them), or "
-            "concat (pooled features of all layers side by side).",
+            "help": "Layers to fit heads on: 0 (the embeddings), 1 (after block 1), ..., last, all (every layer by "
+            "itself), concat (pooled features of all layers side by side; not for the kinds attentive and "
+            "prototypes). The kind layers reads all layers in any case.",
             "default": "last",
         },
     )

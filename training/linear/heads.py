@@ -117,7 +117,8 @@ class Head(NamedTuple):
     def __str__(self) -> str:
         if self.kind == "forest":
             return "MFCC and random forest"
-        where = {"all": "all layers", "concat": "all layers concatenated"}.get(str(self.layer), f"layer {self.layer}")
+        names: dict[int | str, str] = {"all": "sum of layers", "concat": "all layers side by side"}
+        where = names.get(self.layer, f"layer {self.layer}")
         kind = [] if self.kind == "linear" else [self.kind]
         return ", ".join([where, self.pooling, *kind, *([self.settings] if self.setting else [])])
 

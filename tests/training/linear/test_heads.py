@@ -231,5 +231,5 @@ def test_the_scale_of_a_layer_has_no_effect_on_a_sum_over_layers():
 
 def test_names_of_heads():
     assert str(Head(3, "max")) == "layer 3, max"
-    assert str(Head("all", "mean", "layers", (("lr", 0.01),))) == "all layers, mean, layers, lr 0.01"
+    assert str(Head("all", "mean", "layers", (("lr", 0.01),))) == "sum of layers, mean, layers, lr 0.01"
     assert str(Head(0, "mfcc", "forest")) == "MFCC and random forest"
