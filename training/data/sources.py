@@ -59,7 +59,7 @@ from training.data.seeding import generator_for
 logger = logging.getLogger(__name__)
 
 # Threads of pyarrow release files a moment after the last row of a Parquet stream. If the interpreter has ended by
-# then, the process aborts (https://github.com/apache/arrow/issues/45214), so its end waits for them.
+# then, the process aborts (https://github.com/apache/arrow/issues/45214). The program therefore waits before it ends.
 atexit.register(time.sleep, 0.2)
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")

@@ -33,8 +33,11 @@ def test_work_is_done_ahead_but_not_without_bound():
 
     outputs = prefetch(range(100), produce, items_ahead=3)
     next(outputs)
+    deadline = time.monotonic() + 60
     while len(begun) < 2 and len(produced) < 2:
+        assert time.monotonic() < deadline, "no work is done ahead"
         time.sleep(0.01)
+    # Work without a bound would go on meanwhile.
     time.sleep(0.3)
     # One item is being read, three wait, and one more waits for room.
     assert len(begun) <= 5
