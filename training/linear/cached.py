@@ -104,7 +104,7 @@ def chosen_heads(config: LinearEvalConfig, last_layer: int, model_pooling: str) 
         model_pooling: The model's own pooling, the default.
 
     Raises:
-        TrainingError: If there is no such layer or pooling.
+        TrainingError: If there is no such layer or pooling, or if a kind needs patch tokens and only concat is named.
     """
     named: dict[str, list[int | str]] = {str(layer): [layer] for layer in range(last_layer + 1)}
     named |= {"last": [last_layer], "all": [*range(last_layer + 1)], "concat": ["concat"]}
